@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from opd_rollout.layout import TokenLayout
 from opd_rollout.types import Completion, TokenScores
 from torch import Tensor
 
@@ -57,35 +58,53 @@ class Judged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """What a teacher reads before the student's tokens. must_keep: the messages' part that truncation may not touch is everything
-    but `hint`; `template` has the hint's place as {hint}."""
+    """What a teacher reads before the student's tokens: `messages` with the hint already in its place.
+
+    kind: the hint's name. question: index of the message that holds the question. hint: the privileged text, the only part truncation may shorten.
+    """
 
     messages: tuple[Message, ...]
     kind: str
     hint: str = ""
+    question: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What one no-grad pass of the student at rollout weights found for one answer; None where no term asked.
+
+    old_logp [T], entropy [T] nats; topk_ids [T, K] int64, topk_logp [T, K].
+    """
+
+    old_logp: Tensor
+    entropy: Tensor
+    topk_ids: Tensor | None = None
+    topk_logp: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """Everything the learner may know about one answer. All tensors are detached, indexed by completion token.
+    """Everything the learner may know about one answer. All tensors are detached and indexed by completion token.
 
-    scores: signal name -> TokenScores, absent where the sample has no view. old_logp [T] or None; support_ids [T, K] or None (student top-k).
-    advantage: term name -> [T]. route: term name -> factor. fields: named per-token statistics made before the step (entropy, sequence ratio ...).
+    scores: signal name -> TokenScores, absent where the sample has no view. advantage: term name -> [T]. route: term name -> factor.
+    fields: named per-token statistics made before the step.
     """
 
     judged: Judged
     scores: Mapping[str, TokenScores]
     advantage: Mapping[str, Tensor]
     route: Mapping[str, float]
+    prepared: Prepared | None = None
     fields: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SignalBatch:
-    """One signal's scores, packed over a micro-batch.
+class SignalRows:
+    """One signal's scores over the N tokens of a micro-batch.
 
-    available [N] bool: false where the sample has no view. sampled [N], entropy [N], tail_logp [N].
-    columns: this signal's slice of MicroBatch.ids. logp [N, k] true teacher log-probs at those ids. hidden [N, D] for support "full".
+    available [N] bool: false where the sample has no view (the other entries are then pads). sampled [N], entropy [N] nats.
+    columns: this signal's slice of TokenRows.ids. logp [N, k]: the teacher's true log-probs at those ids; tail_logp [N] beyond them.
+    hidden [N, D] for support "full", else None.
     """
 
     available: Tensor
@@ -98,35 +117,34 @@ class SignalBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch:
-    """Token rows for one forward pass and everything its loss reads.
+class TokenRows:
+    """All that a loss reads, a row a completion token.
 
-    input_ids, position_ids [R, S] (padded) or [1, S] (packed); attention_mask [R, S] or None when packed.
-    predict_at [N]: flat row of the hidden states that predicts completion token n. token, sequence, position [N] int64.
-    ids [N, K] int64: column 0 is the sampled token, then every signal's support columns; -1 pads.
-    behaviour_logp [N] (NaN where no policy sampled), old_logp [N] or None. temperature: one number a run.
-    advantage, route: term name -> [N]. fields: name -> [N]. loss_mask [N] bool.
-
-    Example: prompt ids [5, 6, 7], completion [8, 9, 2] -> input_ids [5, 6, 7, 8, 9, 2], predict_at [2, 3, 4], token [8, 9, 2], position [0, 1, 2].
+    token, sequence (index within the micro-batch), position (index within the completion) [N] int64; loss_mask [N] bool.
+    ids [N, K] int64: column 0 is the sampled token, then every signal's columns; -1 pads.
+    behaviour_logp [N] (NaN where no policy sampled); old_logp [N] or None. advantage, route: term name -> [N]. fields: name -> [N].
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
-    attention_mask: Tensor | None
-    predict_at: Tensor
     token: Tensor
     sequence: Tensor
     position: Tensor
+    loss_mask: Tensor
     ids: Tensor
     behaviour_logp: Tensor
     old_logp: Tensor | None
-    temperature: float
-    signals: Mapping[str, SignalBatch]
+    signals: Mapping[str, SignalRows]
     advantage: Mapping[str, Tensor]
     route: Mapping[str, Tensor]
     fields: Mapping[str, Tensor]
-    loss_mask: Tensor
-    num_sequences: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """A layout of whole sequences for one forward pass, and the rows its loss reads."""
+
+    layout: TokenLayout
+    rows: TokenRows
+    temperature: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
