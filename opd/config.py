@@ -1,0 +1,382 @@
+"""A recipe as a typed, frozen tree: every key has a default, unknown keys are refused with the nearest valid name.
+
+A method file (`recipes/methods/`) and a run file (`recipes/runs/`) share this tree; a run names its method and its own keys win.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PACKAGED = (Path(__file__).parent / "_recipes", Path(__file__).parent.parent / "recipes")
+SCHEMA_VERSION = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Choice = str | dict[str, Any]
+
+
+class LoRA(_Frozen):
+    """Low-rank adapters through peft; the frozen teacher is then the adapter switched off."""
+
+    rank: Positive = Field(16, description="rank of the factors")
+    alpha: float = Field(32.0, gt=0, description="scale numerator; the update is alpha / rank times B A")
+    targets: str | list[str] = Field("all-linear", description="module names, or all-linear (never the head)")
+
+
+class Model(_Frozen):
+    """The student."""
+
+    path: str = Field("", description="Hugging Face folder or hub name; models/<name> inside the package is found too")
+    init: Literal["pretrained", "random"] = Field("pretrained", description="random: fresh weights of the architecture in `path` or `shape`")
+    shape: dict[str, Any] = Field({}, description="Qwen3 config values for a new model when `path` is empty (hidden_size, num_hidden_layers ...)")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="weights and activations; the head always computes in fp32")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel of the Hugging Face model")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    lora: LoRA | None = Field(None, description="train low-rank adapters instead of all weights")
+    vocabulary: Positive = Field(512, description="size of the byte-level BPE vocabulary trained from the data when the model has no tokenizer")
+
+
+class Data(_Frozen):
+    """Where prompts come from and who judges the answers."""
+
+    task: str = Field("", description="name of an embedded task (expr ...); empty when `path` is given")
+    difficulty: str = Field("", description="difficulty setting of the embedded task; empty: its default")
+    split: str = Field("train", description="split of the embedded task that training draws from")
+    path: str = Field("", description="JSONL file; {question, answer with ####} or columns named below")
+    eval_path: str = Field("", description="JSONL file for evaluation; empty: held-out lines of `path`")
+    columns: dict[str, str] = Field({}, description="our name -> the file's column, e.g. {prompt: problem, solution: gold}")
+    verifier: Choice = Field("auto", description="name in opd.verify, {fn: module:name}, or auto (the task's own, math for JSONL)")
+    system: str = Field("", description="system message put before every question")
+    max_prompt_tokens: Positive = Field(1024, description="longer prompts are refused (student) or their hint truncated (views), tokens")
+
+
+class Sampling(_Frozen):
+    """How the student answers during training; the loss uses the same temperature."""
+
+    temperature: float = Field(1.0, ge=0, description="softmax temperature of sampling, student and in-process teacher")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass")
+    top_k: NonNegative = Field(0, description="keep the k most likely tokens; 0 keeps all")
+    max_tokens: Positive = Field(64, description="longest completion, tokens")
+
+
+class Rollout(_Frozen):
+    """Who answers and which groups are kept."""
+
+    prompts: Positive = Field(32, description="prompts a step")
+    source: Choice = Field("student", description="student | {dataset: HINT} | {mixed: {student: share, dataset: HINT}}")
+    filter: Literal["none", "mixed_groups"] = Field("none", description="mixed_groups drops groups whose rewards are all equal and refills")
+    max_refill: NonNegative = Field(4, description="extra rounds of generation to refill a filtered batch")
+    overlong: Literal["keep", "mask"] = Field("keep", description="mask: completions cut at max_tokens leave the loss")
+
+
+class Engine(_Frozen):
+    """What generates."""
+
+    kind: Literal["torch"] = Field("torch", description="torch: in process, around the unmodified Hugging Face module")
+    token_budget: Positive = Field(32768, description="tokens (rows x longest, cache included) held at once while generating")
+    audit_nats: float = Field(0.01, gt=0, description="largest mean |log-prob difference| between engine and learner at start, nats")
+
+
+class EMA(_Frozen):
+    """Exponential moving average of the student: shadow <- (1 - rate) shadow + rate weights, once a rollout step."""
+
+    rate: float = Field(0.05, ge=0, le=1)
+
+
+class External(_Frozen):
+    """Another model with the same tokenizer."""
+
+    path: str
+
+
+class Signal(_Frozen):
+    """A scorer: weights plus a view (what it may read before the student's tokens)."""
+
+    weights: Choice = Field("frozen", description="live | frozen | {ema: {rate: r}} | {external: {path: p}}")
+    view: Choice = Field("plain", description="name in opd.views, or {name: {parameters}}")
+
+
+class Updates(_Frozen):
+    """Optimiser steps on one batch of rollouts."""
+
+    minibatches: Positive = 1
+    epochs: Positive = 1
+
+
+class Optimizer(_Frozen):
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = Field(1e-4, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: NonNegative = 0
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+
+
+class Learner(_Frozen):
+    """Who applies the updates."""
+
+    kind: Literal["auto", "torch", "deepspeed"] = Field("auto", description="auto: deepspeed where it imports, else torch")
+    token_budget: Positive = Field(16384, description="tokens of a micro-batch, padding included")
+    chunk_bytes: Positive = Field(64 << 20, description="bytes of logits held at once by the head")
+    packed: bool = Field(False, description="packed sequences instead of padded rows")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
+    max_skipped: NonNegative = Field(5, description="updates in a row that may be refused for a non-finite loss or gradient before the run stops")
+
+
+class Budget(_Frozen):
+    """Stop rules; 0 means none. `steps` at top level is always one."""
+
+    generated_tokens: NonNegative = Field(0, description="student tokens generated, discarded ones included, evaluation not")
+    seconds: float = Field(0.0, ge=0, description="training seconds, evaluation not")
+
+
+class Eval(_Frozen):
+    """Evaluation during (dev) and after (test) training."""
+
+    every: NonNegative = Field(20, description="steps between evaluations on the dev split; 0: only before and after")
+    num_problems: NonNegative = Field(128, description="problems of the dev split; 0: no evaluation during training")
+    samples: Positive = Field(1, description="answers a problem on the dev split at temperature 1")
+    final_problems: NonNegative = Field(256, description="problems of the test split; 0: no final evaluation")
+    final_samples: Positive = Field(4, description="answers a problem on the test split at each non-zero temperature")
+    temperatures: list[float] = Field([1.0, 0.0], description="decodings of the final evaluation; 0 is greedy")
+    before: bool = Field(True, description="evaluate the dev split before the first step")
+
+
+class Checkpoint(_Frozen):
+    """What is kept on disk."""
+
+    every: NonNegative = Field(50, description="steps between checkpoints; 0: only at the end")
+    keep: Positive = Field(2, description="newest checkpoints kept, besides the best")
+    best: bool = Field(True, description="keep the checkpoint with the best dev accuracy and report it on test")
+
+
+class Track(_Frozen):
+    """Logging."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = Field("auto", description="auto: online when logged in, else offline")
+    project: str = "opd"
+    texts: bool = Field(True, description="false keeps questions, answers and hints out of W&B")
+    samples_every: NonNegative = Field(25, description="steps between sample files for `opd inspect`; 0: only the last step")
+    samples: Positive = Field(16, description="rollouts a sample file")
+
+
+class Recipe(_Frozen):
+    """One run: a method, a model, data and hardware."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str = Field("", description="run folder under runs/; empty: recipe-method-seed-hash")
+    method: str = Field("", description="file of recipes/methods that the other keys refine")
+    paper: str = Field("", description="link to the method's source")
+    seed: NonNegative = 0
+    steps: Positive = Field(100, description="rollout steps at most")
+    init: str = Field("", description="run folder whose final model the student starts from (stages chain this way)")
+    model: Model = Model()
+    data: Data = Data()
+    group: Positive = Field(1, description="samples a prompt")
+    rollout: Rollout = Rollout()
+    sampling: Sampling = Sampling()
+    engine: Engine = Engine()
+    teacher: Choice = Field("", description="sugar for signals.main.weights")
+    view: Choice = Field("", description="sugar for signals.main.view")
+    signals: dict[str, Signal] = Field({}, description="named scorers; `teacher` and `view` make the one called main")
+    objective: list[dict[str, Any]] = Field([], description="terms, summed; see docs/concepts.md")
+    updates: Updates = Updates()
+    optimizer: Optimizer = Optimizer()
+    learner: Learner = Learner()
+    budget: Budget = Budget()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    track: Track = Track()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _main_signal(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not (raw.get("teacher") or raw.get("view")):
+            return raw
+        main = {"weights": raw.get("teacher") or "frozen", "view": raw.get("view") or "plain"}
+        declared = raw.get("signals") or {}
+        if "main" in declared and declared["main"] not in (main, {**main, "weights": main["weights"]}):
+            raise ValueError("`teacher`/`view` are sugar for signals.main: give one or the other")
+        return {**raw, "signals": {**declared, "main": main}}
+
+
+def load_recipe(reference: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read a recipe file, put its method beneath it and the overrides on top, and validate.
+
+    `reference` is a path or a name under recipes/. overrides: "a.b=value" strings (values as YAML) or a mapping of dotted keys.
+    Raises ValueError that names the file, the key and the fix.
+    """
+    path = find_recipe(reference)
+    return parse_recipe(read_yaml(path), overrides, origin=str(reference), is_method=path.parent.name == "methods", stem=path.stem)
+
+
+def parse_recipe(
+    raw: dict[str, Any], overrides: Sequence[str] | Mapping[str, Any] = (), *, origin: str = "recipe", is_method: bool = False, stem: str = ""
+) -> Recipe:
+    """Validate a mapping as a recipe: method file beneath, overrides on top. Raises ValueError with the fix."""
+    changes = parse_overrides(overrides)
+    method = changes.get("method", stem if is_method else raw.get("method", ""))
+    merged = dict(raw)
+    if method and not (is_method and method == stem):
+        merged = merge(read_yaml(find_recipe(str(method), kind="methods")), raw if not is_method else {})
+    merged["method"] = method
+    for key, value in changes.items():
+        _set_dotted(merged, key, value)
+    if not merged.get("name") and stem:
+        merged.setdefault("name", "")
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise ValueError(explain(error, Recipe, origin)) from None
+
+
+def find_recipe(reference: str, kind: str = "") -> Path:
+    """The recipe file for a path or a name; looks at the path, then recipes/ here, then the packaged ones."""
+    kinds = (kind,) if kind else ("runs", "methods", "compare")
+    names = [reference, f"{reference}.yaml"]
+    candidates = [] if kind and "/" not in reference else [Path(name) for name in names]
+    for root in (Path("recipes"), *PACKAGED):
+        candidates += [root / folder / name for folder in kinds for name in names]
+        candidates += [root.parent / name for name in names if name.startswith("recipes/")]
+        candidates += [root / name.removeprefix("recipes/") for name in names if name.startswith("recipes/")]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted({p.stem for root in (Path("recipes"), *PACKAGED) for folder in kinds for p in (root / folder).glob("*.yaml")})
+    raise ValueError(f"no recipe {reference!r}{nearest(Path(reference).stem, known)}; known: {', '.join(known) or 'none'}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file; ValueError names file and line."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: expected a mapping of keys, found {type(loaded).__name__}")
+    return loaded
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` over `base`, mapping by mapping; choices (teacher, view, source ...) and lists are replaced whole."""
+    whole = {"teacher", "view", "objective", "source", "verifier", "weights", "shape", "columns"}
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key not in whole
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """["a.b=1"] -> {"a.b": 1}. Raises ValueError for a word without "="."""
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
+    parsed = {}
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{word!r} is not an override: write key=value, e.g. optimizer.lr=3e-4")
+        parsed[key] = _number(yaml.safe_load(value)) if value else ""
+    return parsed
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML reads 3e-4 as text
+        except ValueError:
+            return value
+    return value
+
+
+def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = tree.get(parent)
+        if isinstance(tree, list):
+            raise ValueError(f"{dotted}: lists are replaced whole")
+        tree[parent] = dict(child) if isinstance(child, Mapping) else {}
+        if isinstance(child, list):
+            items = list(child)
+            index, *rest = dotted.split(f"{parent}.", 1)[1].split(".")
+            if not index.isdigit() or int(index) >= len(items):
+                raise ValueError(f"{dotted}: {parent} is a list of {len(items)}; write {parent}.0. ... {parent}.{len(items) - 1}.")
+            items[int(index)] = dict(items[int(index)])
+            if rest:
+                _set_dotted(items[int(index)], ".".join(rest), value)
+            else:
+                items[int(index)] = value
+            tree[parent] = items
+            return
+        tree = tree[parent]
+    tree[last] = value
+
+
+def explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
+    """Pydantic's findings as sentences: the key, what is wrong, the nearest valid name."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            fields = _fields_at(model, item["loc"][:-1])
+            lines.append(f"unknown key {where!r}{nearest(str(item['loc'][-1]), fields)}; valid: {', '.join(sorted(fields))}")
+        else:
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (found {_short(item.get('input'))})")
+    return f"{origin}: " + "; ".join(lines)
+
+
+def _fields_at(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    current: Any = model
+    for part in loc:
+        field = getattr(current, "model_fields", {}).get(part)
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else getattr(current, "__args__", ())
+        current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), current)
+    return list(getattr(current, "model_fields", {}))
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """' (did you mean X?)' when something close exists, else ''."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def recipe_hash(recipe: BaseModel) -> str:
+    """Eight hex digits of everything that decides the run's result (not its name, nor how it is logged)."""
+    content = recipe.model_dump(mode="json", exclude={"name", "track"})
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=4).hexdigest()
+
+
+def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """'key: a -> b' for every leaf that differs between two dumped recipes."""
+    found = []
+    for key in sorted({*left, *right}):
+        a, b = left.get(key), right.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {_short(a)} -> {_short(b)}")
+    return found
+
+
+def describe(recipe: BaseModel, indent: int = 0) -> str:
+    """The recipe as YAML with every default filled in."""
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return "".join(" " * indent + line for line in text.splitlines(keepends=True))

@@ -1,0 +1,121 @@
+"""The training step, and the loop around it. Read this file first.
+
+One step: prompts -> student answers -> verdicts -> privileged views -> teacher scores -> samples -> learner -> new weights.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from opd_kernels import HeadView
+from opd_rollout.engine import Engine
+from opd_rollout.types import TokenScores
+
+from opd.learner.types import Learner
+from opd.objective import Objective, join
+from opd.types import Judged, Meter, Prepared, Sample, StepReport
+
+Views = Mapping[str, Sequence[tuple[int, ...] | None]]  # signal name -> a context an answer, None where there is nothing to show
+
+
+class RolloutSource(Protocol):
+    """Answers and verdicts for a step; everything about prompts, filters, refills and mixtures lives behind it."""
+
+    def collect(self, step: int) -> list[Judged]: ...
+
+    def meters(self) -> Mapping[str, Meter]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+
+class TeacherScorer(Protocol):
+    """Every signal's log-probs of the student's own tokens."""
+
+    def score(
+        self, judged: Sequence[Judged], views: Views, prepared: Sequence[Prepared | None]
+    ) -> list[Mapping[str, TokenScores]]: ...
+
+    def heads(self) -> Mapping[str, HeadView]: ...
+
+    def meters(self) -> Mapping[str, Meter]: ...
+
+
+class Clock(Protocol):
+    """Times a phase, publishes its name, and refuses to enter one after a request to stop (except while weights change)."""
+
+    def __call__(self, phase: str) -> AbstractContextManager[None]: ...
+
+    def seconds(self) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """All the parts of a run, wired by `opd.build`. `last` holds the previous step's metrics for closed-loop schedules."""
+
+    source: RolloutSource
+    view: Callable[[Sequence[Judged]], Views]
+    teachers: TeacherScorer
+    objective: Objective
+    learner: Learner
+    student: Engine
+    clock: Clock
+    last: dict[str, float]
+
+
+def train_step(step: int, s: System) -> tuple[StepReport, list[Sample]]:
+    """One round of the method: returns what it did and the samples it learned from."""
+    with s.clock("rollout"):
+        judged = s.source.collect(step)  # the student answers, the verifier judges (filter, refill and mixtures live here)
+    with s.clock("views"):
+        views = s.view(judged)  # what each signal may see and the student may not
+    with s.clock("prepare"):
+        prepared = s.learner.prepare(judged, s.objective.needs)  # only what a term asks for: old log-probs, student top-k, entropy
+    with s.clock("teacher"):
+        scores = s.teachers.score(judged, views, prepared)  # every signal's log-probs of the student's own tokens
+    with s.clock("join"):
+        samples = join(judged, prepared, scores, s.objective)  # credit, routes and scores: one immutable record an answer
+    with s.clock("learn"):
+        report = s.learner.step(samples, s.objective.at(step, s.last), s.teachers.heads())
+    with s.clock("sync"):
+        s.student.load_weights(s.learner.weights(s.learner.version))  # the new student speaks next
+    meters = {**s.source.meters(), **s.teachers.meters(), **report.meters}
+    s.last.update({name: meter.mean for name, meter in meters.items()})
+    return replace(report, step=step, meters=meters, seconds={**s.clock.seconds(), **report.seconds}), samples
+
+
+class Run(Protocol):
+    """The run folder's side of training: where it stands, what is recorded, when to stop."""
+
+    def restore(self, s: System) -> int: ...
+
+    def evaluate(self, step: int, s: System) -> None: ...
+
+    def record(self, report: StepReport, samples: Sequence[Sample]) -> None: ...
+
+    def checkpoint(self, step: int, s: System) -> None: ...
+
+    def due(self, what: str, step: int) -> bool: ...
+
+    def exhausted(self) -> str: ...
+
+
+def train(s: System, run: Run, steps: int) -> str:
+    """Train until `steps` or a stop rule; returns why it stopped. A rerun continues after the newest checkpoint."""
+    step = run.restore(s)
+    if step == 0 and run.due("first evaluation", step):
+        run.evaluate(step, s)
+    while step < steps and not (reason := run.exhausted()):
+        report, samples = train_step(step, s)
+        step += 1
+        run.record(report, samples)
+        if run.due("evaluation", step):
+            run.evaluate(step, s)
+        if run.due("checkpoint", step):
+            run.checkpoint(step, s)
+    else:
+        reason = run.exhausted() or f"all {steps} steps done"
+    run.checkpoint(step, s)
+    return reason
