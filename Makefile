@@ -1,0 +1,50 @@
+# `make help` lists what there is. Everything runs in .venv, made here from Python 3.11.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export DS_ACCELERATOR := cpu
+export WANDB_MODE := offline
+export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-full test test-fast lint clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/train ## compare base, GRPO, OPD and OPSD on an embedded task: 3 seeds, under 8 minutes on 2 cores
+	$(BIN)/opd compare recipes/compare/demo.yaml
+
+demo-full: $(VENV)/train ## all arms x 5 seeds x both tasks, under 75 minutes on 2 cores
+	$(BIN)/opd compare recipes/compare/demo_full_expr.yaml
+	$(BIN)/opd compare recipes/compare/demo_full_route.yaml
+
+test: $(VENV)/test lint ## every test that needs no GPU, under 40 minutes on 2 cores
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/test ## the inner loop, under 3 minutes
+	$(BIN)/python -m pytest -m "not slow" -x -q
+
+lint: $(VENV)/test ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25" "setuptools>=78" wheel ninja
+
+$(VENV)/train: $(BIN)/python pyproject.toml constraints-cpu.txt
+	$(PIP) torch
+	$(PIP) -e ".[train]"
+	@touch $@
+
+$(VENV)/test: $(VENV)/train
+	$(PIP) -e ".[test]"
+	@touch $@
+
+clean: ## remove the environment and caches (runs/ stays)
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist

@@ -1,0 +1,91 @@
+"""The command line: one positional, dotted overrides, no flags."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from opd.config import describe, find_recipe, load_recipe, parse_overrides
+from opd.live import Preempted
+from opd.overview import overview
+from opd.run import TooManySkipped
+
+USAGE = """usage: opd COMMAND [NAME] [key=value ...]
+
+  train   RECIPE       one run -> runs/<name>/ (the same command again resumes)
+  compare COMPARISON   several arms x seeds under one budget -> runs/<name>/report.html
+  eval    MODEL_OR_RUN avg@k, pass@k, maj@k with standard errors
+  inspect RUN          token-level viewer -> <run>/inspect.html
+  show    [RECIPE]     the recipe with every default filled in; alone: lists recipes, methods and runs
+
+examples: opd train recipes/runs/opsd_expr.yaml optimizer.lr=3e-4 seed=1
+          opd compare recipes/compare/demo.yaml
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; exit status 2 for a mistake in the input, 1 for a run that failed, 130 for Ctrl-C, 0 otherwise."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("help", "-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"opd: no command {words[0]!r}; commands: {', '.join(COMMANDS)}. `opd help` shows examples.", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[words[0]](words[1:])
+    except ValueError as error:
+        print(f"opd: {error}", file=sys.stderr)
+        return 2
+    except Preempted as stopped:
+        print(f"opd: {stopped}: state saved, run the same command to go on", file=sys.stderr)
+        return 130 if "Ctrl-C" in str(stopped) else 0
+    except TooManySkipped as failed:
+        print(f"opd: {failed}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("opd: interrupted before anything started or while saving; run the same command to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(words: Sequence[str]) -> None:
+    folder = import_module("opd.api").train(_name(words, "train RECIPE"), parse_overrides(words[1:]))
+    print(f"run folder: {folder}")
+
+
+def _compare(words: Sequence[str]) -> None:
+    import_module("opd.api").compare(_name(words, "compare COMPARISON"), parse_overrides(words[1:]))
+
+
+def _eval(words: Sequence[str]) -> None:
+    import_module("opd.api").evaluate(_name(words, "eval MODEL_OR_RUN"), parse_overrides(words[1:]))
+
+
+def _inspect(words: Sequence[str]) -> None:
+    print(import_module("opd.api").inspect(_name(words, "inspect RUN")))
+
+
+def _show(words: Sequence[str]) -> None:
+    if not words:
+        print(overview())
+        return
+    recipe = load_recipe(words[0], words[1:])
+    print(f"# {find_recipe(words[0])} with every default filled in\n{describe(recipe)}", end="")
+
+
+def _name(words: Sequence[str], form: str) -> str:
+    if not words or "=" in words[0]:
+        raise ValueError(f"a name is missing: opd {form} [key=value ...]; `opd show` lists what there is")
+    return words[0]
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "compare": _compare,
+    "eval": _eval,
+    "inspect": _inspect,
+    "show": _show,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""One training run in its folder: resume, records, evaluations, checkpoints, stop rules."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from opd_rollout.engine import Engine
+
+from opd.live import LiveView, Status
+from opd.loop import System
+from opd.runfolder import append_line, checkpoint_step, checkpoints, keep_until, prune_checkpoints, save_checkpoint, write_json
+from opd.types import Sample, StepReport
+
+ACCUMULATED = ("tokens/student", "tokens/teacher", "tokens/learner")  # meters whose sums grow over the run
+
+
+class Sink(Protocol):
+    """A second home for metrics; `run_id` survives a resume so that one curve stays one curve."""
+
+    run_id: str
+
+    def log(self, row: Mapping[str, float], step: int) -> None: ...
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
+
+    def finish(self, failed: bool) -> None: ...
+
+
+class NoSink:
+    """Takes everything and keeps nothing."""
+
+    run_id = ""
+
+    def log(self, row: Mapping[str, float], step: int) -> None: ...
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
+
+    def finish(self, failed: bool) -> None: ...
+
+
+class TooManySkipped(Exception):
+    """Updates were refused several times in a row; the last good checkpoint stays."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """When a run evaluates, saves and stops; 0 switches a rule off. budget_seconds counts training, not evaluation."""
+
+    steps: int
+    evaluate_every: int
+    evaluate_first: bool
+    checkpoint_every: int
+    keep: int
+    keep_best: bool
+    samples_every: int
+    max_skipped: int
+    budget_tokens: int
+    budget_seconds: float
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a checkpoint remembers besides learner and source."""
+
+    totals: dict[str, float] = field(default_factory=lambda: {**dict.fromkeys(ACCUMULATED, 0.0), "seconds/total": 0.0})
+    last: dict[str, float] = field(default_factory=dict)
+    best: float = -1.0
+    best_step: int | None = None
+    skipped_in_a_row: int = 0
+    saved_step: int | None = None
+
+
+class TrainingRun:
+    """Implements opd.loop.Run over a folder. `evaluate_dev(step, engine)` returns accuracy; `write_samples(path, step, samples)` returns table rows."""
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        *,
+        status: Status,
+        view: LiveView,
+        open_sink: Callable[[str], Sink],
+        evaluate_dev: Callable[[int, Engine], float] | None,
+        write_samples: Callable[[Path, int, Sequence[Sample]], Sequence[Sequence[Any]]],
+    ) -> None:
+        self.folder, self.plan, self.status, self.view = folder, plan, status, view
+        self.progress, self.sink = Progress(), NoSink()
+        self._open_sink, self._evaluate_dev, self._write_samples = open_sink, evaluate_dev, write_samples
+
+    def restore(self, s: System) -> int:
+        """Load the newest complete checkpoint, if any, and drop records of later steps; returns the step to go on from."""
+        found = checkpoints(self.folder)
+        step, sink_id = 0, ""
+        if found:
+            state = json.loads((found[-1] / "state.json").read_text())
+            s.learner.load(found[-1] / "learner")
+            s.source.load_state(state["source"])
+            self.progress = Progress(**state["progress"])
+            s.last.update(self.progress.last)
+            s.student.load_weights(s.learner.weights(s.learner.version))
+            step, sink_id = checkpoint_step(found[-1]), state["sink"]
+            self.view.say(f"resumed after step {step} from {found[-1]}")
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            keep_until(self.folder / name, step if found else -1)
+        self.sink = self._open_sink(sink_id)
+        self.status.step(step)
+        self.view.start_at(step)
+        return step
+
+    def due(self, what: str, step: int) -> bool:
+        """Whether "first evaluation", "evaluation" or "checkpoint" is due after `step`."""
+        if what == "first evaluation":
+            return self._evaluate_dev is not None and self.plan.evaluate_first
+        if what == "evaluation":
+            every = self.plan.evaluate_every
+            return self._evaluate_dev is not None and bool(every) and (step % every == 0 or step == self.plan.steps)
+        every = self.plan.checkpoint_every
+        return bool(every) and step % every == 0 or (self.plan.keep_best and self.progress.best_step == step)
+
+    def evaluate(self, step: int, s: System) -> None:
+        """Accuracy on the dev split; a new best is remembered and checkpointed."""
+        assert self._evaluate_dev is not None
+        with s.clock("evaluate"):
+            accuracy = self._evaluate_dev(step, s.student)
+        s.clock.seconds()  # evaluation does not count as training time
+        self.progress.last["eval/dev"] = accuracy
+        self.sink.log({"eval/dev": accuracy}, step)
+        if accuracy > self.progress.best and step > 0:
+            self.progress.best, self.progress.best_step = accuracy, step
+
+    def record(self, report: StepReport, samples: Sequence[Sample]) -> None:
+        """One line of metrics, the live view, and now and then a file of samples."""
+        step, totals = report.step + 1, self.progress.totals
+        means = {name: meter.mean for name, meter in report.meters.items() if name not in ACCUMULATED}
+        for name in ACCUMULATED:
+            totals[name] += report.meters[name].sum if name in report.meters else 0.0
+        taken = sum(report.seconds.values())
+        totals["seconds/total"] += taken
+        row = {**means, **totals, **{f"seconds/{phase}": value for phase, value in report.seconds.items()}, "seconds/step": taken}
+        generated = report.meters.get("tokens/student")
+        row["rate/tokens"] = generated.sum / taken if generated and taken else 0.0
+        append_line(self.folder / "metrics.jsonl", {"step": step, "version": report.version, "skipped": report.skipped, **row})
+        self.sink.log(row, step)
+        self.progress.last.update(means)
+        self.status.step(step)
+        self.view.update(step, {**self.progress.last, **row})
+        every = self.plan.samples_every
+        if (every and step % every == 0) or step == self.plan.steps:
+            rows = self._write_samples(self.folder / "samples" / f"step-{step:06d}.jsonl", step, samples)
+            if rows:
+                self.sink.table("samples", SAMPLE_COLUMNS, rows, step)
+        self._count_skipped(report)
+
+    def _count_skipped(self, report: StepReport) -> None:
+        if not report.skipped:
+            self.progress.skipped_in_a_row = 0
+            return
+        self.progress.skipped_in_a_row += 1
+        self.view.say(f"step {report.step + 1}: no update, {report.skipped}")
+        if self.progress.skipped_in_a_row > self.plan.max_skipped:
+            raise TooManySkipped(
+                f"{self.progress.skipped_in_a_row} updates in a row were refused ({report.skipped}); the last good checkpoint stays in "
+                f"{self.folder / 'checkpoints'}. Lower optimizer.lr, or look at samples/ and metrics.jsonl."
+            )
+
+    def checkpoint(self, step: int, s: System) -> None:
+        """Save everything a resume needs, once a step."""
+        if self.progress.saved_step == step or step == 0:
+            return
+        self.progress.saved_step = step
+
+        def write(scratch: Path) -> None:
+            s.learner.save(scratch / "learner")
+            s.learner.export(scratch / "model")
+            state = {"source": s.source.state(), "progress": _as_dict(self.progress), "sink": self.sink.run_id, "step": step}
+            write_json(scratch / "state.json", state)
+
+        with s.clock("checkpoint"):
+            save_checkpoint(self.folder, step, write)
+            prune_checkpoints(self.folder, self.plan.keep, self.progress.best_step if self.plan.keep_best else None)
+        s.clock.seconds()
+
+    def exhausted(self) -> str:
+        """Which stop rule has fired, or ""."""
+        totals, plan = self.progress.totals, self.plan
+        if plan.budget_tokens and totals["tokens/student"] >= plan.budget_tokens:
+            return f"budget of {plan.budget_tokens} generated tokens used"
+        if plan.budget_seconds and totals["seconds/total"] >= plan.budget_seconds:
+            return f"budget of {plan.budget_seconds} seconds used"
+        return ""
+
+
+SAMPLE_COLUMNS = ("prompt", "completion", "reward", "correct", "finish")
+
+
+def _as_dict(progress: Progress) -> dict[str, Any]:
+    return {name: getattr(progress, name) for name in Progress.__slots__}
+
+
