@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from opd.config import describe, find_recipe, load_recipe, parse_overrides
-from opd.live import Preempted
+from opd.live import Preempted, TooManySkipped
 from opd.overview import overview
-from opd.run import TooManySkipped
 
 USAGE = """usage: opd COMMAND [NAME] [key=value ...]
 

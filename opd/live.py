@@ -22,6 +22,10 @@ class Preempted(Exception):
     """Somebody asked the run to stop; raised only where nothing is lost."""
 
 
+class TooManySkipped(Exception):
+    """Updates were refused several times in a row; the last good checkpoint stays."""
+
+
 @dataclass(slots=True)
 class StopRequest:
     """Set by SIGINT, SIGTERM or SIGUSR1; a second SIGINT ends the process at once."""

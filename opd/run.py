@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from opd_rollout.engine import Engine
 
-from opd.live import LiveView, Status
+from opd.live import LiveView, Status, TooManySkipped
 from opd.loop import System
 from opd.runfolder import append_line, checkpoint_step, checkpoints, keep_until, prune_checkpoints, save_checkpoint, write_json
 from opd.types import Sample, StepReport
@@ -38,10 +38,6 @@ class NoSink:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
 
     def finish(self, failed: bool) -> None: ...
-
-
-class TooManySkipped(Exception):
-    """Updates were refused several times in a row; the last good checkpoint stays."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,131 @@
+"""Who may import whom: upward edges, cycles, late imports and third-party imports outside their home fail here."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = {"opd": ROOT / "opd", "opd_rollout": ROOT / "rollout/opd_rollout", "opd_kernels": ROOT / "kernels/opd_kernels"}
+
+FLOORS = [  # lowest first; a module may import its own floor and below
+    {"opd_kernels"},
+    {"opd_rollout"},
+    {"opd.types", "opd.config"},
+    {"opd.objective", "opd.credit", "opd.chat", "opd.views", "opd.verify", "opd.tasks", "opd.bpe"},
+    {"opd.teacher", "opd.learner", "opd.prompts", "opd.track", "opd.runfolder", "opd.live"},
+    {"opd.loop", "opd.eval", "opd.source", "opd.run"},
+    {"opd.cli", "opd.build", "opd.compare", "opd.inspect", "opd.api", "opd.overview", "opd"},
+]
+HOMES = {  # third-party package -> modules that may import it
+    "triton": {"opd_kernels.row_kernels", "opd_kernels.triton"},
+    "deepspeed": {"opd.learner.deepspeed"},
+    "transformers": {"opd.chat", "opd.build", "opd.bpe", "opd.learner", "opd.tasks.tokenizer", "opd_rollout.torch_engine", "opd_rollout.backbone", "opd_rollout.cache"},
+    "tokenizers": {"opd.bpe", "opd.tasks.tokenizer"},
+    "peft": {"opd.build", "opd.learner"},
+    "datasets": {"opd.prompts", "opd.compare.outside"},
+    "math_verify": {"opd.verify.math"},
+    "wandb": {"opd.track"},
+    "matplotlib": {"opd.compare", "opd.inspect"},
+    "jinja2": {"opd.compare", "opd.inspect"},
+    "trl": {"opd.compare.outside"},
+    "ray": {"opd_rollout.vllm", "opd_rollout.weight_sync", "opd.launch"},
+    "vllm": {"opd_rollout.vllm", "opd_rollout.weight_sync", "opd.launch"},
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            dotted = ".".join((package, *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__")
+            if "_recipes" not in dotted:
+                found[dotted] = path
+    return found
+
+
+def imports(path: Path, dotted: str, known: set[str]) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{dotted}: relative import"
+            found |= {f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in known else str(node.module) for a in node.names}
+    return found
+
+
+def floor(dotted: str) -> int:
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:length])
+        for number, names in enumerate(FLOORS):
+            if prefix in names and (prefix != "opd" or dotted == "opd"):
+                return number
+    raise AssertionError(f"{dotted} stands on no floor: add it to FLOORS")
+
+
+MODULES = modules()
+
+
+def test_no_upward_edge_and_no_cycle():
+    graph = {}
+    for dotted, path in MODULES.items():
+        ours = {name for name in imports(path, dotted, set(MODULES)) if name.split(".")[0] in PACKAGES}
+        upward = {name for name in ours if floor(name) > floor(dotted)}
+        assert not upward, f"{dotted} imports upward: {upward}"
+        graph[dotted] = {name for name in ours if name in MODULES and name != dotted}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_teacher_and_learner_do_not_know_each_other():
+    for dotted, path in MODULES.items():
+        names = imports(path, dotted, set(MODULES))
+        if dotted.startswith("opd.teacher"):
+            assert not [n for n in names if n.startswith("opd.learner")], dotted
+        if dotted.startswith("opd.learner"):
+            assert not [n for n in names if n.startswith("opd.teacher")], dotted
+
+
+@pytest.mark.parametrize("package", sorted(HOMES))
+def test_third_party_packages_stay_at_home(package):
+    for dotted, path in MODULES.items():
+        if any(name.split(".")[0] == package for name in imports(path, dotted, set(MODULES))):
+            assert any(dotted == home or dotted.startswith((home + ".", home + "_")) for home in HOMES[package]), f"{dotted} imports {package}"
+
+
+def test_no_import_inside_functions_except_in_build():
+    for dotted, path in MODULES.items():
+        if dotted == "opd.build":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                late = [n.lineno for n in ast.walk(node) if isinstance(n, (ast.Import, ast.ImportFrom))]
+                assert not late, f"{path}:{late}"
+
+
+def test_sizes():
+    for dotted, path in MODULES.items():
+        text = path.read_text()
+        assert text.count("\n") <= 400, f"{path} is longer than 400 lines"
+        limit = 150 if dotted.startswith("opd_kernels") else 60
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno - node.lineno + 1 <= limit, f"{path}:{node.lineno} {node.name}"
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd="/", timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_plain_kernels_and_rollout_are_not_importable():
+    assert run_python("import importlib.util as u; print(u.find_spec('kernels'), u.find_spec('rollout'))") == "None None"
+
+
+def test_config_and_command_line_load_without_torch():
+    assert run_python("import sys, opd.config, opd.cli; print('torch' in sys.modules, 'transformers' in sys.modules)") == "False False"
