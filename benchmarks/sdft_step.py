@@ -1,0 +1,146 @@
+"""One self-distillation step, ours against TRL's SDFTTrainer: same base, prompts, hints, batch, new tokens and divergence.
+
+    python benchmarks/sdft_step.py                 # both sides, both vocabularies, 3 rounds in turn -> benchmarks/results/sdft_step.json
+    python benchmarks/sdft_step.py --rounds 1 --steps 6 --out /tmp/try.json
+
+Each side runs in its own process with the machine's cores; the figure is the median wall time of steps 4.. and the process's peak resident memory.
+Setting: frozen teacher that sees the facts, reverse KL over the full vocabulary, 32 prompts x 1 sample, at most 72 new tokens, AdamW lr 3e-4.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCH, NEW_TOKENS, LEARNING_RATE = 32, 72, 3e-4
+
+
+def make_base(vocabulary: int, folder: Path) -> Path:
+    """The embedded base, or a random model of its shape with `vocabulary` tokens (the tokenizer is filled up with unused ones)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    source = ROOT / "models/expr-base"
+    if not vocabulary:
+        return source
+    set_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens([f"<unused{n}>" for n in range(vocabulary - len(tokenizer))])
+    config = AutoConfig.from_pretrained(source)
+    config.vocab_size = vocabulary
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run_trl(base: Path, steps: int) -> list[float]:
+    """Seconds of every optimiser step of TRL's trainer."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    from opd.tasks import TASKS
+    from opd.tasks.types import HINT_TEMPLATES
+
+    stream = TASKS["expr"].prompts("train", 0, TASKS["expr"].difficulties[0])
+    prompts = [next(stream) for _ in range(BATCH * steps)]
+    rows = [{"prompt": [dict(m) for m in p.messages], "privileged_context": p.hints["facts"]} for p in prompts]
+    stamps: list[float] = []
+
+    class Stamp(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            stamps.append(time.perf_counter())
+
+        def on_train_end(self, args, state, control, **kwargs):
+            stamps.append(time.perf_counter())
+
+    template = HINT_TEMPLATES["facts"].replace("{hint}", "{privileged_context}").replace("{question}", "{prompt}")
+    with tempfile.TemporaryDirectory() as output:
+        config = SDFTConfig(
+            output_dir=output, per_device_train_batch_size=BATCH, num_generations=1, max_completion_length=NEW_TOKENS, max_steps=steps,
+            distillation_mode="full_logits", distillation_alpha=1.0, teacher_model_kind="base", learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant", weight_decay=0.0, report_to=[], save_strategy="no", logging_strategy="no", use_cpu=True, bf16=False,
+            teacher_prompt_template=template, disable_tqdm=True, seed=0, temperature=1.0,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        trainer = SDFTTrainer(
+            model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(base), callbacks=[Stamp()]
+        )
+        trainer.train()
+    return [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+
+
+def run_opd(base: Path, steps: int) -> list[float]:
+    """Seconds of every step of ours, through the public entry point."""
+    import opd
+
+    with tempfile.TemporaryDirectory() as output:
+        folder = opd.train(
+            "recipes/runs/opsd_expr.yaml",
+            {
+                "model.path": str(base), "steps": steps, "rollout.prompts": BATCH, "group": 1, "sampling.max_tokens": NEW_TOKENS, "view": "facts",
+                "teacher": "frozen", "objective": [{"distill": "reverse_kl", "support": "full"}], "optimizer.lr": LEARNING_RATE, "eval.num_problems": 0,
+                "eval.final_problems": 0, "checkpoint.every": 0, "checkpoint.best": False, "track.wandb": "off", "track.samples_every": 0,
+            },
+            folder=Path(output) / "run",
+        )  # fmt: skip
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["seconds/step"] for row in rows]
+
+
+def side(name: str, base: Path, steps: int) -> dict[str, float]:
+    """One measured process."""
+    command = [sys.executable, __file__, "--side", name, "--base", str(base), "--steps", str(steps)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=1800, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vocabularies", type=int, nargs="*", default=[0, 32000], help="0: the embedded base's own")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/sdft_step.json")
+    parser.add_argument("--side", choices=("trl", "opd"))
+    parser.add_argument("--base", type=Path)
+    options = parser.parse_args()
+    if options.side:
+        seconds = (run_trl if options.side == "trl" else run_opd)(options.base, options.steps)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"seconds": statistics.median(seconds[3:]), "peak_mib": peak}))
+        return
+    table = []
+    for vocabulary in options.vocabularies:
+        with tempfile.TemporaryDirectory() as scratch:
+            base = make_base(vocabulary, Path(scratch))
+            rounds = [{name: side(name, base, options.steps) for name in ("trl", "opd")} for _ in range(options.rounds)]
+        row = {"vocabulary": vocabulary or "embedded base", "rounds": rounds}
+        for figure in ("seconds", "peak_mib"):
+            row[f"{figure}_trl"] = statistics.median(r["trl"][figure] for r in rounds)
+            row[f"{figure}_opd"] = statistics.median(r["opd"][figure] for r in rounds)
+            row[f"{figure}_ratio"] = statistics.median(r["opd"][figure] / r["trl"][figure] for r in rounds)
+        table.append(row)
+        print({k: v for k, v in row.items() if k != "rounds"})
+    facts = {"date": time.strftime("%Y-%m-%d"), "cpus": os.cpu_count(), "machine": platform.machine(), "steps": options.steps, "rows": table}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(facts, indent=1) + "\n")
+    shutil.rmtree(ROOT / "benchmarks/__pycache__", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
