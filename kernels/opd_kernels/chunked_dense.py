@@ -1,0 +1,192 @@
+"""Divergence between two heads over the whole vocabulary, chunked: no [N, V] tensor of either.
+
+Forward: rows of both heads for a few tokens; both normalisers, then D and sum(u) from the same scratch. With token weights the gradient
+follows from that scratch too; without, backward projects both heads again, vocabulary-outer, with the saved normalisers.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opd_kernels.chunked_rows import RowChunks, part_of, row_chunks
+from opd_kernels.distributed import combine_sums, reduce_hidden_gradient, sum_ranks
+from opd_kernels.divergence_maths import entries
+from opd_kernels.dlogits import GradientSums, add_tile, gradient_sums
+from opd_kernels.precomputed import attach, needs_gradient
+from opd_kernels.products import Projection, Scratch, logits_into, projection, softcap_slope
+from opd_kernels.running import accumulate, empty_sums
+from opd_kernels.selection import FLOOR
+from opd_kernels.tiling import spans, tile_shape
+from opd_kernels.types import Divergence, HeadInputs, chunk_budget
+
+_WORKING_COPIES = 12  # tensors like a tile that forming the entries may hold at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSums:
+    """Per token [N]: normalisers of both sides, D, and the sum of the slopes."""
+
+    logz_s: Tensor
+    logz_t: Tensor
+    divergence: Tensor
+    slope: Tensor
+
+
+def dense_divergence(student: HeadInputs, teacher: HeadInputs, divergence: Divergence, *, token_weight: Tensor | None) -> Tensor:
+    """See `opd_kernels.dense_divergence`."""
+    hidden, weight, bias = student.hidden, student.weight, student.options.bias
+    needs = needs_gradient(hidden, weight, bias)
+    if any(needs) and token_weight is None:
+        return _Recomputed.apply(hidden, weight, bias, student, teacher, divergence)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        sums, gradients = _forward(student, teacher, divergence, needs, token_weight)
+    return sums.divergence if gradients is None else attach(sums.divergence, gradients, hidden, weight, bias, token_weight)
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, student: HeadInputs, teacher: HeadInputs, divergence: Divergence
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            sums, _ = _forward(student, teacher, divergence, (False, False, False), None)
+        ctx.save_for_backward(
+            hidden, weight, bias, teacher.hidden, teacher.weight, teacher.options.bias, sums.logz_s, sums.logz_t, sums.slope
+        )
+        ctx.options = replace(student.options, bias=None), replace(teacher.options, bias=None)
+        ctx.divergence = divergence
+        return sums.divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, hidden_t, weight_t, bias_t, logz_s, logz_t, slope = ctx.saved_tensors
+        options_s, options_t = ctx.options
+        with torch.autocast(hidden.device.type, enabled=False):
+            student = projection(hidden, weight, replace(options_s, bias=bias))
+            teacher = projection(hidden_t, weight_t, replace(options_t, bias=bias_t))
+            sums = TokenSums(logz_s=logz_s, logz_t=logz_t, divergence=upstream, slope=slope)
+            grads = _backward(student, teacher, ctx.divergence, sums, upstream, ctx.needs_input_grad[:3])
+        d_hidden = None if grads.hidden is None else grads.hidden.to(hidden.dtype)
+        d_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
+        return d_hidden, grads.weight, d_bias, None, None, None
+
+
+def _forward(
+    student: HeadInputs, teacher: HeadInputs, divergence: Divergence, needs: tuple[bool, ...], token_weight: Tensor | None
+) -> tuple[TokenSums, GradientSums | None]:
+    heads = [projection(side.hidden, side.weight, side.options) for side in (student, teacher)]
+    chunks = row_chunks(heads[0], copies=2)
+    gradients = gradient_sums(heads[0], needs, heads[0].dtype) if token_weight is not None and any(needs) else None
+    parts = []
+    for rows in spans(student.hidden.shape[0], chunks.rows):
+        part_s, part_t = (part_of(head, rows) for head in heads)
+        logz_s, logz_t = (_fill_rows(part, chunks, copy) for copy, part in enumerate((part_s, part_t)))
+        sums = _chunk_sums(part_s, chunks, divergence, logz_s, logz_t)
+        parts.append((sums.logz_s, sums.logz_t, sums.divergence, sums.slope))
+        if gradients is not None:
+            _add_chunk(gradients, part_s, chunks, rows, divergence, sums, token_weight[rows])
+    if gradients is not None:
+        reduce_hidden_gradient(gradients.hidden, student.options.process_group)
+    logz_s, logz_t, values, slopes = (torch.cat(column) for column in zip(*parts, strict=True))
+    return TokenSums(logz_s=logz_s, logz_t=logz_t, divergence=values, slope=slopes), gradients
+
+
+def _fill_rows(head: Projection, chunks: RowChunks, copy: int) -> Tensor:
+    """Writes the logits of a chunk into scratch and returns their log-normalisers [C], over the columns of all ranks."""
+    tokens = head.hidden.shape[0]
+    rows_x = chunks.logits.view(copy, tokens, head.columns)
+    sums = empty_sums(tokens, rows_x)
+    for columns in spans(head.columns, chunks.columns):
+        x = rows_x[:, columns]
+        logits_into(x, head, slice(0, tokens), head.weight_tile(columns.start, columns.stop), columns.start)
+        accumulate(x, sums, chunks.tiles.view(0, *x.shape), None)
+    sums = combine_sums(sums, head.options.process_group)
+    return sums.m + sums.l.log()
+
+
+def _chunk_sums(head: Projection, chunks: RowChunks, divergence: Divergence, logz_s: Tensor, logz_t: Tensor) -> TokenSums:
+    """Turns both sides' logits in scratch into log-probabilities and sums values and slopes over the columns."""
+    tokens = head.hidden.shape[0]
+    lp, lq = (chunks.logits.view(copy, tokens, head.columns) for copy in (0, 1))
+    totals = lp.new_zeros(2, tokens)
+    for columns in spans(head.columns, _narrow(chunks.columns)):
+        value, slope = entries(divergence, normalized(lp[:, columns], logz_s), normalized(lq[:, columns], logz_t))
+        totals[0] += value.sum(dim=1)
+        totals[1] += slope.sum(dim=1)
+    totals = sum_ranks(totals, head.options.process_group)
+    return TokenSums(logz_s=logz_s, logz_t=logz_t, divergence=totals[0], slope=totals[1])
+
+
+def _add_chunk(
+    gradients: GradientSums,
+    head: Projection,
+    chunks: RowChunks,
+    rows: slice,
+    divergence: Divergence,
+    sums: TokenSums,
+    token_weight: Tensor,
+) -> None:
+    tokens = head.hidden.shape[0]
+    lp_rows, lq_rows = (chunks.logits.view(copy, tokens, head.columns) for copy in (0, 1))
+    for columns in spans(head.columns, _narrow(chunks.columns)):
+        lp, lq = (normalized(x[:, columns], logz) for x, logz in ((lp_rows, sums.logz_s), (lq_rows, sums.logz_t)))
+        dlogits = _dlogits(lp, lq, head, slice(0, tokens), divergence, sums, token_weight)
+        block = None if gradients.weight is None else gradients.weight[columns]
+        add_tile(gradients, dlogits, head.hidden, head.weight_tile(columns.start, columns.stop), rows, columns, block)
+
+
+def _backward(
+    student: Projection, teacher: Projection, divergence: Divergence, sums: TokenSums, upstream: Tensor, needs: tuple[bool, ...]
+) -> GradientSums:
+    tokens, device = student.hidden.shape[0], student.hidden.device
+    copies = 2 + _WORKING_COPIES
+    elements = chunk_budget(student.options, device, whole_rows=True) // (copies * student.dtype.itemsize)
+    hidden_size = max(student.hidden.shape[1], teacher.hidden.shape[1])
+    tile_rows, tile_columns = tile_shape(tokens, student.columns, hidden_size, elements, device)
+    scratch = Scratch(tile_rows * tile_columns, 2, student)
+    gradients = gradient_sums(student, needs, student.weight.dtype)
+    direct = gradients.weight is None or gradients.weight.dtype == student.dtype
+    block = None if direct else torch.empty(tile_columns, student.hidden.shape[1], dtype=student.dtype, device=device)
+    for columns in spans(student.columns, tile_columns):
+        tiles = [head.weight_tile(columns.start, columns.stop) for head in (student, teacher)]
+        target = None if gradients.weight is None else gradients.weight[columns] if block is None else block[: columns.stop - columns.start]
+        for rows in spans(tokens, tile_rows):
+            shape = (rows.stop - rows.start, columns.stop - columns.start)
+            x_s, x_t = scratch.view(0, *shape), scratch.view(1, *shape)
+            logits_into(x_s, student, rows, tiles[0], columns.start)
+            logits_into(x_t, teacher, rows, tiles[1], columns.start)
+            lp, lq = normalized(x_s, sums.logz_s[rows]), normalized(x_t, sums.logz_t[rows])
+            part = TokenSums(logz_s=sums.logz_s[rows], logz_t=sums.logz_t[rows], divergence=upstream[rows], slope=sums.slope[rows])
+            dlogits = _dlogits(lp, lq, student, rows, divergence, part, upstream[rows])
+            add_tile(gradients, dlogits, student.hidden[rows], tiles[0], rows, columns, target)
+        if block is not None:
+            gradients.weight[columns] = target
+    reduce_hidden_gradient(gradients.hidden, student.options.process_group)
+    return gradients
+
+
+def normalized(x: Tensor, logz: Tensor) -> Tensor:
+    """Log-probabilities of logits x [C, cv], at least -1e4."""
+    return (x - logz[:, None]).clamp_(min=FLOOR)
+
+
+def _dlogits(
+    lp: Tensor, lq: Tensor, head: Projection, rows: slice, divergence: Divergence, sums: TokenSums, token_weight: Tensor
+) -> Tensor:
+    """Gradient of sum(token_weight * D) with respect to a tile of the student's products."""
+    _, slope = entries(divergence, lp, lq)
+    scale = head.row_scale()
+    scale = token_weight * (scale[rows] if isinstance(scale, Tensor) else scale)
+    dlogits = (slope - lp.exp() * sums.slope[:, None]).mul_(scale[:, None])
+    if head.options.softcap is None:
+        return dlogits
+    return dlogits.mul_(softcap_slope(lp + sums.logz_s[:, None], head, rows))
+
+
+def _narrow(columns: int) -> int:
+    """Columns of a tile where several working copies of it are held."""
+    return max(1, columns // 4)

@@ -1,0 +1,38 @@
+"""Running sums of exponentials over tiles."""
+
+import torch
+from torch import Tensor
+
+from opd_kernels.selection import FLOOR, RunningSums
+
+_NEG_INF = float("-inf")
+
+
+def empty_sums(tokens: int, like: Tensor) -> RunningSums:
+    m = like.new_full((tokens,), _NEG_INF)
+    return RunningSums(m=m, l=torch.zeros_like(m), t=torch.zeros_like(m))
+
+
+def accumulate(x: Tensor, sums: RunningSums, shifted: Tensor, mass: Tensor | None) -> None:
+    """Adds the columns of x [C, cv] to sums, in place.
+
+    `shifted` is scratch like x and may be x itself; `mass` is another, or None to leave t alone. t is the moment about the maximum:
+    about zero it would lose the digits of a small entropy to those of large logits.
+    """
+    if x.shape[1] == 0:
+        return
+    top = torch.maximum(sums.m, x.amax(dim=1))
+    origin = torch.where(top == _NEG_INF, 0.0, top)
+    offset = torch.where(sums.m == _NEG_INF, FLOOR, sums.m - origin)
+    decay = offset.exp()
+    torch.sub(x, origin[:, None], out=shifted)
+    if mass is None:
+        shifted.exp_()
+        sums.l.mul_(decay).add_(shifted.sum(dim=1))
+    else:
+        shifted.clamp_(min=FLOOR)
+        torch.exp(shifted, out=mass)
+        sums.t.add_(torch.where(sums.l == 0, 0.0, offset * sums.l)).mul_(decay)
+        sums.l.mul_(decay).add_(mass.sum(dim=1))
+        sums.t.add_(mass.mul_(shifted).sum(dim=1))
+    sums.m.copy_(top)

@@ -1,0 +1,35 @@
+"""Sizes of tiles and chunks under a scratch budget."""
+
+from collections.abc import Iterator
+
+import torch
+
+_ALIGNMENT = 64
+
+
+def spans(total: int, step: int) -> Iterator[slice]:
+    """Slices of `step` that cover range(total); the last may be shorter."""
+    return (slice(start, min(total, start + step)) for start in range(0, total, step))
+
+
+def tile_shape(tokens: int, columns: int, hidden_size: int, element_budget: int, device: torch.device) -> tuple[int, int]:
+    """(rows, columns) of a tile of at most element_budget elements, such that a [columns, hidden] weight tile also fits it."""
+    rows = min(tokens, 8192 if device.type == "cuda" else 1024, max(1, element_budget // _ALIGNMENT))
+    width = max(1, element_budget // max(rows, hidden_size))
+    return rows, _aligned(min(width, max(1, columns)))
+
+
+def chunk_rows(tokens: int, columns: int, element_budget: int) -> int:
+    """Whole rows of `columns` logits that fit the budget: a power of two where more than one fits."""
+    fitting = max(1, element_budget // max(1, columns))
+    return min(tokens, 1 << (fitting.bit_length() - 1))
+
+
+def inner_columns(rows: int, columns: int, device: torch.device) -> int:
+    """Columns of a tile that is worked on inside whole rows: on the CPU a tile the caches hold."""
+    elements = 1 << (24 if device.type == "cuda" else 19)
+    return _aligned(min(max(_ALIGNMENT, elements // rows), max(1, columns)))
+
+
+def _aligned(width: int) -> int:
+    return width if width < _ALIGNMENT else width - width % _ALIGNMENT

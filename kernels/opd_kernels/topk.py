@@ -1,0 +1,89 @@
+"""Exact top-k of rows, descending, ties to the lowest id.
+
+A row's blocks of 64 columns are ranked by (maximum, lowest index first). Every element outside the first k blocks is beaten by one
+element in each of those k blocks, so only k * 64 columns are looked at; equal values are settled by keys that hold value and id.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_kernels.distributed import gather_ranks
+from opd_kernels.tiling import spans
+
+BLOCK = 64
+_CANDIDATES_CPU = 1 << 18  # looked at together: what the caches hold
+_CANDIDATES_CUDA = 1 << 24
+_NEG_INF = float("-inf")
+_NO_ID = 2**31 - 1  # stands for "no column" in a merge; larger than any id
+
+
+def topk_of(x: Tensor, k: int, block_max: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(values, ids) [C, k] of rows x [C, V]; k must not exceed V. `block_max` [C, ceil(V / 64)] saves a pass."""
+    candidates = min(x.shape[1], k * BLOCK)
+    step = max(1, (_CANDIDATES_CUDA if x.is_cuda else _CANDIDATES_CPU) // candidates)
+    parts = [_topk_of_rows(x[rows], k, None if block_max is None else block_max[rows]) for rows in spans(x.shape[0], step)]
+    values, ids = zip(*parts, strict=True)
+    return torch.cat(values), torch.cat(ids)
+
+
+def _topk_of_rows(x: Tensor, k: int, block_max: Tensor | None) -> tuple[Tensor, Tensor]:
+    columns = x.shape[1]
+    blocks = -(-columns // BLOCK)
+    if blocks <= k or x.dtype == torch.float64:
+        return merge(x, torch.arange(columns, device=x.device).expand_as(x), k)
+    block_max = block_maxima(x) if block_max is None else block_max
+    _, chosen = merge(block_max, torch.arange(blocks, device=x.device).expand_as(block_max), k)
+    ids = (chosen[:, :, None] * BLOCK + torch.arange(BLOCK, device=x.device)).flatten(1)
+    values = torch.where(ids < columns, x.gather(1, ids.clamp(max=columns - 1)), _NEG_INF)
+    return merge(values, torch.where(ids < columns, ids, _NO_ID), k)
+
+
+def block_maxima(x: Tensor) -> Tensor:
+    """[C, ceil(V / 64)] maxima of consecutive blocks of 64 columns."""
+    columns = x.shape[1]
+    whole = columns - columns % BLOCK
+    maxima = x[:, :whole].unflatten(1, (-1, BLOCK)).amax(dim=2) if whole else x.new_empty(x.shape[0], 0)
+    return maxima if whole == columns else torch.cat([maxima, x[:, whole:].amax(dim=1, keepdim=True)], dim=1)
+
+
+def merge(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of (value, id) pairs [C, M] by value, then by lowest id; ids below 2^31, in any order."""
+    if values.dtype == torch.float64:
+        by_id = ids.argsort(dim=1, stable=True)
+        order = by_id.gather(1, values.gather(1, by_id).argsort(dim=1, stable=True, descending=True)[:, :k])
+    else:
+        order = _sort_keys(values, ids).topk(k, dim=1).indices
+    return values.gather(1, order), ids.gather(1, order)
+
+
+def _sort_keys(values: Tensor, ids: Tensor) -> Tensor:
+    """Distinct int64 keys whose order is (value ascending, id descending); +0 and -0 are equal values."""
+    bits = (values + 0.0).view(torch.int32)
+    ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    return (ordered.to(torch.int64) << 32) + (_NO_ID - ids)
+
+
+class RunningTopk:
+    """The k best columns seen so far of each token."""
+
+    def __init__(self, tokens: int, k: int, like: Tensor) -> None:
+        self._values = like.new_full((tokens, k), _NEG_INF)
+        self._ids = torch.full((tokens, k), _NO_ID, dtype=torch.int64, device=like.device)
+
+    def add(self, x: Tensor, rows: slice, start: int, block_max: Tensor | None = None) -> None:
+        """Offers columns x [C, cv], whose first has the global id `start`."""
+        k = self._values.shape[1]
+        values, ids = topk_of(x, min(k, x.shape[1]), block_max)
+        values, ids = torch.cat([self._values[rows], values], dim=1), torch.cat([self._ids[rows], ids + start], dim=1)
+        self._values[rows], self._ids[rows] = merge(values, ids, k)
+
+    def result(self, group: Any) -> tuple[Tensor, Tensor]:
+        """(values, ids) [N, k] over the columns of all ranks; -1 where there are fewer than k columns."""
+        values, ids = self._values, self._ids
+        if group is not None:
+            k = values.shape[1]
+            values, ids = (gather_ranks(part, group).permute(1, 0, 2).flatten(1) for part in (values, ids))
+            values, ids = merge(values, ids, k)
+        return values, torch.where(ids == _NO_ID, -1, ids)
