@@ -1,0 +1,125 @@
+"""Log-probabilities of given completions under a model: what teachers, the learner's preparation and the engine share.
+
+Legend: N completion tokens of a batch, T of one request, K support size, D hidden size.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from opd_kernels import Head, HeadView, selected_logprobs, topk_logprobs
+from torch import Tensor, nn
+
+from opd_rollout.backbone import evaluating, hidden_states
+from opd_rollout.layout import lay_out, split_by_budget, to_device
+from opd_rollout.types import ScoreRequest, TokenScores
+
+
+@torch.no_grad()
+def score_tokens(
+    model: nn.Module,
+    head: Head,
+    requests: Sequence[ScoreRequest],
+    *,
+    temperature: float,
+    token_budget: int,
+    version: int,
+    chunk_bytes: int | None = None,
+    packed: bool = False,
+) -> list[TokenScores]:
+    """Scores in the order of the requests, on the model's device; no gradient, evaluation mode.
+
+    token_budget bounds the padded tokens of one forward pass and chunk_bytes the head's scratch. `k` = 0 without support_ids gives one
+    column: the completion's own token. Raises ValueError for a request that asks for both, or whose sequence exceeds the model.
+    """
+    _check_requests(requests, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    scores: dict[int, TokenScores] = {}
+    with evaluating(model):
+        for kind in sorted({_kind(request) for request in requests}):
+            alike = [index for index, request in enumerate(requests) if _kind(request) == kind]
+            lengths = [len(requests[index].context_ids) + len(requests[index].completion_ids) for index in alike]
+            for batch in split_by_budget(lengths, token_budget):
+                members = [alike[position] for position in batch]
+                pieces = _score_batch(
+                    model, head, [requests[index] for index in members], temperature=temperature, chunk_bytes=chunk_bytes, packed=packed
+                )
+                for index, piece in zip(members, pieces, strict=True):
+                    hashed = view_hash(requests[index].context_ids)
+                    scores[index] = TokenScores(**piece, temperature=temperature, version=version, view_hash=hashed)
+    return [scores[index] for index in range(len(requests))]
+
+
+def view_hash(context_ids: Sequence[int]) -> str:
+    """16 hexadecimal digits that name a context's token ids."""
+    return hashlib.blake2b(",".join(map(str, context_ids)).encode(), digest_size=8).hexdigest()
+
+
+def _kind(request: ScoreRequest) -> tuple[int, int]:
+    """Requests of one kind share a call of the head: (columns of support_ids or 0, k)."""
+    return (0 if request.support_ids is None else request.support_ids.shape[1], request.k)
+
+
+def _check_requests(requests: Sequence[ScoreRequest], limit: int | None) -> None:
+    for index, request in enumerate(requests):
+        length = len(request.context_ids) + len(request.completion_ids)
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"request {index} has {len(request.context_ids)} context and {len(request.completion_ids)} completion tokens, but the "
+                f"scorer has {limit} positions; shorten the context (its hint)"
+            )
+        if request.support_ids is None:
+            continue
+        if request.k:
+            raise ValueError(f"request {index} asks for support_ids and for k = {request.k}; choose one")
+        if request.support_ids.dim() != 2 or len(request.support_ids) != len(request.completion_ids) or not request.support_ids.shape[1]:
+            raise ValueError(
+                f"request {index} has support_ids of shape {list(request.support_ids.shape)}; it must be "
+                f"[{len(request.completion_ids)}, K], a row a completion token"
+            )
+
+
+def _score_batch(
+    model: nn.Module, head: Head, requests: Sequence[ScoreRequest], *, temperature: float, chunk_bytes: int | None, packed: bool
+) -> list[dict[str, Any]]:
+    layout = to_device(lay_out([(request.context_ids, request.completion_ids) for request in requests], packed=packed), head.weight.device)
+    hidden_ND = hidden_states(model, layout)[layout.predict_at]
+    options = {"temperature": temperature, "chunk_bytes": chunk_bytes}
+    if requests[0].support_ids is not None:
+        support_NK = torch.cat([request.support_ids.to(hidden_ND.device) for request in requests if request.support_ids is not None])
+        found = head(hidden_ND, partial(_at_support, token_N=layout.token, support_NK=support_NK, options=options))
+    elif requests[0].k:
+        found = head(hidden_ND, partial(_at_topk, token_N=layout.token, k=requests[0].k, options=options))
+    else:
+        found = head(hidden_ND, partial(_at_token, token_N=layout.token, options=options))
+    counts = [len(request.completion_ids) for request in requests]
+    split = {name: tensor.split(counts) for name, tensor in found.items()}
+    hidden = hidden_ND.split(counts)
+    return [
+        {name: parts[index] for name, parts in split.items()} | {"hidden": hidden[index] if request.hidden else None}
+        for index, request in enumerate(requests)
+    ]
+
+
+def _at_token(hidden_ND: Tensor, view: HeadView, *, token_N: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
+    ids = token_N.unsqueeze(1)
+    found = selected_logprobs(hidden_ND, view.weight, ids, **view.keywords(), **options)
+    return {"sampled": found.logp[:, 0], "ids": ids, "logp": found.logp, "tail_logp": found.tail_logp, "entropy": found.entropy}
+
+
+def _at_topk(hidden_ND: Tensor, view: HeadView, *, token_N: Tensor, k: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    found = topk_logprobs(hidden_ND, view.weight, k, always_include=token_N, **view.keywords(), **options)
+    return {"sampled": found.logp[:, 0], "ids": found.ids, "logp": found.logp, "tail_logp": found.tail_logp, "entropy": found.entropy}
+
+
+def _at_support(
+    hidden_ND: Tensor, view: HeadView, *, token_N: Tensor, support_NK: Tensor, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    ids = torch.cat([token_N.unsqueeze(1), support_NK], dim=1)
+    found = selected_logprobs(hidden_ND, view.weight, ids, **view.keywords(), **options)
+    sampled = found.logp[:, 0]
+    # the kernel's tail lies outside the support and the sampled token; a sampled token outside the support belongs to its tail
+    outside = sampled.masked_fill((support_NK == token_N.unsqueeze(1)).any(dim=1), float("-inf"))
+    tail_logp = torch.logaddexp(found.tail_logp, outside)
+    return {"sampled": sampled, "ids": support_NK, "logp": found.logp[:, 1:], "tail_logp": tail_logp, "entropy": found.entropy}
