@@ -1,0 +1,248 @@
+"""Which combinations are refused when a recipe loads, and what to write instead.
+
+A rule looks at one term and returns a Finding or None. A finding with an `allow` name is a published form with a known bias: a term that
+lists the name runs, and the name is printed beside its results. The others have no override, because nothing useful could come of them.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from opd.choices import name_of, nearest, parameters_of
+from opd.objective.divergences import DENSE
+from opd.objective.terms import Term
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What the rest of the recipe says; None where it is not known, which leaves the matching rules out."""
+
+    signals: Collection[str] | None = None
+    group: int | None = None
+    source: Literal["student", "dataset", "mixed"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Why a term is refused, what is legal instead, and the `allow` name that lets it run all the same."""
+
+    reason: str
+    legal: str
+    allow: str = ""
+
+
+Rule = Callable[[Term, Setting], Finding | None]
+REVERSE = ("reverse_kl", "stop_gradient_reverse_kl", "skew_reverse_kl")
+BIASED = (
+    "truncated_forward_kl",
+    "truncated_reverse_kl",
+    "truncated_jsd",
+    "truncated_skew_forward_kl",
+    "truncated_skew_reverse_kl",
+    "truncated_divergence",
+    "renormalised_reverse_kl",
+    "k1_loss",
+    "k3_loss",
+)
+
+
+def check_term(term: Term, setting: Setting, where: str, allow: Sequence[str] | str) -> Term:
+    """The term, with the allowed forms that it makes use of. Raises ValueError for the first illegal pair."""
+    allowed = (allow,) if isinstance(allow, str) else tuple(allow)
+    for name in allowed:
+        if name not in BIASED:
+            raise ValueError(f"{where}.allow: unknown name {name!r}{nearest(str(name), BIASED)}; valid: {', '.join(BIASED)}")
+    used = []
+    for rule in RULES:
+        finding = rule(term, setting)
+        if finding is None:
+            continue
+        if finding.allow not in allowed:
+            override = f"; to run the published form as it is, add allow: [{finding.allow}]" if finding.allow else ""
+            raise ValueError(f"{where} ({term.name}): {finding.reason}. Legal: {finding.legal}{override}")
+        used.append(finding.allow)
+    return replace(term, allow=tuple(used))
+
+
+def check_objective(terms: Sequence[Term]) -> None:
+    """Refuses terms that ask one signal, or one `prepare` pass, for two different sets of ids."""
+    by_signal: dict[str, Term] = {}
+    by_student: Term | None = None
+    for term in terms:
+        if not term.support or not term.support.sparse or not term.signal:
+            continue
+        first = by_signal.setdefault(term.signal, term)
+        assert first.support
+        if (first.support.kind, first.support.k) != (term.support.kind, term.support.k):
+            raise ValueError(
+                f"objective: terms {first.name} and {term.name} read signal {term.signal!r} on different supports "
+                f"({first.support.kind} k={first.support.k}, {term.support.kind} k={term.support.k}), "
+                "and a signal is scored at one set of ids. Legal: the same support and k, or a second entry of signals: with the same weights and view"
+            )
+        if term.support.kind == "student_topk":
+            by_student = by_student or term
+            assert by_student.support
+            if by_student.support.k != term.support.k:
+                raise ValueError(
+                    f"objective: terms {by_student.name} and {term.name} want the student's top {by_student.support.k} and "
+                    f"{term.support.k}, which are chosen once a batch. Legal: one k for both"
+                )
+
+
+def signal_declared(term: Term, setting: Setting) -> Finding | None:
+    missing = sorted(term.signals - set(setting.signals)) if setting.signals is not None else []
+    if not missing:
+        return None
+    declared = ", ".join(sorted(setting.signals or ())) or "none"
+    return Finding(
+        reason=f"the recipe does not declare the signal {missing[0]!r}{nearest(missing[0], setting.signals or ())}; declared: {declared}",
+        legal=(
+            "teacher: and view: (they make the signal main), an entry of signals:, or signal: with a declared name; "
+            "a method that needs no teacher is grpo"
+        ),
+    )
+
+
+def route_sees_a_view(term: Term, setting: Setting) -> Finding | None:
+    if not name_of(term.route).endswith("view") or setting.signals is None or term.view_signal in setting.signals:
+        return None
+    return Finding(
+        reason=f"routes by the views of the signal {term.view_signal!r}, which the recipe does not declare",
+        legal="declare it with view: and teacher:, name another one with signal:, or route: all | correct | wrong",
+    )
+
+
+def dense_form_exists(term: Term, setting: Setting) -> Finding | None:
+    if term.support is None or term.support.kind != "full" or term.dense is not None:
+        return None
+    return Finding(
+        reason="support full runs inside the vocabulary kernels, which know the named divergences only",
+        legal=f"distill: {' | '.join(DENSE)}, or support: {{student_topk: {{k: 64, tail: bucket}}}} for a function of your own",
+    )
+
+
+def clip_is_dense(term: Term, setting: Setting) -> Finding | None:
+    if not term.support or term.support.kind == "full" or parameters_of(term.loss or name_of).get("entry_clip") is None:
+        return None
+    return Finding(
+        reason="entry_clip bounds single vocabulary entries, but a top-k or sampled support has lumped or lost most of them",
+        legal="support: full, or the divergence without entry_clip",
+    )
+
+
+def renormalised_needs_two(term: Term, setting: Setting) -> Finding | None:
+    if not term.support or term.support.tail != "renormalise" or term.support.k != 1:
+        return None
+    return Finding(
+        reason="one token renormalised has probability 1 on both sides, so loss and gradient are always zero",
+        legal="k of at least 2, tail: bucket, or support: sampled",
+    )
+
+
+def dropped_tail(term: Term, setting: Setting) -> Finding | None:
+    if not term.support or not term.support.sparse or term.support.tail != "drop":
+        return None
+    name = name_of(term.loss) if term.loss else ""
+    if name == "stop_gradient_reverse_kl" and term.support.kind == "student_topk":
+        return None
+    known = {"stop_gradient_reverse_kl": "reverse_kl"}.get(name, name)
+    return Finding(
+        reason=(
+            f"{name} over a truncated support is no divergence: it can be negative, and its gradient is not zero where student and teacher "
+            "agree"
+        ),
+        legal="tail: bucket, tail: renormalise, support: full, or stop_gradient_reverse_kl on student_topk",
+        allow=f"truncated_{known}" if f"truncated_{known}" in BIASED else "truncated_divergence",
+    )
+
+
+def renormalised_reverse(term: Term, setting: Setting) -> Finding | None:
+    if not term.support or term.support.tail != "renormalise" or term.support.kind != "teacher_topk":
+        return None
+    if not term.loss or name_of(term.loss) not in REVERSE:
+        return None
+    return Finding(
+        reason="reverse KL renormalised on the teacher's top-k does not see what the student puts outside it, and lets it stay there",
+        legal="support: student_topk, tail: bucket, support: full, or forward_kl",
+        allow="renormalised_reverse_kl",
+    )
+
+
+def sampled_estimator(term: Term, setting: Setting) -> Finding | None:
+    if not term.support or term.support.kind != "sampled":
+        return None
+    name = name_of(term.loss) if term.loss else ""
+    if name in ("sampled_reverse_kl", "k2"):
+        return None
+    if name == "k1":
+        return Finding(
+            reason="k1 as a loss has expected gradient zero: it does nothing but add noise", legal="reference_kl: k2", allow="k1_loss"
+        )
+    if name == "k3":
+        return Finding(
+            reason="k3 as a loss has the reverse KL's value but the forward KL's gradient", legal="reference_kl: k2", allow="k3_loss"
+        )
+    return Finding(
+        reason=f"{name} cannot be estimated from the sampled token alone",
+        legal="distill: reverse_kl with support: sampled, or support: full | student_topk | teacher_topk",
+    )
+
+
+def target_on_categories(term: Term, setting: Setting) -> Finding | None:
+    if term.target is None or (term.support and term.support.sparse and term.support.tail != "drop"):
+        return None
+    return Finding(
+        reason=f"the target {name_of(term.target)} mixes two distributions, so it needs categories that sum to one",
+        legal="support: student_topk | teacher_topk with tail: bucket or renormalise, or target: teacher",
+    )
+
+
+def weight_reads_signal(term: Term, setting: Setting) -> Finding | None:
+    if "signal" not in term.reads or term.signal is not None:
+        return None
+    return Finding(
+        reason="a weight reads the teacher's entropy, but the term has no signal",
+        legal="the weight on a distill term, or student_confidence",
+    )
+
+
+def sampled_by_the_policy(term: Term, setting: Setting) -> Finding | None:
+    if setting.source in (None, "student"):
+        return None
+    sampled = term.kind == "surrogate" or (term.support is not None and term.support.kind == "sampled")
+    ratio = term.reads & {"old_logp", "behaviour_logp"}
+    if not sampled and not ratio:
+        return None
+    return Finding(
+        reason=(
+            f"answers from the source {setting.source!r} carry no log-probs of a policy that sampled them, so "
+            f"{'a ratio' if ratio else 'an estimate over sampled tokens'} means nothing on them"
+        ),
+        legal="rollout.source: student; or nll, or distill on full | student_topk | teacher_topk without a ratio weight",
+    )
+
+
+def group_has_siblings(term: Term, setting: Setting) -> Finding | None:
+    if setting.group != 1 or "group" not in term.reads:
+        return None
+    credited = name_of(term.credit) if term.credit else name_of(term.route)
+    return Finding(
+        reason=f"{credited} compares the answers of one prompt, and group is 1",
+        legal="group: 2 or more; advantage: raw_reward or teacher_logratio; or a method without group credit (opd, opsd, sft)",
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    signal_declared,
+    route_sees_a_view,
+    dense_form_exists,
+    clip_is_dense,
+    renormalised_needs_two,
+    dropped_tail,
+    renormalised_reverse,
+    sampled_estimator,
+    target_on_categories,
+    weight_reads_signal,
+    sampled_by_the_policy,
+    group_has_siblings,
+)

@@ -1,0 +1,115 @@
+"""Which vocabulary entries a divergence is computed on, and what becomes of the mass outside them.
+
+Legend: N tokens, K ids of a micro-batch's rows, k ids of one signal, k' categories after completion.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from opd_kernels import PAD_LOGP, SelectedLogprobs
+from torch import Tensor
+
+from opd.choices import Count
+from opd.types import SignalRows, TokenRows
+
+Tail = Literal["bucket", "renormalise", "drop"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """kind: the whole vocabulary, the sampled token, or the k likeliest tokens of one side (`sampled` adds the sampled token).
+
+    tail: "bucket" keeps the outside mass as one more category, "renormalise" makes both sides sum to one inside, "drop" does neither.
+    """
+
+    kind: Literal["full", "sampled", "student_topk", "teacher_topk"]
+    k: int = 0
+    tail: Tail = "bucket"
+    sampled: bool = False
+
+    @property
+    def sparse(self) -> bool:
+        return self.kind in ("student_topk", "teacher_topk")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Categories:
+    """Both sides' log-probs on the same k' categories, student [N, k'] with its graph, teacher [N, k'] constant; tails [N] detached."""
+
+    student: Tensor
+    teacher: Tensor
+    student_tail: Tensor
+    teacher_tail: Tensor
+
+
+def full() -> Support:
+    return Support(kind="full")
+
+
+def sampled() -> Support:
+    return Support(kind="sampled")
+
+
+def student_topk(*, k: Count, tail: Tail = "bucket", sampled: bool = False) -> Support:
+    return Support(kind="student_topk", k=k, tail=tail, sampled=sampled)
+
+
+def teacher_topk(*, k: Count, tail: Tail = "bucket", sampled: bool = False) -> Support:
+    return Support(kind="teacher_topk", k=k, tail=tail, sampled=sampled)
+
+
+def first_occurrence(ids: Tensor) -> Tensor:
+    """[N, K] bool: true at each row's real ids (not -1), once an id."""
+    order = ids.argsort(dim=-1, stable=True)
+    ordered = ids.gather(-1, order)
+    fresh = torch.ones_like(ordered, dtype=torch.bool)
+    fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.zeros_like(fresh).scatter(-1, order, fresh) & (ids >= 0)
+
+
+def categories(support: Support, selected: SelectedLogprobs, rows: TokenRows, signal: SignalRows) -> Categories:
+    """Student and teacher on a sparse support's categories, the tail completed as the support says.
+
+    The kernel's tail holds the mass outside all ids of the row. The mass of the ids that are not in this support is added to it in
+    log space: no subtraction from one, so nothing cancels. Where the signal is not available the teacher's side is the student's.
+    """
+    ids = rows.ids[:, signal.columns]
+    kept = _kept(support, ids, rows.token)
+    others = first_occurrence(torch.cat([torch.where(kept, ids, -1), rows.ids], dim=-1))[:, ids.shape[1] :]
+    student = torch.where(kept, selected.logp[:, signal.columns], PAD_LOGP)
+    assert selected.tail_logp is not None, "a sparse support needs the kernel's tail"
+    student_tail = torch.logaddexp(selected.tail_logp, _mass(selected.logp, others))
+    logp = signal.logp.to(student)
+    teacher = torch.where(kept, logp, PAD_LOGP)
+    outside = first_occurrence(ids) & ~kept
+    teacher_tail = torch.logaddexp(signal.tail_logp.to(student), _mass(logp, outside))
+    available = signal.available[:, None]
+    teacher = torch.where(available, teacher, student.detach()).clamp_min(PAD_LOGP)
+    teacher_tail = torch.where(signal.available, teacher_tail, student_tail.detach()).clamp_min(PAD_LOGP)
+    tails = {"student_tail": student_tail.detach(), "teacher_tail": teacher_tail}
+    if support.tail == "bucket":
+        student = torch.cat([student, student_tail.clamp_min(PAD_LOGP)[:, None]], dim=-1)
+        teacher = torch.cat([teacher, teacher_tail[:, None]], dim=-1)
+    if support.tail == "renormalise":
+        student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+    return Categories(student=student, teacher=teacher, **tails)
+
+
+def _kept(support: Support, ids: Tensor, token: Tensor) -> Tensor:
+    """The slice's ids that belong to the support: scorers add the sampled token to their top-k, which is then one id too many."""
+    distinct = first_occurrence(ids)
+    if support.sampled:
+        return distinct
+    added = distinct.sum(-1, keepdim=True) > support.k
+    return distinct & ~(added & (ids == token[:, None]))
+
+
+def _mass(logp: Tensor, chosen: Tensor) -> Tensor:
+    """log of the summed probability of the chosen columns [N]; PAD_LOGP, with gradient 0, where there are none."""
+    if logp.shape[-1] == 0:
+        return logp.new_full(logp.shape[:-1], PAD_LOGP)
+    return torch.where(chosen, logp, PAD_LOGP).clamp_min(PAD_LOGP).logsumexp(-1)
+
+
+SUPPORTS = {"full": full, "sampled": sampled, "student_topk": student_topk, "teacher_topk": teacher_topk}

@@ -1,0 +1,155 @@
+"""An objective is a tuple of terms; a term is a record of small pure functions.
+
+term = coef(step) x route[answer] x weight[token] x loss[token], summed over tokens, divided by the term's own global denominator
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from opd_kernels import Divergence
+from torch import Tensor
+
+from opd.choices import Positive, parameters_of, what_it_reads
+from opd.objective.routes import RouteInput
+from opd.objective.supports import Support
+from opd.objective.weights import TokenStatistics
+
+Over = Literal["routed", "all"]
+Schedule = Callable[[int, Mapping[str, float]], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reduction:
+    """What a term's sum is divided by, counted over all ranks and micro-batches of one optimiser step.
+
+    token_mean: tokens. sequence_mean: each token by its answer's tokens, the sum by answers. constant: answers x length.
+    Tokens count when in the loss mask and not dropped by a gate, answers when they have such a token; over "routed" only where the term
+    applies (route above 0, signal available), over "all" everywhere: terms that split a batch then share one denominator.
+    """
+
+    kind: Literal["token_mean", "sequence_mean", "constant"]
+    over: Over = "routed"
+    length: float = 1.0
+
+
+def token_mean(*, over: Over = "routed") -> Reduction:
+    return Reduction(kind="token_mean", over=over)
+
+
+def sequence_mean(*, over: Over = "routed") -> Reduction:
+    return Reduction(kind="sequence_mean", over=over)
+
+
+def constant(*, length: Positive, over: Over = "routed") -> Reduction:
+    return Reduction(kind="constant", over=over, length=length)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """One summand. Which functions are set follows from `kind`:
+
+    divergence: loss(student_logp, teacher_logp [N, K'] or, on support "sampled", [N]) -> [N]; `dense` is its record for support "full".
+    surrogate: loss(student_logp, old_logp, advantage) -> ([N], clipped); the advantage comes from `credit` or `token_credit`.
+    nll: loss is unused, the token loss is -log p.
+    signal: scores the term reads, None for surrogate and nll. view_signal: whose views the route asks about.
+    allow: the biased forms that the recipe runs knowingly.
+    """
+
+    name: str
+    kind: Literal["divergence", "surrogate", "nll"]
+    loss: Callable[..., Any] | None
+    signal: str | None = None
+    view_signal: str = "main"
+    support: Support | None = None
+    dense: Divergence | None = None
+    target: Callable[[Tensor, Tensor], Tensor] | None = None
+    weights: tuple[Callable[[TokenStatistics], Tensor], ...] = ()
+    gates: tuple[Callable[[Tensor], Tensor], ...] = ()
+    route: Callable[[RouteInput], float]
+    credit: Callable[..., Tensor] | None = None
+    token_credit: Callable[..., Tensor] | None = None
+    reduce: Reduction
+    coef: Schedule | float
+    scope: Literal["token", "sequence"] = "token"
+    allow: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What its functions declared with `opd.choices.reads`."""
+        functions = (self.loss, self.credit, self.token_credit, self.route, *self.weights)
+        return frozenset().union(*(what_it_reads(f) for f in functions if f is not None))
+
+    @property
+    def signals(self) -> frozenset[str]:
+        """Every signal whose scores the term reads."""
+        credited = parameters_of(self.token_credit).get("signal") if self.token_credit else None
+        return frozenset(name for name in (self.signal, credited) if name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignalNeeds:
+    """What a scorer must deliver: its own top `k`, log-probs at the student's top-k ids, final hidden states, the sampled tokens."""
+
+    k: int = 0
+    student_support: bool = False
+    hidden: bool = False
+    sampled: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What an objective asks of the steps before it.
+
+    old_logp: a term compares with the weights of the rollout; with one update a batch the learner may leave it out (the ratio is then 1).
+    entropy: a weight reads the student's. student_topk: k of the ids that `prepare` must choose, 0 for none.
+    separable: no term needs whole rows of the vocabulary or a whole answer, so the loss can run chunk by chunk.
+    """
+
+    old_logp: bool
+    entropy: bool
+    student_topk: int
+    signals: Mapping[str, SignalNeeds]
+    separable: bool
+    full_terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """The sum of its terms."""
+
+    terms: tuple[Term, ...] = field(default=())
+
+    def at(self, step: int, metrics: Mapping[str, float]) -> "Objective":
+        """The same objective with every coefficient as the number that its schedule gives now."""
+        numbers = (term.coef(step, metrics) if callable(term.coef) else term.coef for term in self.terms)
+        return Objective(terms=tuple(replace(term, coef=number) for term, number in zip(self.terms, numbers, strict=True)))
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The biased forms in use, to be printed beside results."""
+        return tuple(sorted({name for term in self.terms for name in term.allow}))
+
+    @property
+    def needs(self) -> Needs:
+        reads = frozenset[str]().union(*(term.reads for term in self.terms))
+        full_terms = tuple(term for term in self.terms if term.support and term.support.kind == "full")
+        return Needs(
+            old_logp="old_logp" in reads,
+            entropy="entropy" in reads,
+            student_topk=max((t.support.k for t in self.terms if t.support and t.support.kind == "student_topk"), default=0),
+            signals={name: self._signal_needs(name) for name in sorted(set().union(*(term.signals for term in self.terms)))},
+            separable=not full_terms and all(term.scope == "token" for term in self.terms),
+            full_terms=full_terms,
+        )
+
+    def _signal_needs(self, signal: str) -> SignalNeeds:
+        supports = [term.support for term in self.terms if term.signal == signal and term.support]
+        return SignalNeeds(
+            k=max((s.k for s in supports if s.kind == "teacher_topk"), default=0),
+            student_support=any(s.kind == "student_topk" for s in supports),
+            hidden=any(s.kind == "full" for s in supports),
+        )
+
+
+REDUCTIONS = {"token_mean": token_mean, "sequence_mean": sequence_mean, "constant": constant}
