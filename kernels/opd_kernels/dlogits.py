@@ -63,7 +63,7 @@ def add_tile(
 ) -> None:
     """Adds a tile's share, hidden [C, H] being its tokens; `block` is where the share of weight goes, first written, then added to."""
     if sums.bias is not None:
-        sums.bias[columns] += dlogits.sum(dim=0)
+        sums.bias[columns] += dlogits.sum(dim=0, dtype=sums.bias.dtype)
     dlogits = dlogits.to(weight_tile.dtype)
     if sums.hidden is not None:
         add_product(sums.hidden[rows], dlogits, weight_tile)
