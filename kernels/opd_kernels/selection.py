@@ -123,12 +123,15 @@ def coefficients(
         has_tail = tail_logp != _NEG_INF
         g_tail = torch.where(has_tail, upstream.tail_logp, 0.0)
         reference = torch.where(has_tail, logz + tail_logp, logz)
-        a = a - g_tail
     dead = logz == _NEG_INF
     reference = torch.where(dead, 0.0, reference)
     outside = torch.where(dead, 0.0, reference - logz).exp()
-    scale = a * outside + g_tail
-    inside = sum_over_duplicates(g_logp, ids) + a[:, None] + a[:, None] * torch.expm1(logp)
+    scale = a * outside
+    if upstream.tail_logp is not None:
+        # g_tail * (1 - outside) by the chosen ids' own mass: the difference has no digits left where they hold little
+        scale = scale + g_tail * torch.where(first_occurrences(ids), logp.exp(), 0.0).sum(dim=1)
+        a = a - g_tail
+    inside = _at_chosen(sum_over_duplicates(g_logp, ids), a[:, None], logp)
     slope = None
     if upstream.entropy is not None:
         assert entropy is not None
@@ -144,3 +147,8 @@ def coefficients(
         slope=slope,
         selected=torch.where(valid & ~dead[:, None], inside, 0.0) * column_scale,
     )
+
+
+def _at_chosen(direct: Tensor, a: Tensor, logp: Tensor) -> Tensor:
+    """direct + a * p, without cancellation where p is near 1 (there direct is often -a) and without rounding a small p to 1 - 1."""
+    return torch.where(logp > -0.5, (direct + a) + a * torch.expm1(logp), direct + a * logp.exp())
