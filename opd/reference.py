@@ -1,0 +1,119 @@
+"""Pages that are generated, so that they cannot drift: the recipe reference and the table of methods.
+
+    python -m opd.reference      # writes docs/recipe_reference.md and docs/methods_table.md
+"""
+
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from opd.config import Recipe, find_recipe, load_recipe, read_yaml
+from opd.overview import recipe_files
+
+
+def recipe_reference() -> str:
+    """Every key of a recipe with type, default and meaning, as Markdown."""
+    lines = [
+        "# Recipe reference",
+        "",
+        "Generated from the types in `opd/config.py` by `python -m opd.reference`. `opd show RECIPE` prints a recipe with every default filled in.",
+        "",
+    ]
+    pending: list[tuple[str, type[BaseModel]]] = [("", Recipe)]
+    while pending:
+        prefix, model = pending.pop(0)
+        lines += [f"## `{prefix.rstrip('.') or 'top level'}`", "", _first_paragraph(model), "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for name, field in model.model_fields.items():
+            nested = _models(field.annotation)
+            pending += [(f"{prefix}{name}." if not _is_table(field.annotation) else f"{prefix}{name}.<name>.", inner) for inner in nested]
+            shown = "see below" if nested and isinstance(field.default, BaseModel) else f"`{_plain(field.default)}`"
+            lines.append(f"| `{prefix}{name}` | {_type_name(field)} | {shown} | {_cell(field.description or '')} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def methods_table() -> str:
+    """Method x building blocks, read from recipes/methods, as Markdown."""
+    lines = [
+        "# Methods and their building blocks",
+        "",
+        "Generated from `recipes/methods/*.yaml` by `python -m opd.reference`. `opd show METHOD` prints a method with every default.",
+        "",
+        "| method | paper | group | teacher | view | terms: loss · support · weight · route or advantage |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in recipe_files("methods"):
+        recipe, raw = load_recipe(str(path)), read_yaml(find_recipe(path.stem, kind="methods"))
+        signals = "; ".join(_choice(s.weights) for s in recipe.signals.values()) or "–"
+        views = "; ".join(_choice(s.view) for s in recipe.signals.values()) or "–"
+        terms = "<br>".join(_term(term) for term in recipe.objective)
+        paper = f"[link]({raw['paper']})" if raw.get("paper") else "–"
+        lines.append(f"| `{path.stem}` | {paper} | {recipe.group} | {_cell(signals)} | {_cell(views)} | {_cell(terms)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _term(term: dict[str, Any]) -> str:
+    kind = next(key for key in term if key not in TERM_OPTIONS)
+    rest = [f"{key} {_choice(term[key])}" for key in TERM_OPTIONS if key in term and key != "name"]
+    return " · ".join([f"{kind} {_choice(term[kind])}".strip(), *rest])
+
+
+TERM_OPTIONS = ("name", "signal", "support", "target", "weight", "route", "advantage", "reduce", "coef", "allow")
+
+
+def _choice(value: Any) -> str:
+    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    options = [annotation, *typing.get_args(annotation)]
+    return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+
+
+def _is_table(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is dict
+
+
+def _type_name(field: Any) -> str:
+    return _cell(f"`{_annotation(field.annotation)}`")
+
+
+def _annotation(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " | ".join(str(value) for value in arguments)
+    if origin is typing.Annotated:
+        return _annotation(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_annotation(value) for value in arguments)
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(_annotation(value) for value in arguments)}]"
+    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return "see below"
+    return '""' if value == "" else str(value)
+
+
+def _first_paragraph(model: type[BaseModel]) -> str:
+    return (model.__doc__ or "").strip().split("\n\n")[0]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def main(folder: Path = Path("docs")) -> None:
+    """Write the generated pages."""
+    (folder / "recipe_reference.md").write_text(recipe_reference(), encoding="utf-8")
+    (folder / "methods_table.md").write_text(methods_table(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
