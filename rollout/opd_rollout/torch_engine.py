@@ -5,85 +5,31 @@ Legend: P distinct prompts of a batch, B requests still open, L longest prompt, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from opd_kernels import Head
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from opd_rollout.backbone import check_head, dense_logits, evaluating, head_of
 from opd_rollout.layout import split_by_budget
 from opd_rollout.sampling import check_sampling, draw, uniforms
 from opd_rollout.scoring import score_tokens
+from opd_rollout.torch_cache import DecodeMask, check_layers, grouped_attention, slot_cache
 from opd_rollout.types import Completion, GenerateRequest, Sampling, ScoreRequest, TokenScores, WeightSource
 
 _COMPACT_BELOW = 0.75
 """Share of open rows at which finished ones are dropped: moving the cache costs about as much as one decode step."""
 
-_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
-
-
-class SlotLayer(CacheLayerMixin):
-    """One layer's keys and values: the prompts' own after prefill, then rows of one preallocated buffer, written in place."""
-
-    is_sliding = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.length = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        start, self.length = self.length, self.length + key_states.shape[2]
-        if start == 0:
-            self.keys, self.values, self.is_initialized = key_states, value_states, True
-            return key_states, value_states
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def spread(self, row_of_B: Tensor, column_BL: Tensor | None, capacity: int) -> None:
-        """Gives every request its copy of its prompt's entries, moved to end at column L, with room for `capacity` columns."""
-        self.keys = _spread(self.keys, row_of_B, column_BL, capacity)
-        self.values = _spread(self.values, row_of_B, column_BL, capacity)
-
-    def select(self, index: Tensor) -> None:
-        """Keeps the rows at `index` (ascending), in place."""
-        for name in ("keys", "values"):
-            buffer = getattr(self, name)
-            buffer[: len(index), :, : self.length] = buffer[index, :, : self.length]
-            setattr(self, name, buffer[: len(index)])
-
-
-def _spread(source: Tensor, row_of_B: Tensor, column_BL: Tensor | None, capacity: int) -> Tensor:
-    _, heads, length, width = source.shape
-    buffer = source.new_empty((len(row_of_B), heads, capacity, width))
-    if column_BL is None:
-        buffer[:, :, :length] = source[row_of_B]
-    else:
-        buffer[:, :, :length] = source.transpose(1, 2)[row_of_B.unsqueeze(1), column_BL].transpose(1, 2)
-    return buffer
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Batch:
-    """Requests that decode together: noise [B, T] fp64, the distinct prompts, and which of them each request continues."""
+class _Prefilled:
+    """Where decoding starts: logits [B, V] of the first completion token, and a cache in which every prompt ends at column L."""
 
-    prompts: list[tuple[int, ...]]
-    row_of_B: Tensor
-    noise_BT: Tensor
+    logits: Tensor
+    cache: Cache
+    lengths_B: Tensor
+    longest: int
 
 
 class TorchEngine:
@@ -114,7 +60,7 @@ class TorchEngine:
         self._chunk_bytes = chunk_bytes
         self._vocab_size = vocab_size
         self._config = model.config.get_text_config()
-        _check_layers(self._config, type(model).__name__)
+        check_layers(self._config, type(model).__name__)
         with evaluating(model):
             check_head(model, self._head())
 
@@ -128,7 +74,7 @@ class TorchEngine:
         grouped = sorted(range(len(requests)), key=lambda index: first_seen[requests[index].prompt_ids])
         lengths = [len(requests[index].prompt_ids) + sampling.max_tokens for index in grouped]
         completions: dict[int, Completion] = {}
-        with evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), grouped_attention(self._config), torch.no_grad():
             for batch in split_by_budget(lengths, self._token_budget):
                 members = [grouped[position] for position in batch]
                 completions.update(zip(members, self._decode([requests[index] for index in members], sampling), strict=True))
@@ -187,31 +133,44 @@ class TorchEngine:
         row_of = [prompt_rows.setdefault(request.prompt_ids, len(prompt_rows)) for request in requests]
         head = self._head()
         device = head.weight.device
-        batch = _Batch(
-            prompts=list(prompt_rows),
-            row_of_B=torch.tensor(row_of, device=device),
-            noise_BT=uniforms([request.seed for request in requests], sampling.max_tokens).to(device),
-        )
-        tokens_BT, logprobs_BT = self._decode_batch(batch, head, sampling)
+        noise_BT = uniforms([request.seed for request in requests], sampling.max_tokens).to(device)
+        prefilled = self._prefill(list(prompt_rows), torch.tensor(row_of, device=device), head, sampling.max_tokens)
+        tokens_BT, logprobs_BT = self._decode_rows(prefilled, noise_BT, head, sampling)
         return _completions(tokens_BT.cpu(), logprobs_BT.float().cpu(), sampling, self.version)
 
-    def _decode_batch(self, batch: _Batch, head: Head, sampling: Sampling) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probabilities [B, T]; what stands after a row's stop id is not part of its completion."""
-        decoder = self.model.get_decoder()
+    def _prefill(self, prompts: list[tuple[int, ...]], row_of_B: Tensor, head: Head, max_tokens: int) -> _Prefilled:
         device = head.weight.device
-        lengths_B = torch.tensor([len(prompt) for prompt in batch.prompts], device=device)[batch.row_of_B]
-        logits, cache = self._prefill(decoder, head, batch, sampling.max_tokens)
-        mask = _DecodeMask(lengths_B, sampling.max_tokens, self._config, logits.dtype)
-        num_rows = len(batch.row_of_B)
-        tokens_BT = torch.zeros((num_rows, sampling.max_tokens), dtype=torch.int64, device=device)
-        logprobs_BT = logits.new_zeros((num_rows, sampling.max_tokens))
-        stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
-        rows, noise, positions = torch.arange(num_rows, device=device), batch.noise_BT, lengths_B.unsqueeze(1)
-        is_open = torch.ones(num_rows, dtype=torch.bool, device=device)
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.tensor([[*prompt, *[self._pad_id] * (longest - len(prompt))] for prompt in prompts], device=device)
+        lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        cache = slot_cache(self._config)
+        # pads stand on the right here, where no real token of a causal model looks, so no mask is needed
+        hidden = self.model.get_decoder()(
+            input_ids=ids,
+            position_ids=torch.arange(longest, device=device).expand(len(ids), -1),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        last = hidden[torch.arange(len(ids), device=device), lengths_P - 1]
+        column_BL = None
+        if int(lengths_P.min()) < longest:
+            column_PL = torch.arange(longest, device=device) - (longest - lengths_P).unsqueeze(1)
+            column_BL = column_PL.clamp_(min=0)[row_of_B]
+        for layer in cache.layers:
+            layer.spread(row_of_B, column_BL, longest + max_tokens - 1)
+        return _Prefilled(logits=head(last, dense_logits)[row_of_B], cache=cache, lengths_B=lengths_P[row_of_B], longest=longest)
+
+    def _decode_rows(self, start: _Prefilled, noise: Tensor, head: Head, sampling: Sampling) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probabilities [B, T]; what stands after a row's stop id is not part of its completion."""
+        decoder, cache, logits = self.model.get_decoder(), start.cache, start.logits
+        mask = DecodeMask(start.lengths_B, start.longest, sampling.max_tokens, self._config, self.model.dtype)
+        tokens_BT = torch.zeros(noise.shape, dtype=torch.int64, device=noise.device)
+        logprobs_BT = logits.new_zeros(noise.shape)
+        stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=noise.device)
+        rows, positions = torch.arange(len(noise), device=noise.device), start.lengths_B.unsqueeze(1)
+        is_open = torch.ones_like(rows, dtype=torch.bool)
         for step in range(sampling.max_tokens):
-            token, logp = draw(
-                logits, noise[:, step], temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k
-            )
+            token, logp = draw(logits, noise[:, step], temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
             tokens_BT[rows, step], logprobs_BT[rows, step] = token, logp
             is_open &= ~torch.isin(token, stops)
             num_open = int(is_open.sum())
@@ -219,11 +178,9 @@ class TorchEngine:
                 break
             if num_open <= _COMPACT_BELOW * len(rows):
                 index = is_open.nonzero().squeeze(1)
-                rows, noise, positions, token = rows[index], noise[index], positions[index], token[index]
-                is_open = is_open[index]
-                mask.select(index)
-                for layer in cache.layers:
-                    layer.select(index)
+                rows, noise, positions, token, is_open = (each[index] for each in (rows, noise, positions, token, is_open))
+                for holder in (mask, *cache.layers):
+                    holder.select(index)
             hidden = decoder(
                 input_ids=token.unsqueeze(1),
                 attention_mask=mask.at(step),
@@ -233,57 +190,6 @@ class TorchEngine:
             ).last_hidden_state
             logits = head(hidden[:, -1], dense_logits)
         return tokens_BT, logprobs_BT
-
-    def _prefill(self, decoder: nn.Module, head: Head, batch: _Batch, max_tokens: int) -> tuple[Tensor, Cache]:
-        """Logits [B, V] of the first completion token, and a cache in which every prompt ends at column L."""
-        device = head.weight.device
-        longest = max(len(prompt) for prompt in batch.prompts)
-        ids = torch.tensor([[*prompt, *[self._pad_id] * (longest - len(prompt))] for prompt in batch.prompts], device=device)
-        lengths_P = torch.tensor([len(prompt) for prompt in batch.prompts], device=device)
-        cache = Cache(layers=[SlotLayer() for _ in range(self._config.num_hidden_layers)])
-        # pads stand on the right here: no real token of a causal model looks at them, so no mask is needed
-        hidden = decoder(
-            input_ids=ids,
-            position_ids=torch.arange(longest, device=device).expand(len(ids), -1),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        last = hidden[torch.arange(len(ids), device=device), lengths_P - 1]
-        column_BL = None
-        if int(lengths_P.min()) < longest:
-            shifted = torch.arange(longest, device=device) - (longest - lengths_P).unsqueeze(1)
-            column_BL = shifted.clamp_(min=0)[batch.row_of_B]
-        for layer in cache.layers:
-            layer.spread(batch.row_of_B, column_BL, longest + max_tokens - 1)
-        return head(last, dense_logits)[batch.row_of_B], cache
-
-
-class _DecodeMask:
-    """Hides the columns left of each row's prompt; None while every row fills all columns.
-
-    Where all layers attend to everything a ready additive mask [B, 1, 1, columns] is sliced; else the model gets a two-dimensional
-    mask and builds one for each kind of layer.
-    """
-
-    def __init__(self, lengths_B: Tensor, max_tokens: int, config: Any, dtype: torch.dtype) -> None:
-        self._longest = int(lengths_B.max())
-        self._columns: Tensor | None = None
-        ready = set(_layer_types(config)) == {"full_attention"} and config._attn_implementation in ("sdpa", "eager")
-        if int(lengths_B.min()) < self._longest:
-            columns = torch.arange(self._longest + max_tokens - 1, device=lengths_B.device)
-            real = columns >= (self._longest - lengths_B).unsqueeze(1)
-            if ready:
-                hidden = torch.zeros(real.shape, dtype=dtype, device=real.device).masked_fill_(~real, torch.finfo(dtype).min)
-                self._columns = hidden[:, None, None]
-            else:
-                self._columns = real.to(torch.int64)
-
-    def select(self, index: Tensor) -> None:
-        if self._columns is not None:
-            self._columns = self._columns[index]
-
-    def at(self, step: int) -> Tensor | None:
-        return None if self._columns is None else self._columns[..., : self._longest + step + 1]
 
 
 def _completions(tokens_BT: Tensor, logprobs_BT: Tensor, sampling: Sampling, version: int) -> list[Completion]:
@@ -306,22 +212,6 @@ def _completions(tokens_BT: Tensor, logprobs_BT: Tensor, sampling: Sampling, ver
         if not completions[-1].logprobs.isfinite().all():
             raise ValueError("the model's logits are NaN or infinite, so its weights are; go back to a checkpoint from before that")
     return completions
-
-
-def _layer_types(config: Any) -> list[str]:
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        kind = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
-        types = [kind] * config.num_hidden_layers
-    return list(types)
-
-
-def _check_layers(config: Any, name: str) -> None:
-    others = sorted(set(_layer_types(config)) - _PLAIN_LAYERS)
-    if others or getattr(config, "num_kv_shared_layers", 0):
-        raise ValueError(
-            f"{name} has layers ({', '.join(others) or 'shared key-value caches'}) that torch_engine cannot cache; use the vLLM engine"
-        )
 
 
 def _check_manifest(own: dict[str, nn.Parameter], names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
