@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opd_kernels.chunked_dense import dense_divergence
 from opd_kernels.chunked_rows import fused_sparse_loss, topk_logprobs
 from opd_kernels.distributed import collect_selected, combine_sums, reduce_hidden_gradient
 from opd_kernels.dlogits import GradientSums, add_tile, dlogits_, gradient_sums
+from opd_kernels.first_order import first_order
 from opd_kernels.placement import Placement, owned_ids, place
 from opd_kernels.products import Projection, Scratch, logits_into, projection
 from opd_kernels.running import accumulate, empty_sums
@@ -64,7 +64,7 @@ class _Selected(torch.autograd.Function):
         return logp, tail_logp, logz, entropy_N if entropy else None, topk_ids, topk_logp
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, logp, tail_logp, logz, entropy_N = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]

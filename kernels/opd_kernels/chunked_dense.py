@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opd_kernels.chunked_rows import RowChunks, part_of, row_chunks
 from opd_kernels.distributed import combine_sums, reduce_hidden_gradient, sum_ranks
 from opd_kernels.divergence_maths import entries
 from opd_kernels.dlogits import GradientSums, add_tile, gradient_sums
+from opd_kernels.first_order import first_order
 from opd_kernels.precomputed import attach, needs_gradient
 from opd_kernels.products import Projection, Scratch, logits_into, projection, softcap_slope
 from opd_kernels.running import accumulate, empty_sums
@@ -61,7 +61,7 @@ class _Recomputed(torch.autograd.Function):
         return sums.divergence
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, hidden_t, weight_t, bias_t, logz_s, logz_t, slope = ctx.saved_tensors
         options_s, options_t = ctx.options

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opd_kernels.dlogits import GradientSums
+from opd_kernels.first_order import first_order
 
 _SLICE_BYTES = 64 << 20
 
@@ -47,7 +47,7 @@ class _Precomputed(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         token_weight, *saved = ctx.saved_tensors
         factor = upstream if token_weight is None else _proportion(upstream, token_weight)
