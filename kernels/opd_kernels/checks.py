@@ -42,12 +42,13 @@ def _gather_hint(name: str, tensor: Tensor) -> str:
 
 
 def check_ids(ids: Tensor, hidden: Tensor, total_columns: int | None) -> Tensor:
-    """Returns ids [N, K] as contiguous int64; raises ValueError where they do not fit hidden or the vocabulary."""
+    """Returns ids [N, K] as contiguous int64; raises ValueError where they do not fit hidden or the vocabulary.
+
+    K may exceed the vocabulary: ids of several scorers stand side by side, with pads and duplicates.
+    """
     _check_index_tensor("ids", ids, hidden)
     if ids.dim() != 2 or ids.shape[0] != hidden.shape[0] or ids.shape[1] == 0:
         raise ValueError(f"ids has shape {list(ids.shape)}; it must be [{hidden.shape[0]}, K] with K at least 1")
-    if total_columns is not None and ids.shape[1] > total_columns:
-        raise ValueError(f"ids has K = {ids.shape[1]} columns; K must not exceed the vocabulary's {total_columns} valid columns")
     return _in_range("ids", ids, total_columns)
 
 

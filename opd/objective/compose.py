@@ -166,7 +166,8 @@ def rows_to_tensors(rows: TokenRows) -> tuple[tuple[Tensor, ...], Callable[[tupl
         rebuilt: dict[str, SignalRows] = {}
         for name, places in signals.items():
             rebuilt[name] = replace(rows.signals[name], hidden=None, **{part: chunk[place] for part, place in places.items()})
-        return TokenRows(
+        return replace(
+            rows,
             **{name: chunk[place] for name, place in plain.items()},
             old_logp=None if old_logp is None else chunk[old_logp],
             signals=rebuilt,

@@ -77,7 +77,8 @@ def check_objective(terms: Sequence[Term]) -> None:
             raise ValueError(
                 f"objective: terms {first.name} and {term.name} read signal {term.signal!r} on different supports "
                 f"({first.support.kind} k={first.support.k}, {term.support.kind} k={term.support.k}), "
-                "and a signal is scored at one set of ids. Legal: the same support and k, or a second entry of signals: with the same weights and view"
+                "and a signal is scored at one set of ids. "
+                "Legal: the same support and k, or a second entry of signals: with the same weights and view"
             )
         if term.support.kind == "student_topk":
             by_student = by_student or term
