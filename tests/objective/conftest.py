@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from opd.objective import Objective, build_objective, denominators, token_loss, token_weight
-from opd.types import MicroBatch, SignalRows, TokenRows
 from opd_kernels import dense_divergence, selected_logprobs
 from opd_rollout.layout import TokenLayout
 from torch import Tensor
+
+from opd.objective import Objective, build_objective, denominators, token_loss, token_weight
+from opd.types import MicroBatch, SignalRows, TokenRows
 
 FIXTURE_STUDENT = (1.3, 0.4, -0.2, 0.0, -1.1, 0.7, -2.0)
 FIXTURE_TEACHER = (0.2, 1.5, -0.7, 0.3, -0.4, -1.2, 0.9)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from opd.objective.divergences import (
     DIVERGENCES,
     forward_kl,

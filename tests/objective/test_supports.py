@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from opd_kernels import selected_logprobs
+
 from opd.objective.divergences import DIVERGENCES
 from opd.objective.supports import Support, categories, first_occurrence, student_topk, teacher_topk
-from opd_kernels import selected_logprobs
 
 TOP3 = {
     "drop": (0.770411, (0.27928, -0.23332, -0.13228, -0.16157, -0.05378, 0.32354, -0.02187)),

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from opd.objective.divergences import reverse_kl
 from opd.objective.surrogates import ppo_clip, reinforce
 from opd.objective.weights import (
