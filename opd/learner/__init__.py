@@ -1,0 +1,1 @@
+"""The student's trainer: packs samples, runs the policy, applies updates, and keeps the weights that others copy."""

@@ -1,0 +1,161 @@
+"""The DeepSpeed learner: ZeRO 0 to 3, one process or one a rank under torchrun or the deepspeed launcher.
+
+The caller sets DS_ACCELERATOR=cpu before the first import where no accelerator is wanted.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from opd.learner.learner import PolicyLearner
+from opd.learner.optimizer import adamw, clip, set_rate
+from opd.learner.policy import Policy
+from opd.learner.types import LearnerSettings, OptimizerSettings
+
+DEADLINE = timedelta(minutes=30)
+
+
+def deepspeed_learner(
+    model: nn.Module,
+    optimizer: OptimizerSettings,
+    settings: LearnerSettings,
+    *,
+    vocab_size: int | None = None,
+    zero_stage: int = 0,
+) -> PolicyLearner:
+    """A learner of the model's trainable parameters over all ranks of the default process group (one rank if there is none).
+
+    bf16 weights are trained with fp32 masters, at ZeRO 1 or above. vocab_size: see Policy.
+    """
+    join_process_group()
+    policy = Policy(model, vocab_size=vocab_size, gradient_checkpointing=settings.gradient_checkpointing)
+    return PolicyLearner(policy, DeepSpeedUpdater(policy, optimizer, zero_stage), optimizer, settings)
+
+
+def join_process_group() -> None:
+    """The ranks' process group: the one that exists, the launcher's, or one of this process alone. Idempotent."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    on_cpu = get_accelerator().device_name() == "cpu"
+    if on_cpu:  # its shared-memory all-reduce would be compiled on first use, half a minute with g++; gloo serves as well
+        deepspeed.ops.__compatible_ops__ = {}
+    if not dist.is_initialized():
+        backend = "gloo" if on_cpu else get_accelerator().communication_backend_name()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            dist.init_process_group(backend, timeout=DEADLINE)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=DEADLINE)
+    os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed.initialize insists on it
+
+
+class DeepSpeedUpdater:
+    """An opd.learner.types.Updater around a DeepSpeed engine.
+
+    DeepSpeed averages gradients over ranks, so losses are multiplied by their number here and nowhere else. At ZeRO 0 it would apply
+    a NaN step, so reduction, check and clip are done here before its step; from ZeRO 1 on it refuses such a step on every rank itself.
+    """
+
+    def __init__(self, policy: Policy, settings: OptimizerSettings, zero_stage: int) -> None:
+        low_precision = policy.head.weight.dtype == torch.bfloat16
+        self.stage = max(1, zero_stage) if low_precision else zero_stage
+        self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.replayable = self.stage <= 1
+        self._own = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+        self._everything = list(policy.parameters())
+        self._largest = settings.clip
+        self.module, *_ = deepspeed.initialize(
+            model=policy,
+            optimizer=adamw(self._own, settings),
+            config=engine_config(self.stage, settings.clip, low_precision),
+            dist_init_required=False,
+        )
+        if self.stage == 0:
+            self.module.enable_backward_allreduce = False  # its step() would reduce what `_replicated_step` has reduced
+
+    def backward(self, loss: Tensor) -> None:
+        self.module.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def apply(self, lr: float) -> tuple[bool, float]:
+        engine = self.module
+        set_rate(engine.optimizer, lr)
+        if self.stage == 0:
+            return self._replicated_step()
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        return engine.was_step_applied(), float("nan") if norm is None else float(norm)
+
+    def _replicated_step(self) -> tuple[bool, float]:
+        """All ranks hold the same reduced gradient, so they agree on its norm without asking."""
+        if self.world_size > 1:
+            self.module.buffered_allreduce_fallback()
+        finite, norm = clip(list(self._own.values()), self._largest)
+        if finite:
+            self.module.step()
+        else:
+            self.discard()
+        return finite, norm
+
+    def discard(self) -> None:
+        self.module.optimizer.zero_grad()
+        self.module.zero_grad()
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return values
+        moved = values.to(get_accelerator().current_device_name())
+        dist.all_reduce(moved)
+        return moved.to(values.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def masters(self) -> dict[str, Tensor]:
+        if self.stage == 0:
+            return dict(self._own)
+        return {name: safe_get_full_fp32_param(parameter) for name, parameter in self._own.items()}
+
+    @contextmanager
+    def whole_weights(self, *, write: bool = False) -> Iterator[None]:
+        gathered = deepspeed.zero.GatheredParameters(self._everything, modifier_rank=0 if write else None)
+        with gathered if self.stage == 3 else nullcontext():
+            yield
+
+    def save(self, folder: Path) -> None:
+        self.module.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        path, _ = self.module.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
+        if path is None:
+            raise ValueError(f"{folder} holds no DeepSpeed checkpoint; was it written by another learner.kind?")
+
+    def close(self) -> None:
+        self.module.destroy()
+        del self.module, self._own, self._everything
+
+
+def engine_config(stage: int, largest_norm: float, low_precision: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration. Batch sizes mean nothing here: gradient accumulation is the caller's."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": largest_norm if stage else 0.0,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    if low_precision:
+        config |= {"bf16": {"enabled": True}, "communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+    return config

@@ -1,0 +1,103 @@
+"""The loss of one micro-batch as a request to the head: everything on the vocabulary happens inside the head's forward.
+
+Legend: N completion tokens of a micro-batch, D hidden size.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from opd_kernels import HeadView, SelectedLogprobs, dense_divergence, fused_sparse_loss, selected_logprobs
+from torch import Tensor
+
+from opd.objective.compose import rows_to_tensors, token_loss, token_weight
+from opd.objective.terms import Objective, Term
+from opd.types import MicroBatch
+
+Loss = tuple[Tensor, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossInputs:
+    """What a micro-batch's loss needs besides its rows: the objective (coefficients as numbers), its denominators, the scorers' heads."""
+
+    objective: Objective
+    denominators: Mapping[str, float]
+    heads: Mapping[str, HeadView]
+    chunk_bytes: int | None
+
+
+def loss_request(batch: MicroBatch, inputs: LossInputs) -> Callable[[Tensor, HeadView], Loss]:
+    """(hidden [N, D], head) -> (sum of the token losses, per-token columns); a loss that is not finite comes back as NaN.
+
+    The gradient of such a loss is NaN everywhere too, so that whoever checks gradients refuses the update. A micro-batch without rows
+    gives a zero that is connected to every weight.
+    """
+
+    def request(hidden_ND: Tensor, view: HeadView) -> Loss:
+        if hidden_ND.shape[0] == 0:
+            return connected(hidden_ND, view), {}
+        compute = _fused if inputs.objective.needs.separable else _composed
+        loss, columns = compute(hidden_ND, view, batch, inputs)
+        if not bool(torch.isfinite(loss)):
+            return connected(hidden_ND, view) * torch.nan, columns
+        return loss, columns
+
+    return request
+
+
+def connected(hidden_ND: Tensor, view: HeadView) -> Tensor:
+    """A number that depends on every weight of the policy (on a head's without using its values)."""
+    zero = hidden_ND.float().sum() + view.weight[:0].float().sum()
+    return zero if view.bias is None else zero + view.bias[:0].float().sum()
+
+
+def _fused(hidden_ND: Tensor, view: HeadView, batch: MicroBatch, inputs: LossInputs) -> Loss:
+    tensors, rebuild = rows_to_tensors(batch.rows)
+
+    def chunk_loss(selected: SelectedLogprobs, *chunk: Tensor) -> Loss:
+        return token_loss(inputs.objective, inputs.denominators, selected, rebuild(chunk), {})
+
+    options = {"temperature": batch.temperature, "chunk_bytes": inputs.chunk_bytes, **view.keywords()}
+    return fused_sparse_loss(hidden_ND, view.weight, batch.rows.ids, chunk_loss, tensors, **options)
+
+
+def _composed(hidden_ND: Tensor, view: HeadView, batch: MicroBatch, inputs: LossInputs) -> Loss:
+    objective, rows = inputs.objective, batch.rows
+    dense_only = len(objective.needs.full_terms) == len(objective.terms)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not dense_only):  # then log-probs serve weights and meters only
+        options = {"temperature": batch.temperature, "chunk_bytes": inputs.chunk_bytes, **view.keywords()}
+        selected = selected_logprobs(hidden_ND, view.weight, rows.ids, **options)
+    full = {}
+    for term in objective.needs.full_terms:
+        weight = token_weight(term, inputs.denominators, selected, rows)
+        full[term.name] = _divergence(term, hidden_ND, view, batch, inputs, weight)
+    return token_loss(objective, inputs.denominators, selected, rows, full)
+
+
+def _divergence(
+    term: Term, hidden_ND: Tensor, view: HeadView, batch: MicroBatch, inputs: LossInputs, weight: Tensor
+) -> Tensor:
+    assert term.signal and term.dense, "a term on the full vocabulary has a signal and a dense divergence"
+    teacher_hidden = batch.rows.signals[term.signal].hidden
+    if teacher_hidden is None:  # no answer of this batch has a view
+        return hidden_ND.new_zeros(hidden_ND.shape[0], dtype=weight.dtype)
+    head = inputs.heads[term.signal]
+    return dense_divergence(
+        hidden_ND,
+        view.weight,
+        teacher_hidden,
+        head.weight,
+        term.dense,
+        token_weight=weight,
+        temperature=batch.temperature,
+        constants_s=view.constants(),
+        constants_t=head.constants(),
+        vocab_size=_valid_columns(view, head),
+        chunk_bytes=inputs.chunk_bytes,
+    )
+
+
+def _valid_columns(student: HeadView, teacher: HeadView) -> int:
+    """Ids that both heads mean: the smaller valid vocabulary."""
+    return min(view.weight.shape[0] if view.vocab_size is None else view.vocab_size for view in (student, teacher))
