@@ -1,0 +1,293 @@
+"""Answers and verdicts for one step: draw prompts, let the student (or the data) answer, judge, filter, refill.
+
+Nothing here depends on wall-clock time or on how often it ran before: a step's answers follow from the run seed, the step number, the
+prompt cursor and the student's weights.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from opd_rollout.engine import Engine
+from opd_rollout.sampling import request_seed
+from opd_rollout.types import Completion, GenerateRequest, Sampling
+
+from opd.choices import nearest
+from opd.types import Judged, Meter, Prompt, Verdict, Verifier
+from opd.verify import judge
+
+DATASET = "dataset"
+
+
+class Stream(Protocol):
+    """Where prompts come from; see opd.prompts.PromptStream."""
+
+    def take(self, number: int) -> list[Prompt]: ...
+
+    def state(self) -> dict[str, int]: ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codec:
+    """Text to tokens and back.
+
+    encode: a prompt's ids up to the assistant's turn. tokenize: plain text. end: the id that ends a completion.
+    """
+
+    encode: Callable[[Prompt], tuple[int, ...]]
+    tokenize: Callable[[str], tuple[int, ...]]
+    decode: Callable[[Sequence[int]], str]
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceSettings:
+    """How a step's batch is put together.
+
+    student_share: probability that the student answers a prompt, else the prompt's hint named `dataset_hint` is the (only) answer. filter
+    "mixed_groups" drops groups whose scored rewards are all equal and draws others, at most `max_refill` times. overlong "mask":
+    completions cut at max_tokens leave the loss. max_error_share: at this share of verifier errors in a step the run stops.
+    """
+
+    num_prompts: int
+    group: int
+    seed: int
+    student_share: float = 1.0
+    dataset_hint: str = ""
+    filter: Literal["none", "mixed_groups"] = "none"
+    max_refill: int = 4
+    overlong: Literal["keep", "mask"] = "keep"
+    max_prompt_tokens: int = 1 << 20
+    max_error_share: float = 1.0
+
+
+class RolloutSource:
+    """Implements opd.loop.RolloutSource over an engine, a prompt stream and a verifier; owns the prompt cursor and the counters."""
+
+    def __init__(
+        self, engine: Engine, stream: Stream, verify: Verifier, codec: Codec, sampling: Sampling, settings: SourceSettings
+    ) -> None:
+        check_settings(settings)
+        self._engine, self._stream, self._verify, self._codec, self._sampling = engine, stream, verify, codec, sampling
+        self.settings = settings
+        self._meters: dict[str, Meter] = {}
+        self._totals = {"generated_tokens": 0, "discarded_tokens": 0, "verifier_errors": 0}
+
+    def collect(self, step: int) -> list[Judged]:
+        """A step's judged answers, groups numbered from 0 in the order drawn, members within each.
+
+        With a filter the batch may hold fewer groups than asked for; when no group passes, the unfiltered groups of the last round come
+        back. Raises ValueError for a prompt that is too long or lacks the dataset's answer, and when the verifier fails on too large a
+        share.
+        """
+        kept: list[list[Judged]] = []
+        dropped: list[list[Judged]] = []
+        drawn: Counter[str] = Counter()
+        rounds = 0
+        while len(kept) < self.settings.num_prompts and rounds <= (self.settings.max_refill if self.settings.filter != "none" else 0):
+            rounds += 1
+            prompts = self._stream.take(self.settings.num_prompts - len(kept))
+            answered = self._answer(prompts, drawn, step)
+            for members in answered:
+                (kept if self.settings.filter == "none" or is_mixed(members) else dropped).append(members)
+        if not kept:
+            kept, dropped = dropped[-len(answered) :], dropped[: -len(answered)]
+        self._account(kept, dropped, rounds)
+        return [replace(item, group=group) for group, members in enumerate(kept) for item in members]
+
+    def meters(self) -> Mapping[str, Meter]:
+        """What the last step's answers were like; discarded ones included, the dataset's not."""
+        return self._meters
+
+    def totals(self) -> Mapping[str, int]:
+        """Counts since the run began: tokens generated, those of them discarded by the filter, verifier errors."""
+        return self._totals
+
+    def state(self) -> dict[str, Any]:
+        """Plain values from which `load_state` continues exactly."""
+        return {"stream": self._stream.state(), "totals": dict(self._totals)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self._stream.load_state(state["stream"])
+        self._totals.update(state["totals"])
+
+    def _answer(self, prompts: Sequence[Prompt], drawn: Counter[str], step: int) -> list[list[Judged]]:
+        settings = self.settings
+        encoded = [self._encode(prompt) for prompt in prompts]
+        firsts = [drawn_before(prompt.id, drawn) * settings.group for prompt in prompts]
+        from_student = [student_answers(settings, prompt.id, first, step) for prompt, first in zip(prompts, firsts, strict=True)]
+        requests = [
+            GenerateRequest(prompt_ids=ids, seed=request_seed(settings.seed, prompt.id, first + member, step))
+            for prompt, ids, first, ours in zip(prompts, encoded, firsts, from_student, strict=True)
+            if ours
+            for member in range(settings.group)
+        ]
+        generated = self._engine.generate(requests, self._sampling) if requests else []
+        assert len(generated) == len(requests)
+        remaining = iter(generated)
+        groups = []
+        for prompt, ids, ours in zip(prompts, encoded, from_student, strict=True):
+            completions = [next(remaining) for _ in range(settings.group)] if ours else [self._dataset_answer(prompt)]
+            groups.append([self._judge(prompt, ids, completion, member) for member, completion in enumerate(completions)])
+        return groups
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        ids = self._codec.encode(prompt)
+        if len(ids) > self.settings.max_prompt_tokens:
+            raise ValueError(
+                f"prompt {prompt.id!r} has {len(ids)} tokens, more than {self.settings.max_prompt_tokens}; "
+                "raise data.max_prompt_tokens or remove it"
+            )
+        return ids
+
+    def _dataset_answer(self, prompt: Prompt) -> Completion:
+        name = self.settings.dataset_hint
+        text = prompt.hints.get(name)
+        if not text:
+            have = ", ".join(prompt.hints) or "none"
+            raise ValueError(
+                f"prompt {prompt.id!r} has no hint {name!r}{nearest(name, prompt.hints)} to learn from; it has {have}; set rollout.source"
+            )
+        return dataset_completion((*self._codec.tokenize(text), self._codec.end), self._sampling)
+
+    def _judge(self, prompt: Prompt, ids: tuple[int, ...], completion: Completion, member: int) -> Judged:
+        if self.settings.overlong == "mask" and completion.finish == "length":
+            completion = replace(completion, loss_mask=torch.zeros_like(completion.loss_mask))
+        text = self._codec.decode(completion.token_ids)
+        verdict = judge(self._verify, prompt, text)
+        return Judged(prompt=prompt, prompt_ids=ids, completion=completion, text=text, verdict=verdict, group=0, member=member)
+
+    def _account(self, kept: Sequence[Sequence[Judged]], dropped: Sequence[Sequence[Judged]], rounds: int) -> None:
+        everything = [item for members in (*kept, *dropped) for item in members]
+        check_errors(everything, self.settings.max_error_share)
+        discarded = [item for members in dropped for item in members]
+        self._meters = rollout_meters(everything, discarded)
+        if self.settings.filter != "none":
+            self._meters["rollout/rounds"] = Meter(sum=float(rounds), count=1.0)
+            self._meters["rollout/groups_kept"] = Meter(sum=float(len(kept)), count=float(len(kept) + len(dropped)))
+        self._totals["generated_tokens"] += generated_tokens(everything)
+        self._totals["discarded_tokens"] += generated_tokens(discarded)
+        self._totals["verifier_errors"] += sum(item.verdict.status == "error" for item in everything)
+
+
+def parse_source(choice: Any) -> tuple[float, str]:
+    """(student share, dataset hint) of `student`, `{dataset: HINT}` or `{mixed: {student: SHARE, dataset: HINT}}`.
+
+    Raises ValueError for anything else.
+    """
+    form = "student | {dataset: HINT} | {mixed: {student: SHARE, dataset: HINT}}"
+    if choice == "student":
+        return 1.0, ""
+    if isinstance(choice, Mapping) and len(choice) == 1:
+        [(name, value)] = choice.items()
+        if name == DATASET and isinstance(value, str) and value:
+            return 0.0, value
+        if name == "mixed" and isinstance(value, Mapping) and set(value) == {"student", DATASET}:
+            share, hint = value["student"], value[DATASET]
+            number = isinstance(share, int | float) and not isinstance(share, bool)
+            if number and 0 <= share <= 1 and isinstance(hint, str) and hint:
+                return float(share), hint
+    raise ValueError(f"rollout.source is {choice!r}; write {form}, with SHARE between 0 and 1")
+
+
+def check_settings(settings: SourceSettings) -> None:
+    """Raises ValueError for settings under which no step could run."""
+    if settings.num_prompts < 1 or settings.group < 1:
+        raise ValueError(f"rollout.prompts ({settings.num_prompts}) and group ({settings.group}) must be at least 1")
+    if not 0 <= settings.student_share <= 1:
+        raise ValueError(f"the student's share must lie between 0 and 1, found {settings.student_share}")
+    if settings.student_share < 1 and not settings.dataset_hint:
+        raise ValueError("rollout.source mixes in the dataset but names no hint to learn from, e.g. {dataset: solution}")
+    if settings.filter == "mixed_groups" and (settings.group < 2 or settings.student_share < 1):
+        raise ValueError(
+            "rollout.filter mixed_groups compares the student's answers to one prompt: it needs group 2 or more and source student"
+        )
+
+
+def student_answers(settings: SourceSettings, prompt_id: str, sample: int, step: int) -> bool:
+    """The coin of GKD (arXiv:2306.13649, algorithm 1), one toss a prompt: a pure function of run seed, step, prompt and sample."""
+    if settings.student_share in (0.0, 1.0):
+        return settings.student_share == 1.0
+    name = f"coin/{settings.seed}/{step}/{sample}/{prompt_id}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") * 2.0**-64 < settings.student_share
+
+
+def drawn_before(prompt_id: str, drawn: Counter[str]) -> int:
+    """How often a step drew this prompt already; counts the new draw. A second draw must not repeat the first one's seeds."""
+    drawn[prompt_id] += 1
+    return drawn[prompt_id] - 1
+
+
+def dataset_completion(token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
+    """Data in the form of a completion: no policy sampled it, so its log-probs are NaN. Cut at max_tokens like any other."""
+    ids = token_ids[: sampling.max_tokens]
+    return Completion(
+        token_ids=ids,
+        logprobs=torch.full((len(ids),), float("nan")),
+        loss_mask=torch.ones(len(ids), dtype=torch.bool),
+        source=DATASET,
+        temperature=sampling.temperature,
+        finish="stop" if len(ids) == len(token_ids) else "length",
+        versions=(),
+    )
+
+
+def is_mixed(members: Sequence[Judged]) -> bool:
+    """Whether the scored rewards of a group differ (DAPO's dynamic sampling, arXiv:2503.14476)."""
+    return len({item.verdict.reward for item in members if item.verdict.status == "score"}) > 1
+
+
+def generated_tokens(judged: Sequence[Judged]) -> int:
+    """Tokens that a policy sampled."""
+    return sum(len(item.completion.token_ids) for item in judged if item.completion.source != DATASET)
+
+
+def check_errors(judged: Sequence[Judged], max_share: float) -> None:
+    """Raises ValueError when the verifier failed on at least `max_share` of a step's answers, with what it said first."""
+    errors = [item for item in judged if item.verdict.status == "error"]
+    if errors and len(errors) >= max_share * len(judged):
+        first = errors[0]
+        raise ValueError(
+            f"the verifier failed on {len(errors)} of {len(judged)} answers of this step; "
+            f"first on prompt {first.prompt.id!r}: {first.verdict.feedback or 'no reason given'}"
+        )
+
+
+def rollout_meters(judged: Sequence[Judged], discarded: Sequence[Judged]) -> dict[str, Meter]:
+    """Reward, accuracy, lengths (tokens), truncated share, verdict shares and token counts of the student's answers.
+
+    Means over nothing are left out (no scored answer, no answer of the student).
+    """
+    ours = [item for item in judged if item.completion.source != DATASET]
+    scored = [item.verdict for item in ours if item.verdict.status == "score"]
+    meters = {"tokens/student": Meter(sum=float(generated_tokens(judged)), count=1.0)}
+    if len(ours) < len(judged):
+        meters["rollout/dataset_share"] = _mean([float(item.completion.source == DATASET) for item in judged])
+    if ours:
+        meters["length/mean"] = _mean([float(len(item.completion.token_ids)) for item in ours])
+        meters["length/truncated"] = _mean([float(item.completion.finish == "length") for item in ours])
+        meters["tokens/discarded"] = Meter(sum=float(generated_tokens(discarded)), count=1.0)
+    for status in ("abstain", "error"):
+        meters[f"verdict/{status}"] = _mean([float(item.verdict.status == status) for item in judged])
+    if scored:
+        meters["reward/mean"] = _mean([verdict.reward for verdict in scored])
+        meters["accuracy/train"] = _mean([float(verdict.correct) for verdict in scored])
+    return {**meters, **_part_meters(scored)}
+
+
+def _part_meters(verdicts: Sequence[Verdict]) -> dict[str, Meter]:
+    values: dict[str, list[float]] = defaultdict(list)
+    for verdict in verdicts:
+        for name, value in verdict.parts.items():
+            values[f"reward/{name}"].append(value)
+    return {name: _mean(found) for name, found in values.items()}
+
+
+def _mean(values: Sequence[float]) -> Meter:
+    return Meter(sum=float(sum(values)), count=float(len(values)))
