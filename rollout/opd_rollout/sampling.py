@@ -64,7 +64,7 @@ def draw(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float = 
     logp = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
     if top_k or top_p < 1:
         logp = truncate(logp, top_p=top_p, top_k=top_k)
-    cumulative = logp.double().exp_().cumsum(dim=-1)
+    cumulative = logp.double().exp().cumsum(dim=-1)
     threshold = uniform.unsqueeze(1) * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
     return token.squeeze(1), logp.gather(1, token).squeeze(1)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from opd_rollout.backbone import check_head, dense_logits, evaluating, head_of
+from opd_rollout.cache import DecodeMask, check_layers, grouped_attention, slot_cache
 from opd_rollout.layout import split_by_budget
 from opd_rollout.sampling import check_sampling, draw, uniforms
 from opd_rollout.scoring import score_tokens
-from opd_rollout.torch_cache import DecodeMask, check_layers, grouped_attention, slot_cache
 from opd_rollout.types import Completion, GenerateRequest, Sampling, ScoreRequest, TokenScores, WeightSource
 
 _COMPACT_BELOW = 0.75
