@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.choices import nearest
-from opd.tasks import TASKS
+from opd.tasks import TASKS, Task
 from opd.types import Message, Prompt, Verifier
 from opd.verify import gold_problem
 
@@ -57,30 +57,15 @@ def shuffled_stream(prompts: Sequence[Prompt], seed: int) -> PromptStream:
 def task_stream(name: str, split: str, seed: int, difficulty: str = "") -> PromptStream:
     """A split of an embedded task; a finite one starts again at its end. Raises ValueError for unknown names."""
     task, level = _task(name, difficulty)
-    start = task_prompts_of(task, split, seed, level)
-    if next(start(), None) is None:
+    if next(task.prompts(split, seed, level), None) is None:
         raise ValueError(f"task {name}: split {split!r} is empty")
-    return PromptStream(lambda: chain.from_iterable(start() for _ in count()))
+    return PromptStream(lambda: chain.from_iterable(task.prompts(split, seed, level) for _ in count()))
 
 
 def task_prompts(name: str, split: str, number: int, *, seed: int = 0, difficulty: str = "") -> list[Prompt]:
     """The first `number` prompts of a split (all, where a finite one has fewer), for evaluation."""
     task, level = _task(name, difficulty)
-    return list(islice(task_prompts_of(task, split, seed, level)(), number))
-
-
-def task_prompts_of(task: Any, split: str, seed: int, difficulty: str) -> Callable[[], Iterator[Prompt]]:
-    """A function that starts a task's stream, its split checked."""
-
-    def start() -> Iterator[Prompt]:
-        try:
-            return iter(task.prompts(split, seed, difficulty))
-        except KeyError:
-            raise ValueError(
-                f"task {task.name} has no split {split!r}; data.split is train, dev, test, pretrain_base or pretrain_teacher"
-            ) from None
-
-    return start
+    return list(islice(task.prompts(split, seed, level), number))
 
 
 def read_prompts(
@@ -159,7 +144,7 @@ def _epoch(prompts: Sequence[Prompt], seed: int, epoch: int) -> Iterator[Prompt]
     return (prompts[index] for index in order)
 
 
-def _task(name: str, difficulty: str) -> tuple[Any, str]:
+def _task(name: str, difficulty: str) -> tuple[Task, str]:
     if name not in TASKS:
         raise ValueError(f"no embedded task {name!r}{nearest(name, TASKS)}; known: {', '.join(sorted(TASKS))}")
     task = TASKS[name]

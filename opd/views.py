@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from opd import chat
 from opd.choices import nearest, parameters_of, resolve, split_choice
@@ -107,11 +107,9 @@ def peer_success(seen: ViewInput, *, own: bool = False, template: str = "") -> V
     return None
 
 
-def feedback(seen: ViewInput, *, solution: str = "", own: bool = False, template: str = "") -> View | None:
+def feedback(seen: ViewInput, *, solution: Literal["none", "peer_success"] = "none", own: bool = False, template: str = "") -> View | None:
     """The verifier's feedback on this answer; solution "peer_success": a correct sibling's answer instead, where the group has one."""
-    if solution not in ("", "peer_success"):
-        raise ValueError(f"view feedback: solution is {solution!r}; write peer_success, or leave it out")
-    shown = peer_success(seen, own=own) if solution else None
+    shown = peer_success(seen, own=own) if solution == "peer_success" else None
     verdict = seen.judged.verdict
     return shown or place(seen, "feedback", verdict.feedback if verdict.status == "score" else "", template)
 
@@ -165,7 +163,7 @@ def resolve_view(choice: Any, templates: Mapping[str, str] = TEMPLATES, *, think
     name, _ = split_choice(choice, "view")
     if name not in ("fn", "plain"):
         template_for(templates, str(given.get("name", name)), str(given.get("template", "")))
-    if name == "feedback" and given["solution"]:
+    if name == "feedback" and given["solution"] != "none":
         template_for(templates, str(given["solution"]))
     return ViewSpec(view=function, templates=templates, thinking=thinking)
 
