@@ -47,7 +47,7 @@ class SequenceSignals:
 def group_centered(group: GroupOutcome, *, std: bool = False, eps: Positive = 1e-6) -> Tensor:
     """r - mean [G]; with `std` divided by the unbiased standard deviation plus eps (GRPO, arXiv 2402.03300; without: 2503.20783)."""
     reward, count = _judged(group)
-    if count < 2:
+    if count < 2 or reward.min() == reward.max():  # rounding noise of the mean must not be divided by eps
         return torch.zeros_like(group.reward)
     centered = torch.where(group.valid, group.reward - reward.mean(), 0.0)
     return centered / (reward.std() + eps) if std else centered

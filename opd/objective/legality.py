@@ -20,6 +20,7 @@ class Setting:
     signals: Collection[str] | None = None
     group: int | None = None
     source: Literal["student", "dataset", "mixed"] | None = None
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +132,15 @@ def clip_is_dense(term: Term, setting: Setting) -> Finding | None:
     )
 
 
+def k_fits(term: Term, setting: Setting) -> Finding | None:
+    if not term.support or setting.vocabulary is None or term.support.k <= setting.vocabulary:
+        return None
+    return Finding(
+        reason=f"k is {term.support.k} and the vocabulary has {setting.vocabulary} tokens",
+        legal=f"k of at most {setting.vocabulary}, or support: full",
+    )
+
+
 def renormalised_needs_two(term: Term, setting: Setting) -> Finding | None:
     if not term.support or term.support.tail != "renormalise" or term.support.k != 1:
         return None
@@ -238,6 +248,7 @@ RULES: tuple[Rule, ...] = (
     route_sees_a_view,
     dense_form_exists,
     clip_is_dense,
+    k_fits,
     renormalised_needs_two,
     dropped_tail,
     renormalised_reverse,

@@ -269,7 +269,7 @@ def test_meters_add_up_to_the_loss_and_to_token_means(small, crowd):
     # routed loss tokens 0, 1, 2, 5 have log-ratios 0, -0.5, 0.5, 0.1 and A = 1, 1, 1, -2; clip(r, 0.8, 1.28) binds for A > 0 only at e^0.5
     assert means["clip_fraction/policy"] == pytest.approx(0.25)
     assert means["advantage_size/policy"] == pytest.approx(1.25)
-    assert means["ratio/policy"] == pytest.approx(sum(torch.tensor([0.0, -0.5, 0.5, 0.1]).double().exp().tolist()) / 4, abs=1e-12)
+    assert means["ratio/policy"] == pytest.approx(sum(torch.tensor([0.0, -0.5, 0.5, 0.1]).exp().tolist()) / 4, abs=1e-7)
     assert sums["engine_gap_nats"][1] == 0, "no policy sampled: nothing to compare"
     assert sums["gap/main"][1] == 4 and sums["gap/other"][1] == 5
 

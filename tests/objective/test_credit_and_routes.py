@@ -1,0 +1,149 @@
+"""Group credit, token credit and routes by hand; answers without a verdict count nowhere."""
+
+import math
+
+import pytest
+import torch
+from opd_rollout.types import TokenScores
+
+from opd.credit import CREDITS, GroupOutcome, SequenceSignals, group_centered, leave_one_out, max_rl, raw_reward, teacher_logratio
+from opd.objective.routes import (
+    RouteInput,
+    all_failed,
+    correct,
+    everything,
+    has_view,
+    mixed_groups,
+    not_wrong_with_view,
+    pass_rate_bump,
+    wrong,
+    wrong_with_view,
+)
+from opd.types import Verdict
+
+
+def group(reward, valid=None):
+    reward = torch.tensor(reward, dtype=torch.float64)
+    count = len(reward)
+    return GroupOutcome(
+        reward=reward,
+        correct=reward > 0.5,
+        valid=torch.ones(count, dtype=torch.bool) if valid is None else torch.tensor(valid),
+        length=torch.full((count,), 5),
+        truncated=torch.zeros(count, dtype=torch.bool),
+    )
+
+
+def test_group_centered_with_the_unbiased_deviation():
+    credit = group_centered(group([1.0, 0, 0, 1, 0, 0, 0, 1]), std=True)
+    assert credit[0].item() == pytest.approx(1.20761, abs=5e-6) and credit[1].item() == pytest.approx(-0.72457, abs=5e-6)
+    assert group_centered(group([1.0, 0, 0, 1])).tolist() == [0.5, -0.5, -0.5, 0.5]
+
+
+def test_leave_one_out_is_the_centered_credit_scaled():
+    outcome = group([3.0, 1.0, 2.0, 6.0])
+    assert leave_one_out(outcome).tolist() == pytest.approx([0.0, 1 - 11 / 3, 2 - 10 / 3, 4.0])
+    torch.testing.assert_close(leave_one_out(outcome), group_centered(outcome) * 4 / 3, rtol=0, atol=1e-12)
+
+
+def test_max_rl_divides_by_the_mean():
+    assert max_rl(group([1.0, 0, 0, 0])).tolist() == [3.0, -1.0, -1.0, -1.0]
+    assert max_rl(group([0.0, 0.0])).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", sorted(CREDITS))
+def test_answers_without_a_verdict_get_nothing_and_leave_the_baseline(name):
+    with_invalid = CREDITS[name](group([1.0, 99.0, 0.0, 0.0], [True, False, True, True]))
+    without = CREDITS[name](group([1.0, 0.0, 0.0]))
+    assert with_invalid[1].item() == 0.0
+    assert with_invalid[[0, 2, 3]].tolist() == without.tolist()
+
+
+@pytest.mark.parametrize("name", ["group_centered", "leave_one_out", "max_rl"])
+def test_one_judged_answer_has_no_baseline_and_no_credit(name):
+    assert CREDITS[name](group([1.0])).tolist() == [0.0]
+    assert CREDITS[name](group([1.0, 0.0], [True, False])).tolist() == [0.0, 0.0]
+    assert CREDITS[name](group([1.0, 0.0], [False, False])).tolist() == [0.0, 0.0]
+
+
+def test_equal_rewards_give_zero_even_when_divided_by_their_deviation():
+    assert group_centered(group([0.7, 0.7, 0.7]), std=True).abs().max().item() == 0.0
+
+
+def test_raw_reward_is_the_reward():
+    assert raw_reward(group([0.25, 1.0])).tolist() == [0.25, 1.0]
+
+
+def scored(sampled):
+    sampled = torch.tensor(sampled)
+    empty = torch.zeros((len(sampled), 0))
+    return TokenScores(
+        sampled=sampled, ids=empty.long(), logp=empty, tail_logp=sampled, entropy=sampled, temperature=1.0, version=0, view_hash=""
+    )
+
+
+def sequence(teacher, student, mask=None):
+    return SequenceSignals(
+        student_logp=torch.tensor(student),
+        scores={"main": scored(teacher)},
+        group_credit=0.0,
+        loss_mask=torch.ones(len(student), dtype=torch.bool) if mask is None else torch.tensor(mask),
+    )
+
+
+def test_teacher_logratio_by_hand():
+    answer = sequence([-1.0, -2.0, -9.0], [-2.0, -2.0, -1.0])
+    assert teacher_logratio(answer).tolist() == [1.0, 0.0, -8.0]
+    assert teacher_logratio(answer, clip=3.0, scale=0.5).tolist() == [0.5, 0.0, -1.5]
+    assert teacher_logratio(answer, discount=0.5).tolist() == [1.0 - 2.0, -4.0, -8.0]
+    assert teacher_logratio(answer, discount=1.0).tolist() == [-7.0, -8.0, -8.0]
+
+
+def test_teacher_logratio_of_masked_tokens_is_zero_and_of_an_empty_answer_empty():
+    answer = sequence([-1.0, math.nan, -1.0], [-3.0, -2.0, -1.5], [True, False, True])
+    assert teacher_logratio(answer).tolist() == [2.0, 0.0, 0.5]
+    assert teacher_logratio(answer, discount=1.0).tolist() == [2.5, 0.0, 0.5]
+    assert teacher_logratio(sequence([], []), discount=0.5).shape == (0,)
+
+
+def asked(status, right, view, outcome=None):
+    return RouteInput(verdict=Verdict(status=status, correct=right), has_view=view, group=outcome or group([1.0, 0.0]), member=0)
+
+
+@pytest.mark.parametrize(
+    ("route", "expected"),
+    [
+        # answers: right with view, right without, wrong with, wrong without, no verdict with view
+        (everything, (1, 1, 1, 1, 1)),
+        (has_view, (1, 0, 1, 0, 1)),
+        (correct, (1, 1, 0, 0, 0)),
+        (wrong, (0, 0, 1, 1, 0)),
+        (wrong_with_view, (0, 0, 1, 0, 0)),
+        (not_wrong_with_view, (1, 1, 0, 1, 1)),
+    ],
+)
+def test_routes_by_answer(route, expected):
+    answers = [("score", True, True), ("score", True, False), ("score", False, True), ("score", False, False), ("error", True, True)]
+    assert tuple(route(asked(*answer)) for answer in answers) == expected
+
+
+@pytest.mark.parametrize(
+    ("rewards", "valid", "mixed", "failed"),
+    [
+        ([1.0, 0.0], None, 1.0, 0.0),
+        ([0.0, 0.0], None, 0.0, 1.0),
+        ([1.0, 1.0], None, 0.0, 0.0),
+        ([1.0, 0.0, 0.0], [False, True, True], 0.0, 1.0),
+        ([1.0, 0.0], [False, False], 0.0, 0.0),
+    ],
+)
+def test_routes_by_group(rewards, valid, mixed, failed):
+    answer = asked("score", True, True, group(rewards, valid))
+    assert (mixed_groups(answer), all_failed(answer)) == (mixed, failed)
+
+
+def test_pass_rate_bump_peaks_at_its_share():
+    answer = asked("score", True, True, group([1.0, 0.0, 0.0, 0.0]))
+    assert pass_rate_bump(answer) == pytest.approx(0.25 * 0.75)
+    assert pass_rate_bump(answer, a=2.0, b=1.0) == pytest.approx(0.25**2 * 0.75)
+    assert pass_rate_bump(asked("score", True, True, group([0.0, 0.0]))) == 0.0
