@@ -3,12 +3,15 @@ import math
 
 import pytest
 import torch
+from opd_rollout.backbone import head_of
+from opd_rollout.cache import grouped_query_attention
 from opd_rollout.sampling import request_seed
 from opd_rollout.torch_engine import TorchEngine
 from opd_rollout.types import Completion, GenerateRequest, ModuleWeights, Sampling, ScoreRequest
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from tests.rollout.models import FAMILIES, VOCAB, llama, prompts, qwen3
+from tests.rollout.models import FAMILIES, VOCAB, gemma2, llama, prompts, qwen3
 
 BUDGET = 10_000
 
@@ -30,7 +33,7 @@ def _tokens(completions: list[Completion]) -> list[tuple[int, ...]]:
 
 
 def _hf_greedy(model: nn.Module, prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
-    output = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=max_tokens, pad_token_id=0)
+    output = model.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=max_tokens, pad_token_id=0)
     return tuple(output[0, len(prompt) :].tolist())
 
 
@@ -323,3 +326,39 @@ def test_a_family_with_unknown_constants_is_refused() -> None:
     model.lm_head.register_forward_hook(lambda module, args, output: output * 1.1)
     with pytest.raises(ValueError, match="does more after its head"):
         _engine(model)
+
+
+def test_attention_of_single_queries_equals_attention_over_repeated_keys() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 6, 1, 8, generator=generator)
+    key, value = torch.randn(2, 3, 2, 5, 8, generator=generator)
+    mask = torch.zeros(3, 1, 1, 5)
+    mask[1, ..., :2] = torch.finfo(torch.float32).min
+    found, _ = grouped_query_attention(nn.Module(), query, key, value, mask, scaling=0.3)
+    weights = (query @ key.repeat_interleave(3, dim=1).transpose(2, 3) * 0.3 + mask).softmax(dim=-1)
+    expected = (weights @ value.repeat_interleave(3, dim=1)).transpose(1, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_head_installed_by_a_learner_serves_the_engine() -> None:
+    plain, model = gemma2(), gemma2()
+    model.set_output_embeddings(head_of(model))
+    requests, sampling = _requests(prompts(4)), Sampling(max_tokens=8)
+    assert _tokens(_engine(model).generate(requests, sampling)) == _tokens(_engine(plain).generate(requests, sampling))
+
+
+def test_an_adapter_speaks_through_the_engine() -> None:
+    model = qwen3()
+    requests, sampling = _requests(prompts(4)), Sampling(max_tokens=8, temperature=0)
+    plain = _tokens(_engine(model).generate(requests, sampling))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=True)).eval()
+    engine = _engine(adapted)
+    assert _tokens(engine.generate(requests, sampling)) == plain  # the second factor starts at zero
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.5)
+    changed = _tokens(engine.generate(requests, sampling))
+    assert changed == [_hf_greedy(adapted, request.prompt_ids, 8) for request in requests] != plain
+    engine.load_weights(_weights(adapted, version=1))
+    assert engine.version == 1
