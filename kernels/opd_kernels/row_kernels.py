@@ -65,6 +65,16 @@ def bounded_tanh(z):
 
 
 @triton.jit
+def rounded(value, dtype: tl.constexpr):
+    """fp32 in another dtype; bfloat16 to nearest even by hand, because the interpreter's conversion cuts off."""
+    if dtype == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        value = tl.where(value != value, value, nearest.to(tl.float32, bitcast=True))
+    return value.to(dtype)
+
+
+@triton.jit
 def to_logits(z, column, valid, bias_ptr, inverse_temperature, softcap, logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """Returns x and the softcap's slope; x is -inf where `valid` is false or the logit is -inf. The mask comes after the softcap."""
     scaled = tl.where(valid, z, 0.0)
@@ -133,7 +143,7 @@ def overwrite_kernel(tile_ptr, tile_stride, ids_ptr, values_ptr, num_ids, first_
     held = (lane < num_ids) & (column >= 0) & (column < num_columns)
     value = tl.load(values_ptr + place, mask=held, other=0.0)
     target = tile_ptr + row_offset(row, tile_stride) + tl.where(held, column, 0)
-    tl.store(target, value.to(tile_ptr.dtype.element_ty), mask=held)
+    tl.store(target, rounded(value, tile_ptr.dtype.element_ty), mask=held)
 
 
 def overwrite(tile: Tensor, ids: Tensor, values: Tensor, first_column: int) -> None:
@@ -196,7 +206,7 @@ def dense_dz_kernel(
         factor += tl.load(slope_ptr + row) * offset
     dz = tl.where(kept, tl.exp(offset) * factor * bend, 0.0)
     target = dz_ptr + row_offset(row, dz_stride) + column
-    tl.store(target, dz.to(dz_ptr.dtype.element_ty), mask=column < dz_stride)
+    tl.store(target, rounded(dz, dz_ptr.dtype.element_ty), mask=column < dz_stride)
 
 
 def dense_dz(z: Tensor, dz: Tensor, coefficients: Coefficients, constants: TileConstants, tiles: Tiles = TILES) -> None:

@@ -226,6 +226,7 @@ def fused_sparse_loss(
         gradients = TileScratch(chunk if any(needs) else 0, columns.stop, head.gradient_dtype, device)
         weight_tile = projection.weight_tile(0, columns.stop)
         sums = gradient_sums(projection, needs, torch.float32)
+        block = None if sums.weight is None else sums.weight[columns]
         losses, auxes = [], []
         for rows in spans(ids.shape[0], chunk):
             constants, tokens = head.constants(rows, columns), rows.stop - rows.start
@@ -239,7 +240,7 @@ def fused_sparse_loss(
                 dz, rule = gradients.tile(tokens, columns.stop), _row_rule(head, upstream, ids[rows], found, rows)
                 dense_dz(z, dz, rule, constants, tiles)
                 overwrite(dz, ids[rows], rule.selected, options.vocab_start)
-                add_tile(sums, dz, projection.hidden[rows], weight_tile, rows, columns, None if sums.weight is None else sums.weight[columns])
+                add_tile(sums, dz, projection.hidden[rows], weight_tile, rows, columns, block)
         reduce_hidden_gradient(sums.hidden, options.process_group)
     loss = attach(torch.stack(losses).sum(), sums, hidden, weight, options.bias)
     return loss, {name: torch.cat([aux[name] for aux in auxes]) for name in auxes[0]}

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opd_kernels.row_kernels import TILES, TileConstants, Tiles, row_offset, row_vector, to_logits
+from opd_kernels.row_kernels import TILES, TileConstants, Tiles, rounded, row_offset, row_vector, to_logits
 from opd_kernels.types import Divergence
 
 KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skew_forward_kl": 3, "skew_reverse_kl": 4}
@@ -143,7 +143,7 @@ def divergence_dz_kernel(
     dx = slope - tl.exp(lp) * tl.load(slope_ptr + row)
     dz = tl.where(x_s == float("-inf"), 0.0, dx * tl.load(scale_ptr + row) * bend)
     target = dz_ptr + row_offset(row, dz_stride) + column
-    tl.store(target, dz.to(dz_ptr.dtype.element_ty), mask=column < dz_stride)
+    tl.store(target, rounded(dz, dz_ptr.dtype.element_ty), mask=column < dz_stride)
 
 
 def divergence_rows(student: ProductTile, teacher: ProductTile, divergence: Divergence, tiles: Tiles = TILES) -> tuple[Tensor, Tensor]:
