@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from opd.config import describe, find_recipe, load_recipe, parse_overrides
-from opd.live import Preempted, TooManySkipped
+from opd.errors import Preempted, TooManySkipped
 from opd.overview import overview
 
 USAGE = """usage: opd COMMAND [NAME] [key=value ...]

@@ -58,7 +58,9 @@ class Data(_Frozen):
     columns: dict[str, str] = Field({}, description="our name -> the file's column, e.g. {prompt: problem, solution: gold}")
     verifier: Choice = Field("auto", description="name in opd.verify, {fn: module:name}, or auto (the task's own, math for JSONL)")
     system: str = Field("", description="system message put before every question")
-    max_prompt_tokens: Positive = Field(1024, description="longer prompts are refused (student) or their hint truncated (views), tokens")
+    max_prompt_tokens: Positive = Field(
+        1024, description="longer prompts are refused, tokens; a view may be as long as the model allows, its hint is shortened beyond that"
+    )
 
 
 class Sampling(_Frozen):
@@ -224,19 +226,23 @@ def load_recipe(reference: str, overrides: Sequence[str] | Mapping[str, Any] = (
 
 
 def parse_recipe(
-    raw: dict[str, Any], overrides: Sequence[str] | Mapping[str, Any] = (), *, origin: str = "recipe", is_method: bool = False, stem: str = ""
+    raw: Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    origin: str = "recipe",
+    is_method: bool = False,
+    stem: str = "",
+    resolved: bool = False,
 ) -> Recipe:
-    """Validate a mapping as a recipe: method file beneath, overrides on top. Raises ValueError with the fix."""
+    """Validate a mapping as a recipe: method file beneath (unless already resolved), overrides on top. Raises ValueError with the fix."""
     changes = parse_overrides(overrides)
     method = changes.get("method", stem if is_method else raw.get("method", ""))
     merged = dict(raw)
-    if method and not (is_method and method == stem):
+    if method and not resolved and not (is_method and method == stem):
         merged = merge(read_yaml(find_recipe(str(method), kind="methods")), raw if not is_method else {})
     merged["method"] = method
     for key, value in changes.items():
         _set_dotted(merged, key, value)
-    if not merged.get("name") and stem:
-        merged.setdefault("name", "")
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:

@@ -13,17 +13,10 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from opd.errors import Preempted
 from opd.runfolder import write_json
 
 UNSTOPPABLE = {"learn", "sync", "checkpoint"}  # weights are changing: finish, then stop
-
-
-class Preempted(Exception):
-    """Somebody asked the run to stop; raised only where nothing is lost."""
-
-
-class TooManySkipped(Exception):
-    """Updates were refused several times in a row; the last good checkpoint stays."""
 
 
 @dataclass(slots=True)

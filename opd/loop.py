@@ -34,9 +34,7 @@ class RolloutSource(Protocol):
 class TeacherScorer(Protocol):
     """Every signal's log-probs of the student's own tokens."""
 
-    def score(
-        self, judged: Sequence[Judged], views: Views, prepared: Sequence[Prepared | None]
-    ) -> list[Mapping[str, TokenScores]]: ...
+    def score(self, judged: Sequence[Judged], views: Views, prepared: Sequence[Prepared | None]) -> list[Mapping[str, TokenScores]]: ...
 
     def heads(self) -> Mapping[str, HeadView]: ...
 

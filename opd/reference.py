@@ -1,6 +1,6 @@
 """Pages that are generated, so that they cannot drift: the recipe reference and the table of methods.
 
-    python -m opd.reference      # writes docs/recipe_reference.md and docs/methods_table.md
+python -m opd.reference      # writes docs/recipe_reference.md and docs/methods_table.md
 """
 
 import types
@@ -26,7 +26,14 @@ def recipe_reference() -> str:
     pending: list[tuple[str, type[BaseModel]]] = [("", Recipe)]
     while pending:
         prefix, model = pending.pop(0)
-        lines += [f"## `{prefix.rstrip('.') or 'top level'}`", "", _first_paragraph(model), "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += [
+            f"## `{prefix.rstrip('.') or 'top level'}`",
+            "",
+            _first_paragraph(model),
+            "",
+            "| key | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
         for name, field in model.model_fields.items():
             nested = _models(field.annotation)
             pending += [(f"{prefix}{name}." if not _is_table(field.annotation) else f"{prefix}{name}.<name>.", inner) for inner in nested]

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from opd_rollout.engine import Engine
 
-from opd.live import LiveView, Status, TooManySkipped
+from opd.errors import TooManySkipped
+from opd.live import LiveView, Status
 from opd.loop import System
 from opd.runfolder import append_line, checkpoint_step, checkpoints, keep_until, prune_checkpoints, save_checkpoint, write_json
 from opd.types import Sample, StepReport
@@ -69,7 +70,10 @@ class Progress:
 
 
 class TrainingRun:
-    """Implements opd.loop.Run over a folder. `evaluate_dev(step, engine)` returns accuracy; `write_samples(path, step, samples)` returns table rows."""
+    """Implements opd.loop.Run over a folder.
+
+    `evaluate_dev(step, engine)` returns accuracy; `write_samples(path, step, samples)` returns table rows.
+    """
 
     def __init__(
         self,
@@ -194,5 +198,3 @@ SAMPLE_COLUMNS = ("prompt", "completion", "reward", "correct", "finish")
 
 def _as_dict(progress: Progress) -> dict[str, Any]:
     return {name: getattr(progress, name) for name in Progress.__slots__}
-
-

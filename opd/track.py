@@ -31,7 +31,7 @@ class WandbSink:
 
 
 def wandb_mode(wanted: str) -> str:
-    """"auto" becomes "online" where an API key is found without asking, else "offline"."""
+    """ "auto" becomes "online" where an API key is found without asking, else "offline"."""
     if wanted != "auto":
         return wanted
     return "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"

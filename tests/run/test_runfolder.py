@@ -8,7 +8,8 @@ import signal
 import pytest
 
 from opd.config import parse_recipe
-from opd.live import PhaseClock, Preempted, Status, StopRequest, stop_signals
+from opd.errors import Preempted
+from opd.live import PhaseClock, Status, StopRequest, stop_signals
 from opd.runfolder import append_line, checkpoints, keep_until, open_run, prune_checkpoints, read_lines, save_checkpoint
 
 

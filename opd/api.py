@@ -1,0 +1,269 @@
+"""The commands as functions: train, compare, evaluate, inspect."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from opd_rollout.engine import Engine
+from opd_rollout.parity import audit
+from opd_rollout.sampling import request_seed
+from opd_rollout.types import GenerateRequest, Sampling
+
+from opd import chat
+from opd.build import Parts, build_parts, learner_kind, open_sink, template_hash, view_function
+from opd.compare.runner import compare as run_comparison
+from opd.compare.workers import Functions
+from opd.config import Recipe, load_recipe, parse_overrides, parse_recipe, recipe_hash
+from opd.errors import Preempted
+from opd.eval import Codec, EvalResult, EvalSettings, decoding_name, write_evaluation
+from opd.eval import evaluate as evaluate_problems
+from opd.inspect.record import write_samples
+from opd.inspect.viewer import write_viewer
+from opd.live import LiveView, PhaseClock, Status, StopRequest, stop_signals
+from opd.loop import System
+from opd.loop import train as train_loop
+from opd.run import Plan, TrainingRun
+from opd.runfolder import checkpoint_step, checkpoints, open_run, read_lines, write_json
+from opd.types import Prompt
+from opd.verify import final_answer
+
+AUDIT_PROMPTS = 4
+
+
+def train(
+    recipe: str | Recipe,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    folder: Path | None = None,
+    *,
+    verifier: Callable[..., Any] | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Run a recipe to its end, or go on where it stopped; returns the run folder.
+
+    verifier: fn(prompt, text) -> Verdict, number or bool, in the place of data.verifier. Raises ValueError with the fix for a mistake in
+    the input before any work starts, Preempted when asked to stop (the state is saved), TooManySkipped when updates keep being refused.
+    """
+    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    folder = folder or run_folder(resolved, recipe if isinstance(recipe, str) else "recipe")
+    if finished(folder):
+        open_run(folder, resolved, {})
+        return folder
+    parts = build_parts(resolved, verifier=verifier)
+    open_run(folder, resolved, facts(resolved, parts))
+    status, view = Status(folder / "status.json", resolved.steps), LiveView(folder.name, resolved.steps, quiet=quiet)
+    stop = StopRequest()
+    run = make_run(resolved, folder, parts, status, view)
+    with _closing(parts, run, view, status), _listening(stop):
+        system = make_system(parts, PhaseClock(status, stop))
+        audit_engine(resolved, parts, view)
+        reason = train_loop(system, run, resolved.steps)
+        report_final(resolved, folder, parts, run, system)
+        status.write("finished", reason)
+        view.say(f"{folder}: {reason}")
+    return folder
+
+
+def compare(comparison: str, overrides: Sequence[str] | Mapping[str, Any] = (), *, quiet: bool = False) -> Path:
+    """Run what is missing of a comparison and write its report; returns the report's path."""
+    return run_comparison(comparison, overrides, functions=Functions(train=train_run, evaluate=evaluate_run), quiet=quiet)
+
+
+def train_run(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Path:
+    """One run of a comparison: quiet, without W&B."""
+    return train(recipe, {**overrides, "track.wandb": "off"}, folder, quiet=True)
+
+
+def evaluate_run(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Path:
+    """The recipe's student as it starts, examined on dev and test at every temperature of `eval.temperatures`."""
+    resolved = load_recipe(recipe, {**overrides, "track.wandb": "off"})
+    if finished(folder):
+        return folder
+    parts = build_parts(resolved)
+    open_run(folder, resolved, facts(resolved, parts))
+    status = Status(folder / "status.json", 0)
+    (folder / "eval.jsonl").unlink(missing_ok=True)
+    for split, prompts in (("dev", parts.problems.dev), ("test", parts.problems.test)):
+        for temperature in resolved.eval.temperatures if prompts else ():
+            write_evaluation(folder, examine(resolved, parts, parts.engine, split, prompts, temperature, resolved.eval.final_samples, 0))
+    parts.learner.close()
+    status.write("finished", "evaluated without training")
+    return folder
+
+
+def evaluate(model_or_run: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
+    """avg@k, pass@k and maj@k of a run's chosen model, or of a model folder on an embedded task (`data.task=...`); prints and returns the rows."""
+    changes = parse_overrides(overrides)
+    resolved = _eval_recipe(model_or_run, changes)
+    parts = build_parts(resolved)
+    rows = []
+    for temperature in resolved.eval.temperatures:
+        result = examine(resolved, parts, parts.engine, "test", parts.problems.test, temperature, resolved.eval.final_samples, 0)
+        row = dict(result.row)
+        rows.append(row)
+        print(
+            f"{row['suite']} test, {row['decoding']}: avg@{row['k']} {row['avg@k']:.3f} ± {row['stderr']:.3f}, pass@{row['k']} {row['pass@k']:.3f} "
+            f"± {row['pass@k_stderr']:.3f}, maj@{row['k']} {row['maj@k']:.3f} ± {row['maj@k_stderr']:.3f} ({row['n_problems']} problems)"
+        )
+    parts.learner.close()
+    return rows
+
+
+def inspect(run: str) -> Path:
+    """Write the run's token viewer and return its path."""
+    folder = Path(run)
+    if not list((folder / "samples").glob("step-*.jsonl")):
+        raise ValueError(f"{folder} has no samples (samples/step-*.jsonl); is it a run folder, and did it reach track.samples_every steps?")
+    return write_viewer(folder)
+
+
+def run_folder(recipe: Recipe, reference: str) -> Path:
+    """runs/<name>, by default recipe-method-seed-hash."""
+    return Path("runs") / (recipe.name or f"{Path(reference).stem}-{recipe.method or 'method'}-{recipe.seed}-{recipe_hash(recipe)}")
+
+
+def finished(folder: Path) -> bool:
+    """Whether the folder holds a run that reached its end."""
+    path = folder / "status.json"
+    return path.is_file() and json.loads(path.read_text())["state"] == "finished"
+
+
+def facts(recipe: Recipe, parts: Parts) -> dict[str, Any]:
+    """What resolved.json adds to the recipe: what was chosen, and hashes of template and data."""
+    return {
+        "learner": learner_kind(recipe),
+        "allow": list(parts.objective.allowed),
+        "template_hash": template_hash(parts.tokenizer),
+        "data_hash": recipe_hash(recipe.data),
+        "num_parameters": sum(p.numel() for p in parts.engine.model.parameters()),
+    }
+
+
+def make_system(parts: Parts, clock: PhaseClock) -> System:
+    """The parts as the loop sees them."""
+    return System(
+        source=parts.source, view=view_function(parts), teachers=parts.scorer, objective=parts.objective, learner=parts.learner,
+        student=parts.engine, clock=clock, last={},
+    )  # fmt: skip
+
+
+def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Status, view: LiveView) -> TrainingRun:
+    """The run folder's side of the loop."""
+    ev, ck, tr = recipe.eval, recipe.checkpoint, recipe.track
+    plan = Plan(
+        steps=recipe.steps, evaluate_every=ev.every, evaluate_first=ev.before, checkpoint_every=ck.every, keep=ck.keep, keep_best=ck.best,
+        samples_every=tr.samples_every, max_skipped=recipe.learner.max_skipped, budget_tokens=recipe.budget.generated_tokens,
+        budget_seconds=recipe.budget.seconds,
+    )  # fmt: skip
+
+    def evaluate_dev(step: int, engine: Engine) -> float:
+        result = examine(recipe, parts, engine, "dev", parts.problems.dev, 1.0, ev.samples, step)
+        write_evaluation(folder, result)
+        return float(result.row["avg@k"])
+
+    return TrainingRun(
+        folder,
+        plan,
+        status=status,
+        view=view,
+        open_sink=partial(open_sink, recipe, folder),
+        evaluate_dev=evaluate_dev if parts.problems.dev else None,
+        write_samples=partial(write_samples, tokenizer=parts.tokenizer, num_samples=tr.samples, texts_in_table=tr.texts),
+    )
+
+
+def examine(
+    recipe: Recipe, parts: Parts, engine: Engine, split: str, prompts: Sequence[Prompt], temperature: float, samples: int, step: int
+) -> EvalResult:
+    """One evaluation; the seed does not depend on the run's, so that all runs answer the same problems with the same noise."""
+    settings = EvalSettings(
+        suite=parts.problems.suite, split=split, samples=samples, temperature=temperature, max_tokens=recipe.sampling.max_tokens,
+        stop_ids=parts.stop_ids, seed=EVALUATION_SEED,
+    )  # fmt: skip
+    codec = Codec(encode=parts.encode, decode=partial(chat.decode, parts.tokenizer), answer=final_answer)
+    return evaluate_problems(engine, prompts, parts.problems.verify, codec, settings, step=step)
+
+
+EVALUATION_SEED = 20260501
+
+
+def audit_engine(recipe: Recipe, parts: Parts, view: LiveView) -> None:
+    """Compare the engine's log-probs with the learner's, in nats; ValueError past the recipe's threshold."""
+    prompts = list(parts.problems.dev[:AUDIT_PROMPTS])
+    if not prompts or recipe.sampling.temperature == 0:
+        return
+    requests = [GenerateRequest(prompt_ids=parts.encode(p), seed=request_seed(recipe.seed, p.id, 0, 0)) for p in prompts]
+    sampling = Sampling(temperature=recipe.sampling.temperature, max_tokens=recipe.sampling.max_tokens, stop_ids=parts.stop_ids)
+    gap = audit(parts.engine, lambda asked, _temperature: parts.learner.teacher_pass(asked, "live"), requests, sampling)
+    if gap.mean > recipe.engine.audit_nats:
+        raise ValueError(
+            f"engine and learner disagree on log-probs by {gap.mean:.4f} nats on average (largest {gap.max:.4f}) over {gap.num_tokens} tokens, more "
+            f"than engine.audit_nats={recipe.engine.audit_nats}: training would be off-policy. Use float32, or raise the threshold knowingly."
+        )
+    view.say(f"engine against learner: {gap.mean:.1e} nats mean, {gap.max:.1e} largest, over {gap.num_tokens} tokens")
+
+
+def report_final(recipe: Recipe, folder: Path, parts: Parts, run: TrainingRun, system: System) -> None:
+    """Choose the checkpoint (best on dev, or the last), export it as model/, and examine it on the test split."""
+    found = {checkpoint_step(path): path for path in checkpoints(folder)}
+    last = max(found, default=0)
+    chosen = run.progress.best_step if recipe.checkpoint.best and run.progress.best_step in found else last
+    if chosen and chosen != last:
+        parts.learner.load(found[chosen] / "learner")
+        parts.engine.load_weights(parts.learner.weights(chosen))
+    parts.learner.export(folder / "model")
+    parts.tokenizer.save_pretrained(folder / "model")
+    write_json(folder / "chosen.json", {"step": chosen, "dev": run.progress.best if chosen == run.progress.best_step else None})
+    seen = {(row["split"], row["decoding"]) for row in read_lines(folder / "eval.jsonl")}
+    for temperature in recipe.eval.temperatures if parts.problems.test else ():
+        if ("test", decoding_name(temperature)) not in seen:
+            with system.clock("evaluate"):
+                samples = recipe.eval.final_samples
+                result = examine(recipe, parts, parts.engine, "test", parts.problems.test, temperature, samples, chosen)
+                write_evaluation(folder, result)
+
+
+def _eval_recipe(model_or_run: str, changes: Mapping[str, Any]) -> Recipe:
+    resolved = Path(model_or_run) / "resolved.json"
+    if not resolved.is_file():
+        if not any(key.startswith("data") for key in changes):
+            raise ValueError(f"{model_or_run} is no run folder: say what to examine it on, e.g. data.task=expr or data.path=FILE.jsonl")
+        return load_recipe("sft", {"model.path": model_or_run, "sampling.max_tokens": 64, "learner.kind": "torch", **changes})
+    before = json.loads(resolved.read_text())["recipe"]
+    model = Path(model_or_run) / "model"
+    if not (model / "config.json").is_file():
+        raise ValueError(f"{model_or_run} has no model/ yet: finish the run first (opd train with its recipe resumes it)")
+    before = {**before, "init": "", "teacher": "", "view": "", "model": {**before["model"], "path": str(model), "lora": None}}
+    return parse_recipe(before, {"learner.kind": "torch", **changes}, origin=model_or_run, resolved=True)
+
+
+@contextlib.contextmanager
+def _closing(parts: Parts, run: TrainingRun, view: LiveView, status: Status) -> Iterator[None]:
+    """Whatever happens, the learner lets go and status.json says how it ended."""
+    failed = True
+    try:
+        yield
+        failed = False
+    except Preempted as stopped:
+        failed = False
+        status.write("preempted", str(stopped))
+        raise
+    except BaseException as error:
+        status.write("failed", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        run.sink.finish(failed)
+        view.close()
+        parts.learner.close()
+
+
+@contextlib.contextmanager
+def _listening(stop: StopRequest) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may receive signals
+        yield
+        return
+    with stop_signals(stop):
+        yield
