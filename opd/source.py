@@ -87,6 +87,7 @@ class RolloutSource:
         """
         kept: list[list[Judged]] = []
         dropped: list[list[Judged]] = []
+        answered: list[list[Judged]] = []
         drawn: Counter[str] = Counter()
         rounds = 0
         while len(kept) < self.settings.num_prompts and rounds <= (self.settings.max_refill if self.settings.filter != "none" else 0):
