@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import opd_kernels
 import torch
 from torch import Tensor
-
-import opd_kernels
 
 OUTPUTS = ("logp", "tail_logp", "logz", "entropy")
 

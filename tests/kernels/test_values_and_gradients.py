@@ -75,6 +75,14 @@ def test_all_columns_chosen_leaves_no_tail(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_more_ids_than_columns(path):
+    """K > V: several scorers' ids side by side, with duplicates and pads, over a tiny vocabulary."""
+    case = make_case(6, 11, 8, 30)
+    upstream = upstream_of(case, ("logp", "logz", "entropy"))
+    assert_same(run(case, upstream, path=path, chunk_bytes=300), oracle(case, upstream), value=3e-5, gradient=5e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_pads_take_no_gradient(path):
     case = make_case(6, 40, 8, 5)
     case = Case(hidden=case.hidden, weight=case.weight, ids=torch.full((6, 5), -1))

@@ -1,0 +1,129 @@
+"""Every mistake is a ValueError that names the argument, what it was and what it should be."""
+
+import opd_kernels
+import pytest
+import torch
+from opd_kernels.backends import choose_backend
+
+HIDDEN, WEIGHT, IDS = torch.randn(4, 8), torch.randn(20, 8), torch.zeros(4, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hidden": HIDDEN[0]}, r"hidden has shape \[8\]; it must have two dimensions"),
+        ({"hidden": HIDDEN.long()}, "hidden has dtype torch.int64; it must be a floating-point tensor"),
+        ({"hidden": [1.0]}, "hidden is a list; it must be a tensor"),
+        ({"weight": torch.randn(20, 9)}, r"hidden has shape \[4, 8\] and weight \[20, 9\]"),
+        ({"weight": torch.empty(0)}, r"weight has shape \[0\].*looks partitioned: call the operation inside opd_kernels.Head"),
+        ({"weight": torch.empty(0, 8)}, r"weight has shape \[0, 8\]; it must have at least one row"),
+        ({"weight": WEIGHT.to("meta")}, "hidden is on cpu and weight on meta"),
+        ({"weight": WEIGHT.double()}, "fp64 needs both in fp64"),
+        ({"ids": IDS.float()}, "ids is torch.float32; it must be an int32 or int64 tensor"),
+        ({"ids": IDS[:3]}, r"ids has shape \[3, 3\]; it must be \[4, K\]"),
+        ({"ids": IDS[:, :0]}, "with K at least 1"),
+        ({"ids": IDS.to("meta")}, "ids is on meta and hidden on cpu"),
+        ({"ids": IDS + 20}, r"ids\[0, 0\] is 20; it must be -1 \(a pad\) or an id from 0 to 19"),
+        ({"ids": IDS - 2}, r"ids\[0, 0\] is -2"),
+        ({"ids": IDS + 18, "vocab_size": 18}, "an id from 0 to 17"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be a positive number"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": torch.tensor([1.0, 1.0, -1.0, 1.0])}, r"temperature\[2\] is -1.0; it must be a positive number"),
+        ({"temperature": torch.ones(3)}, r"temperature has shape \[3\].*must be a number or \[4\]"),
+        ({"bias": torch.zeros(19)}, r"bias is \[19\] torch.float32 on cpu; it must be \[20\]"),
+        ({"softcap": 0.0}, "softcap is 0.0; it must be a positive number, or None"),
+        ({"logit_scale": 0.0}, "logit_scale is 0.0"),
+        ({"vocab_size": 21}, "vocab_size is 21; it must lie between 1 and weight's 20 rows"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"vocab_start": 5}, "vocab_start is 5 without a process_group"),
+        ({"vocab_start": -1}, "vocab_start is -1"),
+        ({"student_topk": 21}, "student_topk is 21; it must lie between 0 and the vocabulary's 20"),
+        ({"chunk_bytes": 0}, "chunk_bytes is 0; it must be a positive number of bytes"),
+        ({"backend": "cuda"}, "backend is 'cuda'; it must be one of auto, reference, torch, triton"),
+    ],
+)  # fmt: skip
+def test_selected_logprobs(arguments, message):
+    arguments = {"hidden": HIDDEN, "weight": WEIGHT, "ids": IDS, **arguments}
+    with pytest.raises(ValueError, match=message):
+        opd_kernels.selected_logprobs(**arguments)
+    with pytest.raises(ValueError, match=message):
+        opd_kernels.fused_sparse_loss(loss_fn=lambda s: (s.logz.sum(), {}), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("extras", "message"),
+    [
+        ([IDS], "extras is a list; it must be a tuple of tensors"),
+        ((torch.zeros(3),), r"extras\[0\] is \[3\]; it must be a tensor whose first dimension is the 4 tokens"),
+        ((torch.zeros(4, requires_grad=True),), r"extras\[0\] requires a gradient, which would be lost"),
+    ],
+)
+def test_extras(extras, message):
+    with pytest.raises(ValueError, match=message):
+        opd_kernels.fused_sparse_loss(HIDDEN, WEIGHT, IDS, lambda s, *e: (s.logz.sum(), {}), extras)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, "k is 0; it must lie between 1 and the vocabulary's 20"),
+        ({"k": 19, "vocab_size": 18}, "k is 19; it must lie between 1 and the vocabulary's 18"),
+        ({"always_include": torch.tensor([0, 1, 2, 20])}, r"always_include\[3\] is 20"),
+        ({"always_include": IDS}, r"always_include has shape \[4, 3\]; it must be \[4\]"),
+    ],
+)
+def test_topk_logprobs(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        opd_kernels.topk_logprobs(HIDDEN, WEIGHT, **{"k": 3, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hidden_t": torch.randn(5, 8)}, "hidden_s has 4 tokens and hidden_t 5"),
+        ({"weight_t": torch.randn(21, 8)}, "pass vocab_size"),
+        ({"weight_t": torch.randn(19, 8), "vocab_size": 20}, "vocab_size is 20; it must lie between 1 and weight_t's 19 rows"),
+        ({"hidden_t": HIDDEN.double(), "weight_t": WEIGHT.double()}, "fp64 needs both in fp64"),
+        ({"token_weight": torch.ones(3)}, r"token_weight is \[3\] on cpu; it must be \[4\]"),
+        ({"token_weight": torch.ones(4, requires_grad=True)}, "token_weight requires a gradient"),
+        ({"constants_t": opd_kernels.HeadConstants(softcap=-1.0)}, "softcap_t is -1.0"),
+    ],
+)
+def test_dense_divergence(arguments, message):
+    arguments = {"hidden_s": HIDDEN, "weight_s": WEIGHT, "hidden_t": HIDDEN, "weight_t": WEIGHT, **arguments}
+    with pytest.raises(ValueError, match=message):
+        opd_kernels.dense_divergence(divergence=opd_kernels.jsd(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: opd_kernels.jsd(0.0), "mix is 0.0; it must lie strictly between 0 and 1"),
+        (lambda: opd_kernels.skew_forward_kl(1.0), "alpha is 1.0; it must be at least 0 and below 1"),
+        (lambda: opd_kernels.forward_kl(entry_clip=-0.1), "entry_clip is -0.1"),
+    ],
+)
+def test_divergences(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="backend is 'triton', but the tensors are on cpu .*; use backend='auto' or 'torch'"):
+        choose_backend("triton", HIDDEN)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="fp64 needs the torch or reference backend"):
+        choose_backend("triton", HIDDEN.double())
+    with pytest.raises(ValueError, match="elementwise divergences run on the torch backend"):
+        choose_backend("triton", HIDDEN, torch_only="elementwise divergences run on the torch backend")
+
+
+def test_auto_takes_torch_on_the_cpu_and_says_why_once(caplog):
+    from opd_kernels import backends
+
+    backends._log_choice.cache_clear()
+    with caplog.at_level("INFO", logger="opd_kernels"):
+        names = {choose_backend("auto", HIDDEN).__name__ for _ in range(3)}
+    assert names == {"opd_kernels.chunked"}
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("opd_kernels backend torch: ")
