@@ -74,7 +74,7 @@ def token_loss(
     for term in objective.terms:
         active = active_tokens(term, rows)
         factor = token_weight(term, denominators, selected, rows)
-        loss, extra = _term_loss(term, selected, rows, full)
+        loss, extra = _term_loss(term, selected, rows, full, active)
         contribution = factor * torch.where(active, loss, 0.0)
         total = total + contribution.sum()
         columns[f"loss/{term.name}"] = contribution.detach()
@@ -99,13 +99,15 @@ def token_weight(term: Term, denominators: Mapping[str, float], selected: Select
     return torch.where(active_tokens(term, rows), factor, 0.0)
 
 
-def _term_loss(term: Term, selected: SelectedLogprobs, rows: TokenRows, full: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def _term_loss(
+    term: Term, selected: SelectedLogprobs, rows: TokenRows, full: Mapping[str, Tensor], active: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Per-token loss [N], finite wherever the student's log-probs are, and the term's own columns."""
     student_logp = selected.logp[:, 0]
     if term.kind == "nll":
         return -student_logp, {}
     if term.kind == "surrogate":
-        return _surrogate(term, student_logp, rows)
+        return _surrogate(term, student_logp, rows, active)
     assert term.signal and term.support, "a divergence has a signal and a support"
     signal = rows.signals[term.signal]
     if term.support.kind == "full":
@@ -120,11 +122,11 @@ def _term_loss(term: Term, selected: SelectedLogprobs, rows: TokenRows, full: Ma
     return term.loss(on.student, teacher_logp), tails
 
 
-def _surrogate(term: Term, student_logp: Tensor, rows: TokenRows) -> tuple[Tensor, dict[str, Tensor]]:
+def _surrogate(term: Term, student_logp: Tensor, rows: TokenRows, active: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     assert term.loss, "a surrogate has a loss"
     now = student_logp.detach()
     old_logp = now if rows.old_logp is None else rows.old_logp.to(now)
-    advantage = rows.advantage[term.name].to(now)
+    advantage = torch.where(active, rows.advantage[term.name].to(now), 0.0)  # a NaN there would pass through a factor of 0
     loss, clipped = term.loss(student_logp, old_logp, advantage)
     columns = {"ratio": (now - old_logp).exp(), "advantage_size": advantage.abs()}
     return loss, columns if clipped is None else columns | {"clip_fraction": clipped.to(now)}

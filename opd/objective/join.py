@@ -22,12 +22,7 @@ def join(
     """
     assert len(judged) == len(prepared) == len(scores), "one entry an answer"
     outcomes, places = _groups(judged)
-    credits = {
-        (term.name, group): term.credit(outcome)
-        for term in objective.terms
-        if term.credit is not None
-        for group, outcome in outcomes.items()
-    }
+    credits = {(term.name, group): term.credit(outcome) for term in objective.terms if term.credit is not None for group, outcome in outcomes.items()}
     samples = []
     for index, answer in enumerate(judged):
         group, place = answer.group, places[index]
@@ -40,9 +35,7 @@ def join(
                 advantage[term.name] = _advantage(term, answer, prepared[index], scores[index], given)
             if term.reduce.kind != "token_mean":
                 fields[length_field(term.name)] = _lengths(term, answer)
-        samples.append(
-            Sample(judged=answer, scores=scores[index], advantage=advantage, route=route, prepared=prepared[index], fields=fields)
-        )
+        samples.append(Sample(judged=answer, scores=scores[index], advantage=advantage, route=route, prepared=prepared[index], fields=fields))
     return samples
 
 

@@ -159,8 +159,7 @@ def dropped_tail(term: Term, setting: Setting) -> Finding | None:
     known = {"stop_gradient_reverse_kl": "reverse_kl"}.get(name, name)
     return Finding(
         reason=(
-            f"{name} over a truncated support is no divergence: it can be negative, and its gradient is not zero where student and teacher "
-            "agree"
+            f"{name} over a truncated support is no divergence: it can be negative, and its gradient is not zero where student and teacher agree"
         ),
         legal="tail: bucket, tail: renormalise, support: full, or stop_gradient_reverse_kl on student_topk",
         allow=f"truncated_{known}" if f"truncated_{known}" in BIASED else "truncated_divergence",
@@ -186,13 +185,9 @@ def sampled_estimator(term: Term, setting: Setting) -> Finding | None:
     if name in ("sampled_reverse_kl", "k2"):
         return None
     if name == "k1":
-        return Finding(
-            reason="k1 as a loss has expected gradient zero: it does nothing but add noise", legal="reference_kl: k2", allow="k1_loss"
-        )
+        return Finding(reason="k1 as a loss has expected gradient zero: it does nothing but add noise", legal="reference_kl: k2", allow="k1_loss")
     if name == "k3":
-        return Finding(
-            reason="k3 as a loss has the reverse KL's value but the forward KL's gradient", legal="reference_kl: k2", allow="k3_loss"
-        )
+        return Finding(reason="k3 as a loss has the reverse KL's value but the forward KL's gradient", legal="reference_kl: k2", allow="k3_loss")
     return Finding(
         reason=f"{name} cannot be estimated from the sampled token alone",
         legal="distill: reverse_kl with support: sampled, or support: full | student_topk | teacher_topk",

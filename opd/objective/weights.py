@@ -39,9 +39,7 @@ def staleness_ratio(now: TokenStatistics, *, cap: Positive = 2.0) -> Tensor:
 
 
 @reads("old_logp", "behaviour_logp")
-def engine_ratio(
-    now: TokenStatistics, *, low: NonNegative = 0.0, high: Positive = 2.0, outside: Literal["truncate", "mask"] = "truncate"
-) -> Tensor:
+def engine_ratio(now: TokenStatistics, *, low: NonNegative = 0.0, high: Positive = 2.0, outside: Literal["truncate", "mask"] = "truncate") -> Tensor:
     """p_old / p_engine, outside [low, high] truncated (TIS) or set to 0 (IcePop): corrects for the engine's arithmetic."""
     r = ratio(now.old_logp, now.rows.behaviour_logp.to(now.old_logp))
     if outside == "truncate":

@@ -45,8 +45,7 @@ def crowd(small):
         sequence=SEQUENCE,
         position=POSITION,
         loss_mask=torch.tensor([True, True, True, True, False, True]),
-        old_logp=student.log_softmax(-1).gather(-1, token[:, None])[:, 0]
-        + torch.tensor([0.0, 0.5, -0.5, 0.1, 0.0, -0.1], dtype=torch.float64),
+        old_logp=student.log_softmax(-1).gather(-1, token[:, None])[:, 0] + torch.tensor([0.0, 0.5, -0.5, 0.1, 0.0, -0.1], dtype=torch.float64),
     )
     absent = torch.tensor([True, True, True, False, True, True])
     route = {**rows.route, "policy": torch.tensor([1.0, 1.0, 1.0, 0.0, 0.5, 0.5])}
@@ -138,6 +137,21 @@ def test_masked_tokens_are_as_if_absent(small, crowd):
     assert whole.gradient[~kept].abs().max() == 0.0
 
 
+def test_what_is_not_a_number_on_silent_tokens_stays_there(small, crowd):
+    student, rows = crowd
+    objective = small.build(*(MANY_TERMS[i] for i in (0, 1, 2, 4))).at(0, {})
+    clean = small.run(objective, student, rows)
+    silent = ~rows.loss_mask
+    broken = replace(
+        rows,
+        advantage={name: torch.where(silent, torch.nan, value) for name, value in rows.advantage.items()},
+        old_logp=torch.where(silent, torch.nan, rows.old_logp),
+    )
+    found = small.run(objective, student, broken)
+    close(found.loss, clean.loss, 0)
+    close(found.gradient, clean.gradient, 0)
+
+
 def test_a_routed_away_answer_is_as_if_absent(small, crowd):
     student, rows = crowd
     objective = small.build({"distill": "jsd", "support": {"student_topk": {"k": 3}}})
@@ -167,9 +181,7 @@ def test_a_routed_away_answer_is_as_if_absent(small, crowd):
 def test_a_teacher_that_equals_the_student_teaches_nothing(small, spec):
     student = torch.randn(3, VOCABULARY, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     token = torch.tensor([0, 4, 7])
-    found = small.run(
-        small.build(spec), student, small.rows(token, {"main": (student, small.top_ids(student, 3, token))}, terms=("distill",))
-    )
+    found = small.run(small.build(spec), student, small.rows(token, {"main": (student, small.top_ids(student, 3, token))}, terms=("distill",)))
     assert found.loss.abs().item() < 1e-15 and found.gradient.abs().max().item() < 1e-15
 
 
@@ -241,9 +253,7 @@ def test_an_empty_batch_gives_a_connected_zero(small, crowd):
     hidden = student[none].requires_grad_()
     weight = torch.eye(VOCABULARY, dtype=torch.float64, requires_grad=True)
     empty = subset(rows, none)
-    loss, columns = token_loss(
-        objective, dict.fromkeys((*NAMES, EVERY_TOKEN), 1.0), selected_logprobs(hidden, weight, empty.ids), empty, {}
-    )
+    loss, columns = token_loss(objective, dict.fromkeys((*NAMES, EVERY_TOKEN), 1.0), selected_logprobs(hidden, weight, empty.ids), empty, {})
     loss.backward()
     assert loss.item() == 0.0 and weight.grad is not None and weight.grad.abs().sum() == 0.0
     assert meters(columns, empty, {EVERY_TOKEN: 5.0})["loss/total"].count == 0
@@ -292,7 +302,5 @@ def test_needs_name_what_earlier_steps_must_prepare(small):
         "main": (0, True, False),
         "other": (0, False, True),
     }
-    light = small.build(
-        {"policy": "reinforce", "advantage": {"teacher_logratio": {"signal": "expert"}}, "weight": "student_confidence"}
-    ).needs
+    light = small.build({"policy": "reinforce", "advantage": {"teacher_logratio": {"signal": "expert"}}, "weight": "student_confidence"}).needs
     assert (light.old_logp, light.entropy, light.separable, set(light.signals)) == (False, True, True, {"expert"})

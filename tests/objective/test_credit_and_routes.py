@@ -77,9 +77,7 @@ def test_raw_reward_is_the_reward():
 def scored(sampled):
     sampled = torch.tensor(sampled)
     empty = torch.zeros((len(sampled), 0))
-    return TokenScores(
-        sampled=sampled, ids=empty.long(), logp=empty, tail_logp=sampled, entropy=sampled, temperature=1.0, version=0, view_hash=""
-    )
+    return TokenScores(sampled=sampled, ids=empty.long(), logp=empty, tail_logp=sampled, entropy=sampled, temperature=1.0, version=0, view_hash="")
 
 
 def sequence(teacher, student, mask=None):

@@ -26,9 +26,7 @@ def answer(group, member, reward, *, status="score", tokens=2, mask=None):
 def scores(tokens=2, sampled=-0.5):
     empty = torch.zeros((tokens, 0))
     column = torch.full((tokens,), sampled)
-    return TokenScores(
-        sampled=column, ids=empty.long(), logp=empty, tail_logp=column, entropy=column, temperature=1.0, version=0, view_hash=""
-    )
+    return TokenScores(sampled=column, ids=empty.long(), logp=empty, tail_logp=column, entropy=column, temperature=1.0, version=0, view_hash="")
 
 
 def joined(small, specs, judged, found=None, prepared=None):

@@ -57,9 +57,7 @@ def test_sampled_forms_have_the_reverse_kls_expected_gradient(small, spec):
     rows = small.rows(token, {"main": (teacher, token[:, None])}, terms=("policy",), behaviour_logp=logp)
     rows = replace(rows, route={"policy": p}, advantage={"policy": target - logp})
     sampled = small.run(small.build(spec), student, rows, {"policy": 1.0, "*": 1.0})
-    exact = small.run(
-        small.build({"distill": "reverse_kl"}), one, small.rows(token[:1], {"main": (other, token[:1, None])}, terms=("distill",))
-    )
+    exact = small.run(small.build({"distill": "reverse_kl"}), one, small.rows(token[:1], {"main": (other, token[:1, None])}, terms=("distill",)))
     torch.testing.assert_close(sampled.gradient.sum(0, keepdim=True), exact.gradient, rtol=0, atol=1e-10)
 
 
@@ -74,9 +72,7 @@ def test_k3_and_k1_do_not_have_it(small):
         spec = {"reference_kl": name, "signal": "main", "name": "policy", "allow": [f"{name}_loss"]}
         student = one.expand(VOCABULARY, -1).contiguous()
         gradients[name] = small.run(small.build(spec), student, rows, {"policy": 1.0, "*": 1.0}).gradient.sum(0, keepdim=True)
-    forward = small.run(
-        small.build({"distill": "forward_kl"}), one, small.rows(token[:1], {"main": (other, token[:1, None])}, terms=("distill",))
-    )
+    forward = small.run(small.build({"distill": "forward_kl"}), one, small.rows(token[:1], {"main": (other, token[:1, None])}, terms=("distill",)))
     torch.testing.assert_close(gradients["k3"], forward.gradient, rtol=0, atol=1e-10)
     assert gradients["k1"].abs().max().item() < 1e-15
 
@@ -88,6 +84,24 @@ def test_an_unreached_clip_is_no_clip(small, pair):
         small.run(small.build({"distill": {"forward_kl": {"entry_clip": 1e6}}}), student, rows),
         small.run(small.build({"distill": "forward_kl"}), student, rows),
     )
+
+
+def test_a_geometric_target_by_hand(small, pair):
+    """Lumped to the student's top 3 and the rest, mixed in log space, renormalised and held constant."""
+    student, teacher = pair
+    token = torch.tensor([0, 3, 3, 6])
+    rows = small.rows(token, {"main": (teacher, small.top_ids(student, 3, token))}, terms=("distill",))
+    spec = {"distill": "forward_kl", "support": {"student_topk": {"k": 3}}, "target": {"geometric": {"share": 0.25}}}
+    found = small.run(small.build(spec), student, rows)
+    logits = student.clone().requires_grad_()
+    kept = student.topk(3).indices
+    p, q = (values.softmax(-1).gather(-1, kept) for values in (logits, teacher))
+    p, q = (torch.cat([inside, 1 - inside.sum(-1, keepdim=True)], dim=-1) for inside in (p, q))
+    target = p.detach() ** 0.75 * q**0.25
+    target = target / target.sum(-1, keepdim=True)
+    expected = (target * (target / p).log()).sum(-1).mean()
+    assert found.loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    torch.testing.assert_close(found.gradient, torch.autograd.grad(expected, logits)[0], rtol=0, atol=1e-12)
 
 
 def test_a_whole_share_of_the_teacher_is_the_teacher_and_none_is_the_student(small, pair):
@@ -111,9 +125,7 @@ HYBRID = [
 def test_the_hybrid_reduces_to_either_branch_and_shares_one_denominator(small, pair):
     student, teacher = pair
     token = torch.tensor([0, 3, 3, 6])
-    rows = small.rows(
-        token, {"main": (teacher, small.top_ids(student, 3, token))}, terms=("policy", "distill"), sequence=torch.tensor([0, 0, 0, 1])
-    )
+    rows = small.rows(token, {"main": (teacher, small.top_ids(student, 3, token))}, terms=("policy", "distill"), sequence=torch.tensor([0, 0, 0, 1]))
     rows = replace(rows, advantage={"policy": torch.tensor([0.5, 0.5, 0.5, -0.5]).double()})
     reinforced, distilled = torch.ones(4).double(), torch.zeros(4).double()
     whole = {

@@ -79,9 +79,7 @@ def test_the_whole_vocabulary_as_top_k_equals_full(small, fixture_logits):
             small.build({"distill": name}), student, small.rows(token, {"main": (teacher, torch.zeros(1, 0).long())}, terms=("distill",))
         )
         for tail in ("bucket", "renormalise"):
-            objective = small.build(
-                {"distill": name, "support": {"teacher_topk": {"k": 7, "tail": tail}}, "allow": "renormalised_reverse_kl"}
-            )
+            objective = small.build({"distill": name, "support": {"teacher_topk": {"k": 7, "tail": tail}}, "allow": "renormalised_reverse_kl"})
             rows = small.rows(token, {"main": (teacher, small.top_ids(teacher, 7, token))}, terms=("distill",))
             found = small.run(objective, student, rows)
             assert found.loss.item() == pytest.approx(dense.loss.item(), abs=1e-12)
@@ -147,9 +145,7 @@ def test_rows_without_a_view_have_zero_loss_and_gradient_whatever_their_pads_hol
     student, teacher = (torch.randn(2, 6, dtype=torch.float64, generator=generator) for _ in range(2))
     token = torch.tensor([1, 2])
     for support in ({"student_topk": {"k": 3}}, {"teacher_topk": {"k": 3, "tail": "renormalise"}}, "sampled"):
-        rows = small.rows(
-            token, {"main": (teacher, small.top_ids(student, 3, token))}, terms=("distill",), route={"distill": torch.ones(2)}
-        )
+        rows = small.rows(token, {"main": (teacher, small.top_ids(student, 3, token))}, terms=("distill",), route={"distill": torch.ones(2)})
         main = rows.signals["main"]
         absent = torch.tensor([True, False])
         broken = replace(
