@@ -74,12 +74,12 @@ def compare(comparison: str, overrides: Sequence[str] | Mapping[str, Any] = (), 
 
 def train_run(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Path:
     """One run of a comparison: quiet, without W&B."""
-    return train(recipe, {**overrides, "track.wandb": "off"}, folder, quiet=True)
+    return train(recipe, {**overrides, "track.wandb": "disabled"}, folder, quiet=True)
 
 
 def evaluate_run(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Path:
     """The recipe's student as it starts, examined on dev and test at every temperature of `eval.temperatures`."""
-    resolved = load_recipe(recipe, {**overrides, "track.wandb": "off"})
+    resolved = load_recipe(recipe, {**overrides, "track.wandb": "disabled"})
     if finished(folder):
         return folder
     parts = build_parts(resolved)

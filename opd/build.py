@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -255,13 +256,11 @@ def learner_kind(recipe: Recipe) -> str:
     """ "torch" or "deepspeed"; ValueError names the extra to install where deepspeed was asked for and is missing."""
     if recipe.learner.kind == "torch":
         return "torch"
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError:
-        if recipe.learner.kind == "deepspeed":
-            raise ValueError('learner.kind is deepspeed, which is not installed: pip install "opd-train[train]", or learner.kind=torch') from None
-        return "torch"
-    return "deepspeed"
+    if find_spec("deepspeed"):
+        return "deepspeed"
+    if recipe.learner.kind == "deepspeed":
+        raise ValueError('learner.kind is deepspeed, which is not installed: pip install "opd-train[train]", or learner.kind=torch')
+    return "torch"
 
 
 def ema_rate(recipe: Recipe) -> float | None:
@@ -354,7 +353,7 @@ def view_function(parts: Parts) -> Callable[[Sequence[Judged]], Mapping[str, Seq
 
 def open_sink(recipe: Recipe, folder: Path, run_id: str) -> Sink:
     """W&B as the recipe says, or nothing."""
-    if recipe.track.wandb == "off":
+    if recipe.track.wandb == "disabled":
         return NoSink()
     from opd.track import WandbSink, wandb_mode
 

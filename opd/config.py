@@ -168,7 +168,7 @@ class Checkpoint(_Frozen):
 class Track(_Frozen):
     """Logging."""
 
-    wandb: Literal["auto", "online", "offline", "off"] = Field("auto", description="auto: online when logged in, else offline")
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field("auto", description="auto: online when logged in, else offline")
     project: str = "opd"
     texts: bool = Field(True, description="false keeps questions, answers and hints out of W&B")
     samples_every: NonNegative = Field(25, description="steps between sample files for `opd inspect`; 0: only the last step")

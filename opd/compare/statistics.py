@@ -136,11 +136,7 @@ def seeds_to_resolve(table: Table, *, level: float = 0.95, power: float = 0.8) -
     for planned in range(2, MAX_PLANNED_SEEDS + 1):
         from_seeds = var_seed / planned + var_rest / (planned * num_problems)
         total = from_seeds + var_problem / num_problems
-        df = (
-            total**2 / (from_seeds**2 / (planned - 1) + (var_problem / num_problems) ** 2 / (num_problems - 1))
-            if total > 0
-            else planned - 1
-        )
+        df = total**2 / (from_seeds**2 / (planned - 1) + (var_problem / num_problems) ** 2 / (num_problems - 1)) if total > 0 else planned - 1
         if abs(float(x.mean())) >= float(stats.t.ppf([0.5 + level / 2, power], df).sum()) * math.sqrt(total):
             return planned
     return None

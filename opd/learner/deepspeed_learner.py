@@ -138,9 +138,9 @@ class DeepSpeedUpdater:
         self.module.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
-        path, _ = self.module.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
-        if path is None:
-            raise ValueError(f"{folder} holds no DeepSpeed checkpoint; was it written by another learner.kind?")
+        if not (folder / "deepspeed").is_dir():
+            raise ValueError(f"{folder} holds no DeepSpeed checkpoint; resume with the learner.kind that wrote it")
+        self.module.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
 
     def close(self) -> None:
         self.module.destroy()

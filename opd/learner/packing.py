@@ -33,12 +33,13 @@ def pack(
     """Micro-batches of whole sequences within a token budget (padding included), alike in structure; see split_by_budget.
 
     signals: names that the loss will look up. Column 0 of `ids` is the sampled token; each signal with more than that gets columns of
-    its own. A sample without a signal's view gets pads there. Raises ValueError for scores at another temperature and for scores that
-    do not fit their completion.
+    its own. A sample without a signal's view gets pads there; one with an empty completion has nothing to learn from and is left out.
+    Raises ValueError for scores at another temperature and for scores that do not fit their completion.
     """
     for sample in samples:
         _check(sample, temperature)
     columns = _signal_columns(samples, signals)
+    samples = [sample for sample in samples if sample.judged.completion.token_ids]
     lengths = [len(sample.judged.prompt_ids) + len(sample.judged.completion.token_ids) for sample in samples]
     batches = []
     for members in split_by_budget(lengths, token_budget):

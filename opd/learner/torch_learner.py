@@ -74,6 +74,8 @@ class TorchUpdater:
         torch.save({"masters": dict(self._masters), "optimizer": self._optimizer.state_dict()}, folder / "optimizer.pt")
 
     def load(self, folder: Path) -> None:
+        if not (folder / "optimizer.pt").is_file():
+            raise ValueError(f"{folder} holds no checkpoint of the torch learner; resume with the learner.kind that wrote it")
         state = torch.load(folder / "optimizer.pt", map_location=self.module.head.weight.device, weights_only=True)
         with torch.no_grad():
             for name, master in self._masters.items():

@@ -60,7 +60,7 @@ def test_choices_are_replaced_whole_and_mappings_merge():
 
 def test_hash_ignores_name_and_logging_and_nothing_else():
     base = parse_recipe({})
-    assert recipe_hash(base) == recipe_hash(parse_recipe({"name": "x", "track": {"wandb": "off"}}))
+    assert recipe_hash(base) == recipe_hash(parse_recipe({"name": "x", "track": {"wandb": "disabled"}}))
     assert recipe_hash(base) != recipe_hash(parse_recipe({"seed": 1}))
 
 

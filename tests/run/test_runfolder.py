@@ -19,7 +19,7 @@ def write_state(folder):
 
 def test_a_rerun_with_another_recipe_is_refused_with_the_difference(tmp_path):
     open_run(tmp_path / "r", parse_recipe({"optimizer": {"lr": 1e-4}}), {})
-    open_run(tmp_path / "r", parse_recipe({"optimizer": {"lr": 1e-4}, "track": {"wandb": "off"}}), {})
+    open_run(tmp_path / "r", parse_recipe({"optimizer": {"lr": 1e-4}, "track": {"wandb": "disabled"}}), {})
     with pytest.raises(ValueError, match="optimizer.lr: 0.0001 -> 0.001"):
         open_run(tmp_path / "r", parse_recipe({"optimizer": {"lr": 1e-3}}), {})
     facts = json.loads((tmp_path / "r/resolved.json").read_text())

@@ -18,7 +18,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below
     {"opd.objective", "opd.credit", "opd.chat", "opd.views", "opd.verify", "opd.tasks", "opd.bpe"},
     {"opd.teacher", "opd.learner", "opd.prompts", "opd.track", "opd.runfolder", "opd.live"},
     {"opd.loop", "opd.eval", "opd.source", "opd.run"},
-    {"opd.cli", "opd.build", "opd.compare", "opd.inspect", "opd.api", "opd.overview", "opd"},
+    {"opd.cli", "opd.build", "opd.compare", "opd.inspect", "opd.api", "opd.overview", "opd.reference", "opd"},
 ]
 HOMES = {  # third-party package -> modules that may import it
     "triton": {"opd_kernels.row_kernels", "opd_kernels.triton"},
