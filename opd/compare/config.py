@@ -1,0 +1,194 @@
+"""A comparison as a typed, frozen tree: arms, seeds, one budget, one tuning grid for every arm."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from opd.config import Recipe, explain, find_recipe, load_recipe, merge, nearest, parse_overrides, read_yaml
+
+UNLIMITED_STEPS = 1_000_000  # under a budget of tokens or seconds, steps do not stop a run
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Arm(_Frozen):
+    """One way to train: a recipe and what is changed in it."""
+
+    recipe: str = Field(description="path or name of a recipe")
+    set: dict[str, Any] = Field({}, description="dotted recipe keys and their values, e.g. {teacher: live}")
+    label: str = Field("", description="how the report calls it; empty: the arm's name")
+    train: bool = Field(True, description="false: only evaluate the starting model (the base)")
+    by: str = Field("", description="module:function that trains this arm instead of opd, for baselines from outside")
+
+
+class Budget(_Frozen):
+    """What every run may spend: exactly one of these."""
+
+    generated_tokens: int = Field(0, ge=0, description="student tokens generated, discarded ones included, evaluation not")
+    steps: int = Field(0, ge=0, description="rollout steps")
+    seconds: float = Field(0.0, ge=0, description="training seconds, evaluation not")
+
+    @model_validator(mode="after")
+    def _one(self) -> "Budget":
+        if sum(value > 0 for value in (self.generated_tokens, self.steps, self.seconds)) != 1:
+            raise ValueError("give exactly one of generated_tokens, steps, seconds (above 0)")
+        return self
+
+    def overrides(self) -> dict[str, Any]:
+        """Recipe keys that impose this budget."""
+        if self.steps:
+            return {"steps": self.steps}
+        limit = {"budget.generated_tokens": self.generated_tokens} if self.generated_tokens else {"budget.seconds": self.seconds}
+        return {"steps": UNLIMITED_STEPS, **limit}
+
+    def spell(self) -> str:
+        if self.steps:
+            return f"{self.steps:,} steps"
+        return f"{self.generated_tokens:,} generated tokens" if self.generated_tokens else f"{self.seconds:,.0f} training seconds"
+
+    @property
+    def unit(self) -> Literal["tokens", "steps", "seconds"]:
+        return "steps" if self.steps else ("tokens" if self.generated_tokens else "seconds")
+
+    @property
+    def amount(self) -> float:
+        return float(self.steps or self.generated_tokens or self.seconds)
+
+
+class Tune(_Frozen):
+    """One grid for every arm, searched on dev with seeds that are not reported."""
+
+    grid: dict[str, list[Any]] = Field(description="dotted recipe key -> values; every combination is tried")
+    seeds: list[int] = Field([1000], min_length=1, description="seeds of the search, none of them reported")
+    split: Literal["dev"] = Field("dev", description="the split that decides; test stays unseen")
+    metric: Literal["best", "final", "area"] = Field("best", description="dev accuracy: highest, last, or mean over generated tokens")
+    budget: Budget | None = Field(None, description="budget of a search run; empty: that of the reported runs")
+
+    def points(self) -> list[dict[str, Any]]:
+        """Every combination of the grid, in order."""
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+
+class Comparison(_Frozen):
+    """Arms x seeds under one budget, reported together."""
+
+    name: str = Field(description="folder under runs/")
+    title: str = Field("", description="headline of the report; empty: the name")
+    description: str = Field("", description="a sentence or two put under the headline")
+    arms: dict[str, Arm] = Field(min_length=1)
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds of the reported runs")
+    budget: Budget
+    eval: dict[str, Any] = Field({}, description="keys of the recipes' `eval`, the same for all arms")
+    base_temperatures: list[float] = Field(
+        [1.0, 0.8, 0.6, 0.4, 0.2, 0.0], description="decodings of the untrained arm; the best one on dev gets a row of its own"
+    )
+    tune: Tune | None = Field(None, description="search before the reported runs; empty: every arm as its recipe says")
+    baseline: str = Field("", description="arm that differences and ratios are taken against; empty: the first trained one")
+    target: float = Field(0.8, gt=0, lt=1, description="dev accuracy whose cost is compared")
+    workers: int = Field(2, gt=0, description="single-threaded processes")
+    limit_seconds: float = Field(24 * 3600.0, gt=0, description="a run that takes longer is ended and reported as failed")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Comparison":
+        trained = [name for name, arm in self.arms.items() if arm.train]
+        if self.baseline and self.baseline not in self.arms:
+            raise ValueError(f"baseline {self.baseline!r} is not an arm{nearest(self.baseline, list(self.arms))}; arms: {', '.join(self.arms)}")
+        if not trained:
+            raise ValueError("no arm trains: give at least one arm without `train: false`")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds repeat: {self.seeds}")
+        for name in self.arms:
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"arm {name!r} names a folder: use letters, digits, - and _ (and `label` for the report)")
+        if self.tune:
+            shared = sorted(set(self.tune.seeds) & set(self.seeds))
+            if shared:
+                raise ValueError(f"tune.seeds {shared} are also reported seeds: a choice made on them would flatter the tuned arms")
+            if not self.tune.grid or not all(self.tune.grid.values()):
+                raise ValueError("tune.grid needs at least one key with at least one value, e.g. {optimizer.lr: [1e-4, 3e-4]}")
+        return self
+
+    @property
+    def reference(self) -> str:
+        """The arm that others are compared against."""
+        return self.baseline or next(name for name, arm in self.arms.items() if arm.train)
+
+    @property
+    def base(self) -> str | None:
+        """The arm that is not trained, if any."""
+        return next((name for name, arm in self.arms.items() if not arm.train), None)
+
+
+def load_comparison(reference: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Comparison:
+    """Read a comparison file and validate it with the recipes of all its arms. Raises ValueError with the fix, before any work."""
+    path = find_comparison(reference)
+    raw = read_yaml(path)
+    raw.setdefault("name", path.stem)
+    for key, value in parse_overrides(overrides).items():
+        nested = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        raw = merge(raw, nested)
+    comparison = parse_comparison(raw, origin=str(reference))
+    for name, arm in comparison.arms.items():
+        for point in comparison.tune.points() if comparison.tune and arm.train else [{}]:
+            arm_recipe(comparison, name, comparison.seeds[0], point)
+    return comparison
+
+
+def find_comparison(reference: str) -> Path:
+    """The file for a path or a name under recipes/compare."""
+    path = Path(reference)
+    return path if path.is_file() else find_recipe(path.name if path.parent.name == "compare" else reference, kind="compare")
+
+
+def parse_comparison(raw: Mapping[str, Any], *, origin: str = "comparison") -> Comparison:
+    """Validate a mapping as a comparison. Raises ValueError with the nearest valid name for an unknown key."""
+    try:
+        return Comparison.model_validate(_floats(raw))
+    except ValidationError as error:
+        raise ValueError(explain(error, Comparison, origin)) from None
+
+
+def _floats(value: Any) -> Any:
+    """YAML reads 3e-4 as text; make it a number."""
+    if isinstance(value, Mapping):
+        return {key: _floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_floats(item) for item in value]
+    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def arm_overrides(comparison: Comparison, name: str, seed: int, point: Mapping[str, Any], *, tuning: bool = False) -> dict[str, Any]:
+    """Dotted recipe keys of one run: the arm's own, the budget, the evaluation, the tuned values and the seed, later ones winning."""
+    arm = comparison.arms[name]
+    budget = comparison.budget
+    evaluation = {f"eval.{key}": value for key, value in comparison.eval.items()}
+    if tuning:
+        assert comparison.tune is not None
+        budget = comparison.tune.budget or budget
+        evaluation["eval.final_problems"] = 0
+    if not arm.train:
+        evaluation["eval.temperatures"] = comparison.base_temperatures
+    limits = budget.overrides()
+    if "steps" in arm.set and not budget.steps:
+        del limits["steps"]
+    return {**arm.set, **limits, **evaluation, **point, "seed": seed}
+
+
+def arm_recipe(comparison: Comparison, name: str, seed: int, point: Mapping[str, Any], *, tuning: bool = False) -> Recipe:
+    """The resolved recipe of one run. Raises ValueError that names the arm."""
+    try:
+        return load_recipe(comparison.arms[name].recipe, arm_overrides(comparison, name, seed, point, tuning=tuning))
+    except ValueError as error:
+        raise ValueError(f"arm {name!r}: {error}") from None

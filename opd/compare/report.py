@@ -1,0 +1,172 @@
+"""report.html: one self-contained page that opens offline, with results.csv and PNGs beside it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from opd.compare import wording
+from opd.compare.charts import band, interval_bar, line_chart
+from opd.compare.figures import write_figures
+from opd.compare.jobs import Tuned
+from opd.compare.results import GREEDY, PRIMARY, RunResult
+from opd.compare.summary import COSTS, ArmSummary, PairSummary, Summary
+from opd.compare.table import write_csv
+from opd.config import differences
+
+NUM_STYLES = 8
+
+
+def write_report(folder: Path, summary: Summary) -> Path:
+    """Write report.html, results.csv and the PNGs into `folder`; returns the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / "results.csv", summary)
+    write_figures(folder, summary)
+    page = folder / "report.html"
+    scratch = page.with_name(".report.html.tmp")
+    scratch.write_text(render(summary, folder), encoding="utf-8")
+    scratch.replace(page)
+    return page
+
+
+def render(summary: Summary, folder: Path) -> str:
+    """The page as text; run folders are linked relative to `folder`."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals |= {
+        name: getattr(wording, name)
+        for name in ("percent", "points", "percent_interval", "points_interval", "amount", "duration", "spent", "reach_text", "ratio_text")
+    }
+    environment.globals |= {"recipe_text": recipe_text, "tuned_text": tuned_text, "trial_rows": trial_rows, "max": max, "len": len}
+    comparison = summary.comparison
+    styles = {arm.name: f"s{n % NUM_STYLES}{' dashed' if n >= NUM_STYLES else ''}" for n, arm in enumerate(_trained(summary))}
+    return environment.get_template("report.html.j2").render(
+        summary=summary,
+        comparison=comparison,
+        arms=summary.arms,
+        reference=summary.reference,
+        styles={arm.name: styles.get(arm.name, "base") for arm in summary.arms},
+        sentences=wording.sentences(summary),
+        charts=charts(summary, styles),
+        forest=forest(summary),
+        pairs=[pair for pair in summary.pairs if _first(summary, pair)],
+        matrix=[arm for arm in summary.arms if arm.test() is not None],
+        setup=setup(summary),
+        changed={arm.name: changed_keys(arm, summary.reference) for arm in summary.arms},
+        failures=[(arm, run) for arm in summary.arms for run in arm.failed],
+        primary=PRIMARY,
+        greedy=GREEDY,
+        k=max((arm.k for arm in summary.arms), default=0),
+        costs=list(COSTS),
+        link=lambda run: _relative(run.folder, folder),
+    )
+
+
+def _trained(summary: Summary) -> list[ArmSummary]:
+    return [arm for arm in summary.arms if arm.trained]
+
+
+def _first(summary: Summary, pair: PairSummary) -> bool:
+    order = [arm.name for arm in summary.arms]
+    return order.index(pair.left) < order.index(pair.right)
+
+
+def charts(summary: Summary, styles: Mapping[str, str]) -> list[tuple[str, Markup]]:
+    """(title, SVG) of dev accuracy against each kind of cost."""
+    drawn = []
+    for cost, take in COSTS.items():
+        bands = [found for arm in _trained(summary) if (found := band(arm, take, styles[arm.name])) is not None]
+        number = wording.duration if cost.endswith("seconds") else _tick
+        svg = line_chart(bands, x_label=cost, target=summary.comparison.target, base=summary.base_dev, number=number)
+        drawn.append((f"Accuracy against {cost}", Markup(svg)))
+    return drawn
+
+
+def _tick(value: float) -> str:
+    text = wording.amount(value)
+    return text.replace(".0 k", " k").replace(".00 M", " M")
+
+
+def forest(summary: Summary) -> list[tuple[ArmSummary, PairSummary, Markup]]:
+    """Every arm's difference to the baseline with its interval drawn on one common axis."""
+    pairs = [(arm, pair) for arm in summary.arms if (pair := summary.pair(arm.name, summary.reference.name)) is not None]
+    ends = [abs(bound) for _, pair in pairs for bound in (pair.interval.low, pair.interval.high) if abs(bound) < 2]
+    return [(arm, pair, Markup(interval_bar(pair, max(ends, default=1.0) * 1.05))) for arm, pair in pairs]
+
+
+def setup(summary: Summary) -> list[tuple[str, str]]:
+    """(name, value) of what all arms share."""
+    comparison = summary.comparison
+    runs = [run for arm in summary.arms for run in arm.runs if run.facts]
+    finals = [final for arm in summary.arms for run in arm.finished for final in run.finals.values()]
+    rows = [("Budget of a run", comparison.budget.spell()), ("Seeds", ", ".join(map(str, comparison.seeds)))]
+    if finals:
+        rows.append(("Problems", f"{finals[0].row['n_problems']} test problems of {finals[0].row['suite']}, the same for every run"))
+    if comparison.tune is not None:
+        grid = "; ".join(f"{key} in {', '.join(map(_plain, values))}" for key, values in comparison.tune.grid.items())
+        rows.append(("Search", f"{grid}, for every trained arm; by dev accuracy ({comparison.tune.metric}), seeds {_joined(comparison.tune.seeds)}"))
+    else:
+        rows.append(("Search", "none: every arm as its recipe says"))
+    if runs:
+        facts = runs[-1].facts
+        models = sorted({run.recipe.get("model", {}).get("path", "") for run in runs} - {""})
+        hardware = facts.get("hardware", {})
+        rows.append(("Starting model", ", ".join(models) or "random weights"))
+        rows.append(("Machine", f"{hardware.get('cpu', '')}, {hardware.get('cpus', '?')} CPUs, {comparison.workers} workers of one thread"))
+        rows.append(("Last run started", str(max(run.facts.get("created", "") for run in runs))))
+        rows.append(("Commit", str(facts.get("git_commit", ""))[:12] or "unknown"))
+    return rows
+
+
+def _joined(values: list[Any]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def changed_keys(arm: ArmSummary, reference: ArmSummary) -> list[str]:
+    """How the arm's recipe differs from the baseline's, seed and name aside."""
+    if arm.name == reference.name or not arm.runs or not reference.runs:
+        return []
+    ours, theirs = ({k: v for k, v in side.runs[0].recipe.items() if k not in ("seed", "name", "paper")} for side in (arm, reference))
+    return differences(theirs, ours) if ours and theirs else []
+
+
+def recipe_text(run: RunResult) -> str:
+    """The resolved recipe as YAML, then what else the run folder knows about it."""
+    parts = [yaml.safe_dump(dict(run.recipe), sort_keys=False, allow_unicode=True, width=110)]
+    if run.facts:
+        parts.append("# environment\n" + yaml.safe_dump(dict(run.facts), sort_keys=False, allow_unicode=True, width=110))
+    return "\n".join(parts) if run.recipe else "(no resolved.json in this folder)"
+
+
+def tuned_text(tuned: Tuned | None) -> str:
+    """The chosen point, e.g. "lr 0.0003"."""
+    if tuned is None:
+        return "not searched"
+    if not tuned.point:
+        return "every run of the search failed"
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} {_plain(value)}" for key, value in tuned.point.items())
+
+
+def trial_rows(tuned: Tuned) -> list[tuple[str, str, bool]]:
+    """(point, dev score, chosen) of every trial."""
+    rows = []
+    for trial in tuned.trials:
+        point = ", ".join(f"{key.rsplit('.', 1)[-1]} {_plain(value)}" for key, value in trial.point.items())
+        score = "failed" if trial.score == float("-inf") else f"{wording.percent(trial.score)} %"
+        rows.append((point, score, trial.point == tuned.point))
+    return rows
+
+
+def _relative(path: Path, start: Path) -> str:
+    try:
+        return path.resolve().relative_to(start.resolve()).as_posix()
+    except ValueError:
+        return path.as_posix()

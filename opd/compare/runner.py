@@ -1,0 +1,119 @@
+"""A comparison from its file to its report: search, reported runs, report. Running it again does only what is missing."""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd.compare.config import Comparison, load_comparison
+from opd.compare.jobs import Job, Tuned, choose, reported_jobs, tuning_jobs
+from opd.compare.progress import ComparisonView
+from opd.compare.report import write_report
+from opd.compare.results import RunResult, read_run
+from opd.compare.summary import summarise
+from opd.compare.table import print_table
+from opd.compare.workers import Functions, Outcome, run_jobs
+from opd.live import Preempted, StopRequest, stop_signals
+from opd.runfolder import write_json
+
+
+def compare(
+    reference: str | Mapping[str, Any] | Comparison,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    functions: Functions,
+    root: Path = Path("runs"),
+    quiet: bool = False,
+) -> Path:
+    """Run what is missing, reuse what is finished, write root/<name>/report.html and return its path.
+
+    A failing run is reported and the others go on. Raises ValueError for a mistake in the comparison before any work, Preempted when
+    asked to stop (running runs save first; the same call goes on).
+    """
+    comparison = reference if isinstance(reference, Comparison) else load_comparison(reference, overrides)
+    searches = tuning_jobs(comparison, root)
+    planned = reported_jobs(comparison, root, {})
+    view = ComparisonView(comparison.name, len(searches) + len(planned), quiet=quiet)
+    stop = StopRequest()
+    try:
+        with _listening(stop):
+            outcomes = _run(searches, comparison, functions, root, view, stop)
+            tuned = choose(comparison, searches) if searches else {}
+            jobs = reported_jobs(comparison, root, {arm: found.point for arm, found in tuned.items()})
+            outcomes += _run(jobs, comparison, functions, root, view, stop)
+    finally:
+        view.close()
+    summary = summarise(comparison, read_results(jobs, outcomes), tuned)
+    _record(root / comparison.name, comparison, outcomes, tuned)
+    report = write_report(root / comparison.name, summary)
+    if not quiet:
+        print_table(summary, report)
+    return report
+
+
+def rebuild(reference: str | Mapping[str, Any] | Comparison, *, root: Path = Path("runs")) -> Path:
+    """Write the report again from the run folders that exist, without running anything."""
+    comparison = reference if isinstance(reference, Comparison) else load_comparison(reference)
+    searches = tuning_jobs(comparison, root)
+    tuned = choose(comparison, searches) if searches else {}
+    jobs = reported_jobs(comparison, root, {arm: found.point for arm, found in tuned.items()})
+    return write_report(root / comparison.name, summarise(comparison, read_results(jobs, ()), tuned))
+
+
+def read_results(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> list[RunResult]:
+    """The reported runs as their folders say; a job that failed without leaving a status carries the reason of its outcome."""
+    reasons = {outcome.job.folder: outcome.why for outcome in outcomes if outcome.state == "failed"}
+    results = []
+    for job in jobs:
+        run = read_run(job.folder, arm=job.arm, seed=job.seed)
+        if job.folder in reasons and not run.finished:
+            run = _failed(run, reasons[job.folder])
+        results.append(run)
+    return results
+
+
+def _failed(run: RunResult, why: str) -> RunResult:
+    return RunResult(arm=run.arm, seed=run.seed, folder=run.folder, state="failed", why=why, recipe=run.recipe, facts=run.facts, costs=run.costs)
+
+
+@contextlib.contextmanager
+def _listening(stop: StopRequest) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may receive signals
+        yield
+        return
+    with stop_signals(stop):
+        yield
+
+
+def _run(jobs: Sequence[Job], comparison: Comparison, functions: Functions, root: Path, view: ComparisonView, stop: StopRequest) -> list[Outcome]:
+    outcomes = run_jobs(
+        jobs,
+        functions,
+        workers=comparison.workers,
+        limit_seconds=comparison.limit_seconds,
+        logs=root / comparison.name / "logs",
+        watcher=view,
+        stopped=lambda: stop.reason,
+    )
+    if stop.reason:
+        raise Preempted(stop.reason)
+    return outcomes
+
+
+def _record(folder: Path, comparison: Comparison, outcomes: Sequence[Outcome], tuned: Mapping[str, Tuned]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "arm": outcome.job.arm,
+            "seed": outcome.job.seed,
+            "tuning": outcome.job.tuning,
+            "point": dict(outcome.job.point),
+            "folder": str(outcome.job.folder.relative_to(folder)),
+            "state": outcome.state,
+            "why": outcome.why,
+        }
+        for outcome in outcomes
+    ]
+    chosen = {arm: dict(found.point) for arm, found in tuned.items()}
+    write_json(folder / "comparison.json", {"comparison": comparison.model_dump(mode="json"), "chosen": chosen, "runs": rows})

@@ -1,0 +1,238 @@
+"""The numbers of a comparison, from runs to rows: what the report, the CSV and the terminal table all print."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from opd.compare.config import Comparison
+from opd.compare.jobs import Tuned
+from opd.compare.reach import Ratio, Reach, ratio_to_baseline, reach
+from opd.compare.results import GREEDY, PRIMARY, CurvePoint, RunResult, best_decoding, difference, table
+from opd.compare.statistics import (
+    Interval,
+    Verdict,
+    crossed_bootstrap,
+    detectable_difference,
+    holm,
+    seeds_to_resolve,
+    two_way_interval,
+    verdict,
+)
+
+COSTS: Mapping[str, Callable[[CurvePoint], float]] = {
+    "generated tokens": lambda point: point.generated_tokens,
+    "learner and teacher tokens": lambda point: point.scored_tokens,
+    "training seconds": lambda point: point.seconds,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmSummary:
+    """One arm over its finished seeds. tests: (decoding, metric) -> interval. gain: over the base at temperature 1, None without a base.
+
+    reached, ratio: by kind of cost. costs: means over seeds. collapsed: (seed, best, last dev accuracy) of runs that ended far below
+    their best.
+    """
+
+    name: str
+    label: str
+    trained: bool
+    runs: tuple[RunResult, ...]
+    planned: int
+    tests: Mapping[tuple[str, str], Interval]
+    k: int
+    gain: Interval | None
+    reached: Mapping[str, Reach]
+    ratio: Mapping[str, Ratio]
+    costs: Mapping[str, float]
+    tuned: Tuned | None
+    collapsed: tuple[tuple[int, float, float], ...]
+
+    @property
+    def finished(self) -> tuple[RunResult, ...]:
+        return tuple(run for run in self.runs if run.finished)
+
+    @property
+    def failed(self) -> tuple[RunResult, ...]:
+        return tuple(run for run in self.runs if not run.finished)
+
+    @property
+    def learned(self) -> bool | None:
+        """Better than the base beyond the interval; None where there is nothing to compare with."""
+        return None if self.gain is None else self.gain.low > 0
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        return tuple(sorted({name for run in self.runs for name in run.allowed}))
+
+    def test(self, decoding: str = PRIMARY, metric: str = "avg@k") -> Interval | None:
+        return self.tests.get((decoding, metric))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairSummary:
+    """left - right on the test split. holm_p: adjusted over all pairs of the same decoding. detectable: smallest difference to be seen."""
+
+    left: str
+    right: str
+    decoding: str
+    interval: Interval
+    bootstrap: tuple[float, float]
+    verdict: Verdict
+    holm_p: float
+    detectable: float
+    seeds_needed: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """A whole comparison. base_at_best: (decoding chosen on dev, its test interval) of the untrained arm."""
+
+    comparison: Comparison
+    arms: tuple[ArmSummary, ...]
+    pairs: tuple[PairSummary, ...]
+    base_at_best: tuple[str, Interval] | None
+    base_dev: float | None
+
+    def arm(self, name: str) -> ArmSummary:
+        return next(arm for arm in self.arms if arm.name == name)
+
+    @property
+    def reference(self) -> ArmSummary:
+        return self.arm(self.comparison.reference)
+
+    def pair(self, left: str, right: str, decoding: str = PRIMARY) -> PairSummary | None:
+        return next((p for p in self.pairs if (p.left, p.right, p.decoding) == (left, right, decoding)), None)
+
+
+def summarise(comparison: Comparison, runs: Sequence[RunResult], tuned: Mapping[str, Tuned]) -> Summary:
+    """Every number of the report from the reported runs; `tuned` is the search's outcome by arm, empty without one."""
+    by_arm = {name: tuple(run for run in runs if run.arm == name) for name in comparison.arms}
+    finished = {name: [run for run in mine if run.finished] for name, mine in by_arm.items()}
+    base = comparison.base
+    base_runs = finished.get(base, []) if base else []
+    gains = {name: _gain(mine, base_runs) if comparison.arms[name].train else None for name, mine in finished.items()}
+    learned = {name: gain is None or gain.low > 0 for name, gain in gains.items()}
+    arms = tuple(
+        _arm(comparison, name, by_arm[name], gains[name], tuned.get(name), _ratios(comparison, name, finished, learned)) for name in comparison.arms
+    )
+    best = best_decoding(base_runs[0]) if base_runs else None
+    at_best = table(base_runs, best, "avg@k") if best else None
+    return Summary(
+        comparison=comparison,
+        arms=arms,
+        pairs=tuple(pair for decoding in (PRIMARY, GREEDY) for pair in _pairs(comparison, finished, decoding)),
+        base_at_best=(best, two_way_interval(at_best)) if best and at_best is not None else None,
+        base_dev=base_runs[0].dev.get(PRIMARY) if base_runs else None,
+    )
+
+
+def _gain(runs: Sequence[RunResult], base: Sequence[RunResult]) -> Interval | None:
+    found = difference(runs, base, PRIMARY)
+    return None if found is None else two_way_interval(found)
+
+
+def _reach(runs: Sequence[RunResult], target: float, cost: str) -> Reach:
+    ordered = sorted(runs, key=lambda run: run.seed)
+    return reach([[(COSTS[cost](point), point.accuracy) for point in run.curve] for run in ordered], target)
+
+
+def _ratios(comparison: Comparison, name: str, finished: Mapping[str, Sequence[RunResult]], learned: Mapping[str, bool]) -> dict[str, Ratio]:
+    """The reference's cost over the arm's, by kind of cost, over the seeds that both finished."""
+    reference = comparison.reference
+    if not comparison.arms[name].train:
+        return {}
+    if name == reference:
+        return dict.fromkeys(COSTS, Ratio(value=1.0) if learned[name] else Ratio(why="did not learn here"))
+    seeds = {run.seed for run in finished[name]} & {run.seed for run in finished[reference]}
+    if not seeds:
+        return dict.fromkeys(COSTS, Ratio(why="no ratio: no seed finished in both arms"))
+    return {
+        cost: ratio_to_baseline(
+            *(_reach([run for run in finished[arm] if run.seed in seeds], comparison.target, cost) for arm in (name, reference)),
+            arm_learned=learned[name],
+            baseline_learned=learned[reference],
+        )
+        for cost in COSTS
+    }
+
+
+def _arm(
+    comparison: Comparison,
+    name: str,
+    runs: tuple[RunResult, ...],
+    gain: Interval | None,
+    tuned: Tuned | None,
+    ratio: Mapping[str, Ratio],
+) -> ArmSummary:
+    settings = comparison.arms[name]
+    finished = [run for run in runs if run.finished]
+    tests = {}
+    for decoding in dict.fromkeys(decoding for run in finished for decoding in run.finals):
+        for metric in ("avg@k", "pass@k", "maj@k"):
+            values = table(finished, decoding, metric)
+            if values is not None:
+                tests[decoding, metric] = two_way_interval(values)
+    return ArmSummary(
+        name=name,
+        label=settings.label or name,
+        trained=settings.train,
+        runs=runs,
+        planned=len(comparison.seeds) if settings.train else 1,
+        tests=tests,
+        k=max((int(run.finals[PRIMARY].row["k"]) for run in finished if PRIMARY in run.finals), default=0),
+        gain=gain,
+        reached={cost: _reach(finished, comparison.target, cost) for cost in COSTS},
+        ratio=ratio,
+        costs=_mean_costs(finished),
+        tuned=tuned,
+        collapsed=tuple(found for run in finished if (found := _collapse(run)) is not None),
+    )
+
+
+def _mean_costs(runs: Sequence[RunResult]) -> dict[str, float]:
+    if not runs:
+        return {}
+    mean = {name: sum(run.costs[name] for run in runs) / len(runs) for name in runs[0].costs}
+    return {
+        "generated tokens": mean["tokens/student"],
+        "learner and teacher tokens": mean["tokens/learner"] + mean["tokens/teacher"],
+        "training seconds": mean["seconds/total"],
+    }
+
+
+def _collapse(run: RunResult) -> tuple[int, float, float] | None:
+    """(seed, best, last) where the last dev accuracy is below half of the best one, or below the start by a tenth."""
+    if len(run.curve) < 3:
+        return None
+    best, last, first = max(point.accuracy for point in run.curve), run.curve[-1].accuracy, run.curve[0].accuracy
+    return (run.seed, best, last) if last < best / 2 or last < first - 0.1 else None
+
+
+def _pairs(comparison: Comparison, finished: Mapping[str, Sequence[RunResult]], decoding: str) -> list[PairSummary]:
+    tables = {}
+    for left, right in combinations(comparison.arms, 2):
+        found = difference(finished[left], finished[right], decoding)
+        if found is not None:
+            tables[left, right] = found
+    intervals = {pair: two_way_interval(values) for pair, values in tables.items()}
+    adjusted = dict(zip(intervals, holm([interval.p_value for interval in intervals.values()]), strict=True))
+    pairs = []
+    for (left, right), interval in intervals.items():
+        for a, b, sign in ((left, right, 1.0), (right, left, -1.0)):
+            values = sign * tables[left, right]
+            mirrored = interval if sign > 0 else two_way_interval(values)
+            pairs.append(
+                PairSummary(
+                    left=a,
+                    right=b,
+                    decoding=decoding,
+                    interval=mirrored,
+                    bootstrap=crossed_bootstrap(values),
+                    verdict=verdict(mirrored),
+                    holm_p=adjusted[left, right],
+                    detectable=detectable_difference(mirrored),
+                    seeds_needed=seeds_to_resolve(values),
+                )
+            )
+    return pairs

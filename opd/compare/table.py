@@ -1,0 +1,105 @@
+"""The comparison's table on the terminal and as CSV."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from opd.compare.results import GREEDY, PRIMARY
+from opd.compare.statistics import Interval
+from opd.compare.summary import COSTS, ArmSummary, Summary
+from opd.compare.wording import TOKENS, percent, points, ratio_text, reach_text, sentences
+
+
+def print_table(summary: Summary, report: Path, console: Console | None = None) -> None:
+    """One row an arm, then the report's sentences and where it is."""
+    console = console or Console()
+    console.print(rich_table(summary))
+    for sentence in sentences(summary):
+        console.print(f"- {sentence}", markup=False, highlight=False)
+    console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def rich_table(summary: Summary) -> Table:
+    """Accuracy on test, difference to the baseline and cost to the target, an arm a row."""
+    reference = summary.reference
+    table = Table(title=summary.comparison.title or summary.comparison.name, title_justify="left")
+    k = max((arm.k for arm in summary.arms), default=0)
+    for heading in ("arm", f"avg@{k} T=1", "greedy", f"pass@{k}", f"minus {reference.label}", "tokens to target", "ratio"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    for arm in summary.arms:
+        pair = summary.pair(arm.name, reference.name)
+        table.add_row(
+            arm.label + (f" ({len(arm.finished)}/{arm.planned})" if len(arm.finished) < arm.planned else ""),
+            _with_interval(arm.test()),
+            _mean(arm.test(GREEDY)),
+            _mean(arm.test(PRIMARY, "pass@k")),
+            f"{points(pair.interval.mean)}{_half_width(pair.interval)} {pair.verdict}" if pair else "",
+            reach_text(arm.reached[TOKENS], TOKENS) if arm.trained else "",
+            ratio_text(arm.ratio.get(TOKENS)),
+        )
+        if not arm.trained and summary.base_at_best is not None:
+            decoding, interval = summary.base_at_best
+            table.add_row(f"{arm.label} at its best, {decoding}", _with_interval(interval), "", "", "", "", "")
+    return table
+
+
+def _mean(interval: Interval | None) -> str:
+    return percent(interval.mean) if interval else "-"
+
+
+def _with_interval(interval: Interval | None) -> str:
+    return f"{percent(interval.mean)}{_half_width(interval)}" if interval else "-"
+
+
+def _half_width(interval: Interval) -> str:
+    return f" ±{percent(interval.high - interval.mean)}" if math.isfinite(interval.high) else ""
+
+
+def write_csv(path: Path, summary: Summary) -> None:
+    """A row an arm; accuracies as fractions, tokens and seconds as numbers, empty where there is none."""
+    rows = [_row(arm, summary) for arm in summary.arms]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _row(arm: ArmSummary, summary: Summary) -> dict[str, Any]:
+    row: dict[str, Any] = {"arm": arm.name, "label": arm.label, "seeds_finished": len(arm.finished), "seeds_planned": arm.planned, "k": arm.k}
+    for name, decoding, metric in (
+        ("avg_at_k_temperature_1", PRIMARY, "avg@k"),
+        ("accuracy_greedy", GREEDY, "avg@k"),
+        ("pass_at_k_temperature_1", PRIMARY, "pass@k"),
+        ("maj_at_k_temperature_1", PRIMARY, "maj@k"),
+    ):
+        row |= _interval_cells(name, arm.test(decoding, metric))
+    pair = summary.pair(arm.name, summary.reference.name)
+    row |= _interval_cells(f"minus_{summary.reference.name}", pair.interval if pair else None)
+    row |= {"verdict": pair.verdict if pair else "", "holm_p": pair.holm_p if pair else ""}
+    row |= _interval_cells("gain_over_base", arm.gain)
+    row["learned"] = "" if arm.learned is None else arm.learned
+    for cost in COSTS:
+        column = cost.replace(" ", "_")
+        reached, ratio = arm.reached[cost], arm.ratio.get(cost)
+        row[f"mean_{column}"] = _number(arm.costs.get(cost))
+        row[f"{column}_to_target"] = _number(reached.typical) if arm.trained else ""
+        row[f"{column}_to_target_text"] = reach_text(reached, cost) if arm.trained else ""
+        row[f"{column}_ratio"] = ratio_text(ratio)
+    row["tuned"] = " ".join(f"{key}={value}" for key, value in arm.tuned.point.items()) if arm.tuned else ""
+    row["tuning_generated_tokens"] = _number(arm.tuned.generated_tokens) if arm.tuned else ""
+    row["tuning_seconds"] = _number(arm.tuned.seconds) if arm.tuned else ""
+    row["allow"] = " ".join(arm.allowed)
+    return row
+
+
+def _interval_cells(name: str, interval: Interval | None) -> dict[str, Any]:
+    values = (interval.mean, interval.low, interval.high) if interval else (None, None, None)
+    return {f"{name}{suffix}": _number(value, 4) for suffix, value in zip(("", "_low", "_high"), values, strict=True)}
+
+
+def _number(value: float | None, digits: int = 1) -> Any:
+    return "" if value is None else round(value, digits)

@@ -1,0 +1,207 @@
+"""Numbers as text, and the report's sentences: every one is made from the numbers of the summary, none is written by hand."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from opd.compare.reach import Ratio, Reach
+from opd.compare.results import GREEDY, PRIMARY
+from opd.compare.statistics import Interval
+from opd.compare.summary import ArmSummary, PairSummary, Summary
+
+MINUS = "\N{MINUS SIGN}"
+TOKENS = "generated tokens"
+
+
+def percent(value: float) -> str:
+    """0.8712 -> "87.1"."""
+    return f"{100 * value:.1f}"
+
+
+def points(value: float) -> str:
+    """A difference of accuracies in percentage points, signed: 0.123 -> "+12.3"."""
+    text = f"{100 * abs(value):.1f}"
+    return text if float(text) == 0 else ("+" if value > 0 else MINUS) + text
+
+
+def percent_interval(interval: Interval) -> str:
+    """The bounds in percent, cut to what an accuracy can be; words where one cell leaves no spread to judge by."""
+    if not math.isfinite(interval.low):
+        return "no interval"
+    return f"{percent(max(0.0, interval.low))} to {percent(min(1.0, interval.high))}"
+
+
+def points_interval(low: float, high: float) -> str:
+    return f"{points(low)} to {points(high)}" if math.isfinite(low) else "no interval"
+
+
+def amount(value: float) -> str:
+    """Tokens: 950 -> "950", 61234 -> "61.2 k", 1200000 -> "1.20 M"."""
+    if value < 1_000:
+        return f"{value:.0f}"
+    if value < 999_500:
+        return f"{value / 1_000:.1f} k" if value < 99_950 else f"{value / 1_000:.0f} k"
+    return f"{value / 1_000_000:.2f} M"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6_000 else f"{seconds / 3_600:.1f} h"
+
+
+def spent(cost: str, value: float) -> str:
+    return duration(value) if cost.endswith("seconds") else amount(value)
+
+
+def reach_text(found: Reach, cost: str) -> str:
+    """Cost to the target with its interval, or "> budget"."""
+    if found.typical is None:
+        if not found.by_seed:
+            return "no run"
+        missed = len(found.by_seed) - found.reached
+        if found.reached and missed == 0:
+            return "at the start"
+        largest = spent(cost, max(found.budgets))
+        return f"> budget ({largest})" if not found.reached else f"> budget in {missed} of {len(found.by_seed)} seeds"
+    if found.low is None or found.high is None:
+        return spent(cost, found.typical)
+    return f"{spent(cost, found.typical)} ({spent(cost, found.low)} to {spent(cost, found.high)})"
+
+
+def ratio_text(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return ""
+    if ratio.value is None:
+        return ratio.why
+    if ratio.at_least:
+        return f"> {_times(ratio.value)}"
+    if ratio.low is None or ratio.high is None or ratio.low == ratio.high:
+        return _times(ratio.value)
+    return f"{_times(ratio.value)} ({_times(ratio.low)} to {_times(ratio.high)})"
+
+
+def _times(value: float) -> str:
+    return f"{value:.0f}\N{MULTIPLICATION SIGN}" if value >= 100 else f"{value:.3g}\N{MULTIPLICATION SIGN}"
+
+
+def sentences(summary: Summary) -> list[str]:
+    """What the numbers say, most important first."""
+    ranked = sorted((arm for arm in summary.arms if arm.trained and arm.test() is not None), key=lambda arm: arm.test().mean, reverse=True)
+    if not ranked:
+        return ["No trained arm has a test result yet."]
+    parts = [_winner(summary, ranked[0]), _baseline(summary, ranked), _cost(summary, ranked), _base(summary)]
+    parts += [_not_learned(summary), _collapsed(summary), _missing(summary), _resolution(summary), _edges(summary)]
+    return [part for part in parts if part]
+
+
+def _winner(summary: Summary, best: ArmSummary) -> str:
+    pairs = [pair for pair in summary.pairs if pair.left == best.name and pair.decoding == PRIMARY and summary.arm(pair.right).trained]
+    by_verdict = {word: [summary.arm(pair.right).label for pair in pairs if pair.verdict == word] for word in ("better", "unresolved")}
+    test = best.test()
+    assert test is not None
+    text = f"{best.label} has the highest test accuracy at temperature 1: {percent(test.mean)} % (95 % interval {percent_interval(test)})."
+    if by_verdict["better"]:
+        text += f" It is better than {listed(by_verdict['better'])}."
+    if by_verdict["unresolved"]:
+        text += f" Its lead over {listed(by_verdict['unresolved'])} is unresolved: the interval of the difference holds zero."
+    return text
+
+
+def _baseline(summary: Summary, ranked: Sequence[ArmSummary]) -> str:
+    reference = summary.reference
+    rest = [arm for arm in ranked if arm.name != reference.name]
+    pairs = [(arm, summary.pair(arm.name, reference.name)) for arm in rest]
+    texts = [f"{arm.label} {_difference(pair)}" for arm, pair in pairs if pair is not None]
+    return f"Against {reference.label}, in percentage points: {'; '.join(texts)}." if texts else ""
+
+
+def _difference(pair: PairSummary) -> str:
+    interval = pair.interval
+    return f"{points(interval.mean)} ({points_interval(interval.low, interval.high)}), {pair.verdict}"
+
+
+def _cost(summary: Summary, ranked: Sequence[ArmSummary]) -> str:
+    reference, target = summary.reference, summary.comparison.target
+    reached = [arm for arm in ranked if arm.reached[TOKENS].typical is not None]
+    goal = f"{percent(target)} % on the dev split"
+    if not reached:
+        return f"No arm reached {goal} with every seed inside its budget."
+    cheapest = min(reached, key=lambda arm: arm.reached[TOKENS].typical or math.inf)
+    text = f"{cheapest.label} reached {goal} with the fewest generated tokens: {reach_text(cheapest.reached[TOKENS], TOKENS)}."
+    if cheapest.name == reference.name:
+        return text
+    text += f" {reference.label}: {reach_text(reference.reached[TOKENS], TOKENS)}."
+    ratios = [(cost, cheapest.ratio[cost]) for cost in cheapest.ratio if cheapest.ratio[cost].value is not None]
+    if not ratios:
+        return f"{text} No ratio is taken: {cheapest.ratio[TOKENS].why.removeprefix('no ratio: ')}."
+    spelled = [f"{ratio_text(ratio)} in {cost}" for cost, ratio in ratios]
+    return f"{text} {reference.label} needs {listed(spelled)}."
+
+
+def _base(summary: Summary) -> str:
+    base = next((arm for arm in summary.arms if not arm.trained), None)
+    plain = base.test() if base else None
+    if base is None or plain is None:
+        return ""
+    text = f"Untrained ({base.label}): {percent(plain.mean)} % at temperature 1"
+    greedy = base.test(GREEDY)
+    if greedy is not None:
+        text += f", {percent(greedy.mean)} % greedy"
+    if summary.base_at_best is not None:
+        decoding, interval = summary.base_at_best
+        text += f"; at its best decoding on dev ({decoding}) {percent(interval.mean)} % on test"
+    return f"{text}."
+
+
+def _not_learned(summary: Summary) -> str:
+    labels = [f"{arm.label} ({_gain(arm)})" for arm in summary.arms if arm.learned is False]
+    return f"Did not learn here, because the gain over the base is not above zero beyond its interval: {listed(labels)}." if labels else ""
+
+
+def _gain(arm: ArmSummary) -> str:
+    assert arm.gain is not None
+    return f"{points(arm.gain.mean)} points, {points_interval(arm.gain.low, arm.gain.high)}"
+
+
+def _collapsed(summary: Summary) -> str:
+    texts = []
+    for arm in summary.arms:
+        if arm.collapsed:
+            seed, best, last = min(arm.collapsed, key=lambda found: found[2])
+            share = f"{len(arm.collapsed)} of {len(arm.finished)} seeds"
+            texts.append(f"{arm.label} in {share} (seed {seed}: dev accuracy from {percent(best)} % at best to {percent(last)} % at the end)")
+    return f"Collapsed during training: {listed(texts)}. Test numbers belong to the checkpoint that was best on dev." if texts else ""
+
+
+def _missing(summary: Summary) -> str:
+    texts = [f"{arm.label} {len(arm.finished)} of {arm.planned} seeds" for arm in summary.arms if len(arm.finished) < arm.planned]
+    return f"Not all runs finished, and the numbers rest on those that did: {listed(texts)}." if texts else ""
+
+
+def _resolution(summary: Summary) -> str:
+    trained = {arm.name for arm in summary.arms if arm.trained}
+    pairs = [p for p in summary.pairs if p.decoding == PRIMARY and p.left < p.right and {p.left, p.right} <= trained]
+    if not pairs:
+        return ""
+    unresolved = sum(pair.verdict == "unresolved" for pair in pairs)
+    smallest = statistics.median(pair.detectable for pair in pairs)
+    seeds = min(pair.interval.seeds for pair in pairs)
+    scope = pairs[0].interval.scope
+    text = f"{unresolved} of {len(pairs)} pairs of trained arms are unresolved with {seeds} seed{'s' if seeds > 1 else ''}"
+    if math.isfinite(smallest):
+        text += f"; a typical pair would show a true difference of {percent(smallest)} points with a probability of 80 %"
+    text += f". Intervals speak about {scope}."
+    return text + (" Fewer than five seeds show the machinery; claims need five or more." if seeds < 5 else "")
+
+
+def _edges(summary: Summary) -> str:
+    labels = [arm.label for arm in summary.arms if arm.tuned is not None and arm.tuned.at_edge]
+    if not labels:
+        return ""
+    return f"The search chose a value at the edge of its grid for {listed(labels)}: a wider grid might do better there."
+
+
+def listed(items: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return ", ".join(items[:-1]) + (" and " if len(items) > 1 else "") + items[-1] if items else ""
