@@ -5,8 +5,8 @@ The caller sets DS_ACCELERATOR=cpu before the first import where no accelerator 
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,16 @@ def deepspeed_learner(
     *,
     vocab_size: int | None = None,
     zero_stage: int = 0,
+    zero_options: Mapping[str, Any] | None = None,
 ) -> PolicyLearner:
     """A learner of the model's trainable parameters over all ranks of the default process group (one rank if there is none).
 
-    bf16 weights are trained with fp32 masters, at ZeRO 1 or above. vocab_size: see Policy.
+    bf16 weights are trained with fp32 masters, at ZeRO 1 or above. vocab_size: see Policy. zero_options: further keys of DeepSpeed's
+    "zero_optimization" section (bucket sizes, offload).
     """
     join_process_group()
     policy = Policy(model, vocab_size=vocab_size, gradient_checkpointing=settings.gradient_checkpointing)
-    return PolicyLearner(policy, DeepSpeedUpdater(policy, optimizer, zero_stage), optimizer, settings)
+    return PolicyLearner(policy, DeepSpeedUpdater(policy, optimizer, zero_stage, zero_options or {}), optimizer, settings)
 
 
 def join_process_group() -> None:
@@ -65,18 +67,18 @@ class DeepSpeedUpdater:
     a NaN step, so reduction, check and clip are done here before its step; from ZeRO 1 on it refuses such a step on every rank itself.
     """
 
-    def __init__(self, policy: Policy, settings: OptimizerSettings, zero_stage: int) -> None:
+    def __init__(self, policy: Policy, settings: OptimizerSettings, zero_stage: int, zero_options: Mapping[str, Any]) -> None:
         low_precision = policy.head.weight.dtype == torch.bfloat16
         self.stage = max(1, zero_stage) if low_precision else zero_stage
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
-        self.replayable = self.stage <= 1
+        self.replayable, self.sharded = self.stage <= 1, self.stage == 3
         self._own = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
         self._everything = list(policy.parameters())
         self._largest = settings.clip
         self.module, *_ = deepspeed.initialize(
             model=policy,
             optimizer=adamw(self._own, settings),
-            config=engine_config(self.stage, settings.clip, low_precision),
+            config=engine_config({"stage": self.stage, **zero_options}, settings.clip, low_precision),
             dist_init_required=False,
         )
         if self.stage == 0:
@@ -129,9 +131,12 @@ class DeepSpeedUpdater:
         return {name: safe_get_full_fp32_param(parameter) for name, parameter in self._own.items()}
 
     @contextmanager
-    def whole_weights(self, *, write: bool = False) -> Iterator[None]:
-        gathered = deepspeed.zero.GatheredParameters(self._everything, modifier_rank=0 if write else None)
-        with gathered if self.stage == 3 else nullcontext():
+    def whole_weights(self, parameters: Sequence[nn.Parameter] | None = None, *, write: bool = False) -> Iterator[None]:
+        if not self.sharded:
+            yield
+            return
+        chosen = self._everything if parameters is None else list(parameters)
+        with deepspeed.zero.GatheredParameters(chosen, modifier_rank=0 if write else None):
             yield
 
     def save(self, folder: Path) -> None:
@@ -147,13 +152,13 @@ class DeepSpeedUpdater:
         del self.module, self._own, self._everything
 
 
-def engine_config(stage: int, largest_norm: float, low_precision: bool) -> dict[str, Any]:
+def engine_config(zero: Mapping[str, Any], largest_norm: float, low_precision: bool) -> dict[str, Any]:
     """DeepSpeed's configuration. Batch sizes mean nothing here: gradient accumulation is the caller's."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": largest_norm if stage else 0.0,
-        "zero_optimization": {"stage": stage},
+        "gradient_clipping": largest_norm if zero["stage"] else 0.0,
+        "zero_optimization": dict(zero),
         "zero_allow_untested_optimizer": True,
     }
     if low_precision:

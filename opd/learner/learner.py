@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from opd_kernels import HeadView
+from opd_rollout.layout import split_by_budget
 from opd_rollout.scoring import score_tokens
 from opd_rollout.types import ModuleWeights, ScoreRequest, TokenScores, WeightSource
 from torch import Tensor
@@ -24,12 +25,15 @@ from opd.learner.packing import num_rows, pack, pad_to, to_device
 from opd.learner.policy import Policy
 from opd.learner.schedule import learning_rate
 from opd.learner.types import LearnerSettings, OptimizerSettings, Updater, Weights
+from opd.learner.weights import GatheredWeights
 from opd.objective.compose import denominators
 from opd.objective.meters import meters
 from opd.objective.terms import Needs, Objective
 from opd.types import Judged, Meter, MicroBatch, Prepared, Sample, StepReport
 
 logger = logging.getLogger("opd.learner")
+
+EVERYTHING = 1 << 60  # a token budget that splits nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +99,7 @@ class PolicyLearner:
         """The head that belongs to `teacher_pass(..., weights)`, good until the next call of `step` is over."""
         head = self.policy.head
         frozen = not any(parameter.requires_grad for parameter in head.parameters())
-        copied = weights == "live" and not frozen and (self.settings.minibatches * self.settings.epochs > 1 or self._updater.world_size > 1)
+        copied = weights == "live" and not frozen and (self.settings.minibatches * self.settings.epochs > 1 or self._updater.sharded)
 
         def tensor(parameter: Tensor | None) -> Tensor | None:
             if parameter is None:
@@ -140,11 +144,14 @@ class PolicyLearner:
 
     def weights(self, version: int) -> WeightSource:
         """The student's weights for an engine, under Hugging Face names (see LearnerSettings.merge_adapters)."""
-        model = self.policy.model
+        model, merged = self.policy.model, self.settings.merge_adapters and bool(adapted_layers(self.policy.model))
+        if self._updater.sharded and not merged:
+            return GatheredWeights(model, self._updater, version)
         with self._updater.whole_weights():
-            if self.settings.merge_adapters and adapted_layers(model):
-                return ModuleWeights(version=version, named=tuple(merged_tensors(model)))
-            return ModuleWeights(version=version, named=tuple((name, one.detach()) for name, one in model.named_parameters()))
+            named = merged_tensors(model) if merged else [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+            if self._updater.sharded:
+                named = [(name, tensor.clone()) for name, tensor in named]
+        return ModuleWeights(version=version, named=tuple(named))
 
     def save(self, folder: Path) -> None:
         """Everything that a resume needs to go on bitwise. Collective; the folder is complete on return."""
@@ -187,9 +194,20 @@ class PolicyLearner:
         return self._shadow
 
     def _score(self, requests: Sequence[ScoreRequest], version: int) -> list[TokenScores]:
-        settings = self.settings
+        settings, lengths = self.settings, [len(one.context_ids) + len(one.completion_ids) for one in requests]
         options: dict[str, Any] = {"temperature": settings.temperature, "chunk_bytes": settings.chunk_bytes, "packed": settings.packed}
-        return score_tokens(self.policy.model, self.policy.head, requests, token_budget=self.token_budget, version=version, **options)
+        options["version"] = version
+        if not self._updater.sharded:
+            return score_tokens(self.policy.model, self.policy.head, requests, token_budget=self.token_budget, **options)
+        batches = split_by_budget(lengths, self.token_budget)  # every forward is collective, so all ranks run the same number
+        spare = ScoreRequest(context_ids=(settings.pad_id,), completion_ids=(settings.pad_id,))
+        scores: dict[int, TokenScores] = {}
+        for index in range(max(self._updater.gather(len(batches)))):
+            members = batches[index] if index < len(batches) else []
+            chosen = [requests[member] for member in members] or [spare]
+            found = score_tokens(self.policy.model, self.policy.head, chosen, token_budget=EVERYTHING, **options)
+            scores.update(zip(members, found, strict=False))
+        return [scores[index] for index in range(len(requests))]
 
     def _update(self, samples: Sequence[Sample], objective: Objective, heads: Mapping[str, HeadView]) -> _Update:
         """One optimiser step on these samples; replays them in smaller micro-batches when memory runs out."""

@@ -1,6 +1,6 @@
 """The plain learner: one process, one device, torch's own AdamW. The reference for the others."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def torch_learner(
 class TorchUpdater:
     """An opd.learner.types.Updater of one process. Parameters below fp32 are trained through fp32 masters."""
 
-    world_size, rank, replayable = 1, 0, True
+    world_size, rank, replayable, sharded = 1, 0, True, False
 
     def __init__(self, policy: Policy, settings: OptimizerSettings) -> None:
         self.module = policy
@@ -67,7 +67,7 @@ class TorchUpdater:
         return dict(self._masters)
 
     @contextmanager
-    def whole_weights(self, *, write: bool = False) -> Iterator[None]:
+    def whole_weights(self, parameters: Sequence[nn.Parameter] | None = None, *, write: bool = False) -> Iterator[None]:
         yield
 
     def save(self, folder: Path) -> None:

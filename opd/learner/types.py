@@ -88,13 +88,14 @@ class Updater(Protocol):
     """The part in which learners differ: how gradients become an update, and where optimiser state lives.
 
     module: what a forward pass calls (the policy, or an engine around it). replayable: the gradients of an interrupted backward pass
-    can be thrown away, because no collective runs inside it.
+    can be thrown away, because no collective runs inside it. sharded: outside of `whole_weights` parameters are not whole.
     """
 
     module: nn.Module
     world_size: int
     rank: int
     replayable: bool
+    sharded: bool
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of the sum of `loss` over the ranks."""
@@ -120,8 +121,8 @@ class Updater(Protocol):
         """Name -> trainable tensor in the optimiser's precision, whole on every rank; not to be written to. Collective."""
         ...
 
-    def whole_weights(self, *, write: bool = False) -> AbstractContextManager[None]:
-        """The module's parameters are whole on every rank while inside; with `write` what all ranks alike put there stays. Collective."""
+    def whole_weights(self, parameters: Sequence[nn.Parameter] | None = None, *, write: bool = False) -> AbstractContextManager[None]:
+        """These parameters (None: all) are whole on every rank while inside; with `write` what all ranks alike put there stays. Collective."""
         ...
 
     def save(self, folder: Path) -> None: ...

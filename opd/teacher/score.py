@@ -54,7 +54,7 @@ class SignalScorer:
             assert len(contexts) == len(judged) == len(prepared), "one context and one preparation an answer"
             chosen = [index for index, context in enumerate(contexts) if context is not None]
             requests = [_request(judged[index], contexts[index], prepared[index], need) for index in chosen]
-            scores = self._weights[name].scores(requests) if requests else []
+            scores = self._weights[name].scores(requests)  # also without requests: the passes of a sharded student are collective
             for index, request, one in zip(chosen, requests, scores, strict=True):
                 _check_coverage(name, request, one)
                 found[index][name] = one

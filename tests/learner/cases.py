@@ -71,8 +71,8 @@ def answers(count: int = 8, *, group: int = 4, seed: int = 0, longest: int = 12)
 
 
 def contexts(judged: Sequence[Judged]) -> list[tuple[int, ...] | None]:
-    """A privileged context an answer: some tokens before the question; the third answer has none."""
-    return [None if index == 2 else (7, 8, 9, *one.prompt_ids) for index, one in enumerate(judged)]
+    """A privileged context an answer: some tokens before the question; the third answer of the first group has none."""
+    return [None if (one.group, one.member) == (0, 2) else (7, 8, 9, *one.prompt_ids) for one in judged]
 
 
 def teacher_of(model: nn.Module, objective: Objective, *, temperature: float = 1.0) -> SignalScorer:

@@ -1,0 +1,76 @@
+"""Two ranks with unequal work against one rank with all of it, over gloo."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pytest import approx, mark
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE_SECONDS = 240
+
+
+def launch(out: Path, stage: int, world: int) -> dict:
+    """Result of `tests/learner/rank.py` as rank 0 saved it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = os.pathsep.join(str(ROOT / part) for part in (".", "rollout", "kernels"))
+    shared = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/learner/rank.py"), str(out), str(stage)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        for rank in ranks:
+            output, _ = rank.communicate(timeout=DEADLINE_SECONDS)
+            assert rank.returncode == 0, output[-4000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("alone") / "one.pt", 0, 1)
+
+
+def gap(first, second):
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+@mark.parametrize("stage", [0, 2, 3])
+def test_two_ranks_are_one(alone, tmp_path, stage):
+    pair = launch(tmp_path / "two.pt", stage, 2)
+    for name in ("hybrid", "student_topk", "later"):
+        assert pair[name]["losses"] == approx(alone[name]["losses"], abs=2e-5), name
+        assert pair[name]["tokens"] == alone[name]["tokens"]
+        assert pair[name]["norms"] == approx(alone[name]["norms"], rel=1e-4)
+        assert gap(pair[name]["weights"], alone[name]["weights"]) < 1e-4, name
+        assert gap(pair[name]["ema"], alone[name]["ema"]) < 1e-4, name
+
+    assert [bool(reason) for reason in pair["nan"]["skipped"]] == [False, True, False], "a NaN on one rank is refused on both"
+    assert pair["nan"]["norms"][1] is None
+    assert all(torch.isfinite(tensor).all() for tensor in pair["nan"]["weights"].values())
+    assert pair["idle"]["skipped"] == [""] * 3, "a rank without answers takes part"
+
+    assert pair["resumed"]["losses"] == pair["later"]["losses"]
+    assert gap(pair["resumed"]["ema"], pair["later"]["ema"]) == 0.0
+
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model-two").named_parameters())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in pair["hybrid"]["weights"].items())
