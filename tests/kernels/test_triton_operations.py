@@ -155,13 +155,13 @@ def test_repeats_bitwise_and_does_not_depend_on_chunks(path):
 
 
 def test_directional_derivatives_are_unbiased():
-    """Signed error of d loss along random directions of W: the rounding of dz must not lean to one side."""
-    case = make_case(60, 120, 8, 2, dtype=torch.bfloat16, logit_std=5.0, seed=11)
-    upstream = {"logp": torch.full((60, 2), -1.0, dtype=torch.float64)}
+    """Signed error of d loss along random directions of W: the rounding of dz must not lean to one side (cutting off: 2e-3)."""
+    case = make_case(120, 120, 8, 2, dtype=torch.bfloat16, logit_std=5.0, seed=11)
+    upstream = {"logp": torch.full((120, 2), -1.0, dtype=torch.float64)}
     actual, expected = triton_run(case, upstream, "fused", 1 << 20), oracle(case, upstream)
     directions = torch.randn(256, 120, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     slopes, wanted = ((directions * result.d_weight.double()).sum(dim=(1, 2)) for result in (actual, expected))
-    assert ((slopes - wanted) * wanted.sign()).mean().abs() / wanted.abs().mean() < 6e-4
+    assert ((slopes - wanted) * wanted.sign()).mean().abs() / wanted.abs().mean() < 8e-4
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -248,7 +248,7 @@ def test_near_teachers_keep_their_gradient(distance):
                 hidden, case.weight.to(to), case.hidden.to(to), teacher.to(to), divergence, backend=backend
             ).sum().backward()
             grads[backend] = hidden.grad
-        assert relative(grads["triton"], grads["reference"]) < 8e-3
+        assert relative(grads["triton"], grads["reference"]) < 5e-3
 
 
 @pytest.mark.parametrize("budget", [1, 5_000, 100_000, 1 << 30])
