@@ -10,7 +10,7 @@ import numpy as np
 from opd.compare.results import CurvePoint
 from opd.compare.summary import ArmSummary, PairSummary
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 300, 46, 14, 12, 46
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 300, 40, 14, 12, 46
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -177,7 +177,7 @@ def arm_overrides(comparison: Comparison, name: str, seed: int, point: Mapping[s
     if tuning:
         assert comparison.tune is not None
         budget = comparison.tune.budget or budget
-        evaluation["eval.final_problems"] = 0
+        evaluation["eval.temperatures"] = []  # the test split is not looked at
     if not arm.train:
         evaluation["eval.temperatures"] = comparison.base_temperatures
     limits = budget.overrides()

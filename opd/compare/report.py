@@ -57,7 +57,7 @@ def render(summary: Summary, folder: Path) -> str:
         matrix=[arm for arm in summary.arms if arm.test() is not None],
         setup=setup(summary),
         changed={arm.name: changed_keys(arm, summary.reference) for arm in summary.arms},
-        failures=[(arm, run) for arm in summary.arms for run in arm.failed],
+        failures=failures(summary),
         primary=PRIMARY,
         greedy=GREEDY,
         k=max((arm.k for arm in summary.arms), default=0),
@@ -73,6 +73,16 @@ def _trained(summary: Summary) -> list[ArmSummary]:
 def _first(summary: Summary, pair: PairSummary) -> bool:
     order = [arm.name for arm in summary.arms]
     return order.index(pair.left) < order.index(pair.right)
+
+
+def failures(summary: Summary) -> list[tuple[str, list[int], str]]:
+    """(arm, seeds, state and reason) of runs that did not finish; runs of an arm that ended alike share a line."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for arm in summary.arms:
+        for run in arm.failed:
+            state = "not run yet" if run.state == "missing" else run.state
+            found.setdefault((arm.label, f"{state}: {run.why}" if run.why else state), []).append(run.seed)
+    return [(label, seeds, reason) for (label, reason), seeds in found.items()]
 
 
 def charts(summary: Summary, styles: Mapping[str, str]) -> list[tuple[str, Markup]]:

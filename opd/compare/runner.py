@@ -1,8 +1,10 @@
 """A comparison from its file to its report: search, reported runs, report. Running it again does only what is missing."""
 
 import contextlib
+import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from opd.compare.results import RunResult, read_run
 from opd.compare.summary import summarise
 from opd.compare.table import print_table
 from opd.compare.workers import Functions, Outcome, run_jobs
-from opd.live import Preempted, StopRequest, stop_signals
+from opd.errors import Preempted
+from opd.live import StopRequest, stop_signals
 from opd.runfolder import write_json
 
 
@@ -44,7 +47,8 @@ def compare(
             outcomes += _run(jobs, comparison, functions, root, view, stop)
     finally:
         view.close()
-    summary = summarise(comparison, read_results(jobs, outcomes), tuned)
+    reasons = {outcome.job.folder: outcome.why for outcome in outcomes if outcome.state == "failed"}
+    summary = summarise(comparison, read_results(jobs, reasons), tuned)
     _record(root / comparison.name, comparison, outcomes, tuned)
     report = write_report(root / comparison.name, summary)
     if not quiet:
@@ -58,23 +62,21 @@ def rebuild(reference: str | Mapping[str, Any] | Comparison, *, root: Path = Pat
     searches = tuning_jobs(comparison, root)
     tuned = choose(comparison, searches) if searches else {}
     jobs = reported_jobs(comparison, root, {arm: found.point for arm, found in tuned.items()})
-    return write_report(root / comparison.name, summarise(comparison, read_results(jobs, ()), tuned))
+    record = root / comparison.name / "comparison.json"
+    rows = json.loads(record.read_text(encoding="utf-8"))["runs"] if record.is_file() else []
+    reasons = {record.parent / row["folder"]: row["why"] for row in rows if row["state"] == "failed"}
+    return write_report(root / comparison.name, summarise(comparison, read_results(jobs, reasons), tuned))
 
 
-def read_results(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> list[RunResult]:
-    """The reported runs as their folders say; a job that failed without leaving a status carries the reason of its outcome."""
-    reasons = {outcome.job.folder: outcome.why for outcome in outcomes if outcome.state == "failed"}
+def read_results(jobs: Sequence[Job], reasons: Mapping[Path, str]) -> list[RunResult]:
+    """The reported runs as their folders say; a job that failed without leaving a status carries its reason (by run folder)."""
     results = []
     for job in jobs:
         run = read_run(job.folder, arm=job.arm, seed=job.seed)
         if job.folder in reasons and not run.finished:
-            run = _failed(run, reasons[job.folder])
+            run = replace(run, state="failed", why=reasons[job.folder])
         results.append(run)
     return results
-
-
-def _failed(run: RunResult, why: str) -> RunResult:
-    return RunResult(arm=run.arm, seed=run.seed, folder=run.folder, state="failed", why=why, recipe=run.recipe, facts=run.facts, costs=run.costs)
 
 
 @contextlib.contextmanager

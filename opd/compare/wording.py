@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from opd.compare.reach import Ratio, Reach
 from opd.compare.results import GREEDY, PRIMARY
 from opd.compare.statistics import Interval
-from opd.compare.summary import ArmSummary, PairSummary, Summary
+from opd.compare.summary import ArmSummary, Summary
 
 MINUS = "\N{MINUS SIGN}"
 TOKENS = "generated tokens"
@@ -110,15 +110,18 @@ def _winner(summary: Summary, best: ArmSummary) -> str:
 
 def _baseline(summary: Summary, ranked: Sequence[ArmSummary]) -> str:
     reference = summary.reference
-    rest = [arm for arm in ranked if arm.name != reference.name]
-    pairs = [(arm, summary.pair(arm.name, reference.name)) for arm in rest]
-    texts = [f"{arm.label} {_difference(pair)}" for arm, pair in pairs if pair is not None]
-    return f"Against {reference.label}, in percentage points: {'; '.join(texts)}." if texts else ""
-
-
-def _difference(pair: PairSummary) -> str:
-    interval = pair.interval
-    return f"{points(interval.mean)} ({points_interval(interval.low, interval.high)}), {pair.verdict}"
+    found = [(arm, pair) for arm in ranked if (pair := summary.pair(arm.name, reference.name)) is not None]
+    if not found:
+        return ""
+    first, pair = found[0]
+    bounds = points_interval(pair.interval.low, pair.interval.high)
+    text = f"{first.label} minus {reference.label} is {points(pair.interval.mean)} points ({bounds}): {pair.verdict}."
+    groups = []
+    for word in ("better", "unresolved", "worse"):
+        members = [f"{arm.label} ({points(pair.interval.mean)})" for arm, pair in found[1:] if pair.verdict == word]
+        if members:
+            groups.append(f"{word}: {listed(members)}")
+    return text + (f" The others against {reference.label}, {'; '.join(groups)}." if groups else "")
 
 
 def _cost(summary: Summary, ranked: Sequence[ArmSummary]) -> str:
@@ -135,8 +138,12 @@ def _cost(summary: Summary, ranked: Sequence[ArmSummary]) -> str:
     ratios = [(cost, cheapest.ratio[cost]) for cost in cheapest.ratio if cheapest.ratio[cost].value is not None]
     if not ratios:
         return f"{text} No ratio is taken: {cheapest.ratio[TOKENS].why.removeprefix('no ratio: ')}."
-    spelled = [f"{ratio_text(ratio)} in {cost}" for cost, ratio in ratios]
+    spelled = [f"{_ratio_words(ratio)} the {cost}" for cost, ratio in ratios]
     return f"{text} {reference.label} needs {listed(spelled)}."
+
+
+def _ratio_words(ratio: Ratio) -> str:
+    return ratio_text(ratio).replace("> ", "more than ", 1)
 
 
 def _base(summary: Summary) -> str:
@@ -187,8 +194,10 @@ def _resolution(summary: Summary) -> str:
     unresolved = sum(pair.verdict == "unresolved" for pair in pairs)
     smallest = statistics.median(pair.detectable for pair in pairs)
     seeds = min(pair.interval.seeds for pair in pairs)
+    most = max(pair.interval.seeds for pair in pairs)
     scope = pairs[0].interval.scope
-    text = f"{unresolved} of {len(pairs)} pairs of trained arms are unresolved with {seeds} seed{'s' if seeds > 1 else ''}"
+    number = f"{seeds}" if seeds == most else f"{seeds} to {most}"
+    text = f"{unresolved} of {len(pairs)} pairs of trained arms are unresolved with {number} seed{'s' if most > 1 else ''}"
     if math.isfinite(smallest):
         text += f"; a typical pair would show a true difference of {percent(smallest)} points with a probability of 80 %"
     text += f". Intervals speak about {scope}."

@@ -1,0 +1,120 @@
+"""samples/step-*.jsonl: one line an answer, with everything that is known of each of its tokens.
+
+Legend: T completion tokens, K entries of a top-k list. Numbers are rounded to four decimals; what is not known is null.
+
+{"step", "prompt_id", "group", "member", "question", "expected", "text", "views": {signal: text or null}, "status", "reward", "correct",
+ "feedback", "finish", "tokens": [T texts], "student_logp": [T], "behaviour_logp": [T], "entropy": [T] or null,
+ "student_topk": [T lists of [text, logp]] or null, "signals": {signal: {"logp": [T], "entropy": [T], "topk": [T lists of [text, logp]]}},
+ "advantage": {term: [T]}, "weight": {term: [T]}}
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from opd_rollout.types import TokenScores
+from torch import Tensor
+
+from opd.types import Judged, Sample
+
+SHOWN_TOPK = 8
+Contexts = Mapping[str, Sequence[tuple[int, ...] | None]]
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that turns ids into text."""
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool) -> Any: ...
+
+
+def write_samples(
+    path: Path,
+    step: int,
+    samples: Sequence[Sample],
+    *,
+    tokenizer: Decoder,
+    num_samples: int,
+    texts_in_table: bool = True,
+    contexts: Callable[[Sequence[Judged]], Contexts] | None = None,
+) -> list[list[Any]]:
+    """Write up to `num_samples` answers, evenly spread over the step's, and return their rows for a table (question, answer, reward,
+    correct, finish), empty when `texts_in_table` is false.
+
+    contexts: the views' token ids of all answers, the same function that the step used; without it views are not shown.
+    """
+    shown = [samples[n * len(samples) // num_samples] for n in range(num_samples)] if len(samples) > num_samples else list(samples)
+    views = contexts([sample.judged for sample in samples]) if contexts else {}
+    place = {id(sample): n for n, sample in enumerate(samples)}
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    records = []
+    for sample in shown:
+        read = {signal: ids[place[id(sample)]] for signal, ids in views.items()}
+        texts = {signal: None if ids is None else decode(ids) for signal, ids in read.items()}
+        records.append(sample_record(sample, step=step, decode=decode, views=texts))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text("".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records), encoding="utf-8")
+    scratch.replace(path)
+    if not texts_in_table:
+        return []
+    return [[record["question"], record["text"], record["reward"], record["correct"], record["finish"]] for record in records]
+
+
+def sample_record(
+    sample: Sample, *, step: int, decode: Callable[[Sequence[int]], str], views: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
+    """One line of a samples file. decode: token ids -> text, special tokens included. views: signal -> what it read."""
+    judged, prepared, completion = sample.judged, sample.prepared, sample.judged.completion
+    mask = completion.loss_mask.to(torch.float32)
+    verdict = judged.verdict
+    return {
+        "step": step,
+        "prompt_id": judged.prompt.id,
+        "group": judged.group,
+        "member": judged.member,
+        "question": judged.prompt.messages[-1]["content"],
+        "expected": judged.prompt.answer,
+        "text": judged.text,
+        "views": dict(views or {}),
+        "status": verdict.status,
+        "reward": verdict.reward,
+        "correct": verdict.correct,
+        "feedback": verdict.feedback,
+        "finish": completion.finish,
+        "tokens": [decode([token]) for token in completion.token_ids],
+        "student_logp": _numbers(completion.logprobs if prepared is None else prepared.old_logp),
+        "behaviour_logp": _numbers(completion.logprobs),
+        "entropy": None if prepared is None else _numbers(prepared.entropy),
+        "student_topk": None if prepared is None or prepared.topk_ids is None else _topk(prepared.topk_ids, prepared.topk_logp, decode),
+        "signals": {name: _signal(scores, decode) for name, scores in sample.scores.items()},
+        "advantage": {term: _numbers(values) for term, values in sample.advantage.items()},
+        "weight": {term: _numbers(factor * mask) for term, factor in sample.route.items()},
+    }
+
+
+def _signal(scores: TokenScores, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    return {"logp": _numbers(scores.sampled), "entropy": _numbers(scores.entropy), "topk": _topk(scores.ids, scores.logp, decode)}
+
+
+def _topk(ids: Tensor, logp: Tensor | None, decode: Callable[[Sequence[int]], str]) -> list[list[list[Any]]]:
+    assert logp is not None
+    rows = []
+    for row_ids, row_logp in zip(ids.tolist(), logp.tolist(), strict=True):
+        known = {token: value for token, value in zip(row_ids, row_logp, strict=True) if token >= 0}
+        best = sorted(known.items(), key=lambda item: -item[1])[:SHOWN_TOPK]
+        rows.append([[decode([token]), _number(value)] for token, value in best])
+    return rows
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    return [_number(value) for value in values.tolist()]
+
+
+def _number(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None
