@@ -53,9 +53,7 @@ class _Recomputed(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             sums, _ = _forward(student, teacher, divergence, (False, False, False), None)
-        ctx.save_for_backward(
-            hidden, weight, bias, teacher.hidden, teacher.weight, teacher.options.bias, sums.logz_s, sums.logz_t, sums.slope
-        )
+        ctx.save_for_backward(hidden, weight, bias, teacher.hidden, teacher.weight, teacher.options.bias, sums.logz_s, sums.logz_t, sums.slope)
         ctx.options = replace(student.options, bias=None), replace(teacher.options, bias=None)
         ctx.divergence = divergence
         return sums.divergence
@@ -144,7 +142,7 @@ def _backward(
 ) -> GradientSums:
     tokens, device = student.hidden.shape[0], student.hidden.device
     copies = 2 + _WORKING_COPIES
-    elements = chunk_budget(student.options, device, whole_rows=True) // (copies * student.dtype.itemsize)
+    elements = chunk_budget(student.options, device, whole_rows=False) // (copies * student.dtype.itemsize)
     hidden_size = max(student.hidden.shape[1], teacher.hidden.shape[1])
     tile_rows, tile_columns = tile_shape(tokens, student.columns, hidden_size, elements, device)
     scratch = Scratch(tile_rows * tile_columns, 2, student)
@@ -174,9 +172,7 @@ def normalized(x: Tensor, logz: Tensor) -> Tensor:
     return (x - logz[:, None]).clamp_(min=FLOOR)
 
 
-def _dlogits(
-    lp: Tensor, lq: Tensor, head: Projection, rows: slice, divergence: Divergence, sums: TokenSums, token_weight: Tensor
-) -> Tensor:
+def _dlogits(lp: Tensor, lq: Tensor, head: Projection, rows: slice, divergence: Divergence, sums: TokenSums, token_weight: Tensor) -> Tensor:
     """Gradient of sum(token_weight * D) with respect to a tile of the student's products."""
     _, slope = entries(divergence, lp, lq)
     scale = head.row_scale()

@@ -1,0 +1,78 @@
+"""No operation holds a [tokens, vocabulary] tensor: sizes of every allocation at V = 151,936, and resident memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import opd_kernels
+import pytest
+import torch
+
+from tests.kernels.allocations import allocations_of
+
+TOKENS, VOCABULARY, HIDDEN, CHOSEN = 256, 151_936, 64, 32
+BUDGET = 32 << 20
+WEIGHT_GRADIENT = 4 * VOCABULARY * HIDDEN  # 37 MiB; one [tokens, vocabulary] tensor would take 148 MiB
+CEILING = 300 << 20
+OPERATIONS = ("composable", "composable_topk", "fused", "topk", "dense", "dense_hinted")
+
+
+def work_of(operation: str, dtype: torch.dtype = torch.float32, chunk_bytes: int | None = BUDGET):
+    generator = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(TOKENS, HIDDEN, generator=generator) * 0.7).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    ids = torch.randint(0, VOCABULARY, (TOKENS, CHOSEN), generator=generator)
+    keywords = {"chunk_bytes": chunk_bytes, "backend": "torch"}
+
+    def work() -> None:
+        hidden.grad = weight.grad = None
+        if operation.startswith("composable"):
+            topk = 16 if operation.endswith("topk") else 0
+            out = opd_kernels.selected_logprobs(hidden, weight, ids, student_topk=topk, **keywords)
+            (out.logp.sum() + out.tail_logp.sum() + out.entropy.sum()).backward()
+        elif operation == "fused":
+            loss, _ = opd_kernels.fused_sparse_loss(hidden, weight, ids, lambda s: ((s.tail_logp - s.entropy).sum(), {}), **keywords)
+            loss.backward()
+        elif operation == "topk":
+            opd_kernels.topk_logprobs(hidden, weight, 64, always_include=ids[:, 0], **keywords)
+        else:
+            hint = torch.ones(TOKENS) if operation == "dense_hinted" else None
+            teacher = hidden.detach() * 0.9
+            values = opd_kernels.dense_divergence(hidden, weight, teacher, weight.detach(), opd_kernels.jsd(), token_weight=hint, **keywords)
+            values.sum().backward()
+
+    return work, (hidden, weight, ids)
+
+
+@pytest.mark.parametrize(
+    ("operation", "dtype"),
+    [*((operation, torch.float32) for operation in OPERATIONS), ("composable", torch.bfloat16), ("fused", torch.bfloat16)],
+)
+def test_no_allocation_exceeds_the_budget_or_the_weight_gradient(operation, dtype):
+    work, inputs = work_of(operation, dtype)
+    counted = allocations_of(work, *inputs)
+    assert counted.largest_bytes <= max(BUDGET, WEIGHT_GRADIENT)
+    assert counted.peak_bytes <= 2 * BUDGET + 2 * WEIGHT_GRADIENT
+
+
+def test_dense_logits_would_be_seen():
+    """The counter itself: the reference allocates whole [tokens, vocabulary] tensors."""
+    hidden, weight = torch.randn(32, 8), torch.randn(5000, 8)
+    ids = torch.zeros(32, 1, dtype=torch.int64)
+    counted = allocations_of(lambda: opd_kernels.selected_logprobs(hidden, weight, ids, backend="reference"), hidden, weight, ids)
+    assert counted.largest_bytes >= 4 * 32 * 5000 and counted.peak_bytes >= 3 * 4 * 32 * 5000
+
+
+def test_resident_memory_of_every_operation():
+    """Forward and backward with default budgets, in a fresh process: less than 300 MiB above the inputs."""
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.resident"],
+        cwd=root, capture_output=True, text=True, timeout=240, env={"PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    extra = json.loads(run.stdout)
+    assert sorted(extra) == sorted(OPERATIONS)
+    assert all(bytes_ < CEILING for bytes_ in extra.values()), extra
+    assert extra["fused"] > WEIGHT_GRADIENT  # the measurement sees at least what must be there
