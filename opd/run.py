@@ -1,6 +1,7 @@
 """One training run in its folder: resume, records, evaluations, checkpoints, stop rules."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ from opd_rollout.engine import Engine
 from opd.errors import TooManySkipped
 from opd.live import LiveView, Status
 from opd.loop import System
-from opd.runfolder import append_line, checkpoint_step, checkpoints, keep_until, prune_checkpoints, save_checkpoint, write_json
+from opd.randomness import generator_state, set_generator_state
+from opd.runfolder import append_line, checkpoint_step, checkpoints, keep_lines, prune_checkpoints, save_checkpoint, write_json
 from opd.types import Sample, StepReport
 
 ACCUMULATED = ("tokens/student", "tokens/teacher", "tokens/learner")  # meters whose sums grow over the run
@@ -61,18 +63,28 @@ class Plan:
 class Progress:
     """What a checkpoint remembers besides learner and source."""
 
-    totals: dict[str, float] = field(default_factory=lambda: {**dict.fromkeys(ACCUMULATED, 0.0), "seconds/total": 0.0})
-    last: dict[str, float] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*ACCUMULATED, "seconds/total", "updates/skipped_total"), 0.0))
     best: float = -1.0
     best_step: int | None = None
+    evaluated_step: int | None = None
     skipped_in_a_row: int = 0
     saved_step: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """What a resume needs besides the weights, as it was after the last whole step (a step that was broken off has moved on)."""
+
+    source: Mapping[str, Any]
+    last: Mapping[str, float]
+    generators: Mapping[str, Any]
 
 
 class TrainingRun:
     """Implements opd.loop.Run over a folder.
 
-    `evaluate_dev(step, engine)` returns accuracy; `write_samples(path, step, samples)` returns table rows.
+    `evaluate_dev(step, engine)` returns accuracy; `write_samples(path, step, samples)` returns table rows; `save_tokenizer(folder)` completes
+    a checkpoint's model/.
     """
 
     def __init__(
@@ -85,40 +97,56 @@ class TrainingRun:
         open_sink: Callable[[str], Sink],
         evaluate_dev: Callable[[int, Engine], float] | None,
         write_samples: Callable[[Path, int, Sequence[Sample]], Sequence[Sequence[Any]]],
+        save_tokenizer: Callable[[Path], None],
     ) -> None:
         self.folder, self.plan, self.status, self.view = folder, plan, status, view
-        self.progress, self.sink = Progress(), NoSink()
-        self._open_sink, self._evaluate_dev, self._write_samples = open_sink, evaluate_dev, write_samples
+        self.progress, self.sink, self._cut = Progress(), NoSink(), Cut(source={}, last={}, generators={})
+        self._open_sink, self._evaluate_dev, self._write_samples, self._save_tokenizer = open_sink, evaluate_dev, write_samples, save_tokenizer
 
     def restore(self, s: System) -> int:
         """Load the newest complete checkpoint, if any, and drop records of later steps; returns the step to go on from."""
         found = checkpoints(self.folder)
-        step, sink_id = 0, ""
-        if found:
-            state = json.loads((found[-1] / "state.json").read_text())
-            s.learner.load(found[-1] / "learner")
-            s.source.load_state(state["source"])
-            self.progress = Progress(**state["progress"])
-            s.last.update(self.progress.last)
-            s.student.load_weights(s.learner.weights(s.learner.version))
-            step, sink_id = checkpoint_step(found[-1]), state["sink"]
-            self.view.say(f"resumed after step {step} from {found[-1]}")
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            keep_until(self.folder / name, step if found else -1)
-        self.sink = self._open_sink(sink_id)
+        step = self._load(found[-1], s) if found else 0
+        evaluated = self.progress.evaluated_step
+        keep_lines(self.folder / "metrics.jsonl", lambda row: row["step"] <= step and bool(found))
+        keep_lines(self.folder / "eval.jsonl", lambda row: bool(found) and (row["step"] < step or row["step"] == evaluated or row["split"] == "test"))
+        tracking = self.folder / "tracking.json"
+        self.sink = self._open_sink(json.loads(tracking.read_text())["run_id"] if tracking.is_file() else "")
+        if self.sink.run_id:
+            write_json(tracking, {"run_id": self.sink.run_id})
+        self._remember(s)
         self.status.step(step)
         self.view.start_at(step)
         return step
 
+    def _load(self, folder: Path, s: System) -> int:
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            s.learner.load(folder / "learner")
+        except (OSError, RuntimeError, EOFError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"checkpoint {folder} cannot be read ({error}); delete that folder to resume from the one before it") from error
+        s.source.load_state(state["source"])
+        s.last.update(state["last"])
+        self.progress = Progress(**state["progress"])
+        s.student.load_weights(s.learner.weights(s.learner.version))
+        set_generator_state(state["generators"])
+        self.view.say(f"resumed after step {checkpoint_step(folder)} from {folder}")
+        return checkpoint_step(folder)
+
+    def _remember(self, s: System) -> None:
+        self._cut = Cut(source=s.source.state(), last=dict(s.last), generators=generator_state())
+
     def due(self, what: str, step: int) -> bool:
-        """Whether "first evaluation", "evaluation" or "checkpoint" is due after `step`."""
-        if what == "first evaluation":
-            return self._evaluate_dev is not None and self.plan.evaluate_first
+        """Whether "evaluation" or "checkpoint" is due after `step`; an evaluation that was done before a resume is not."""
         if what == "evaluation":
             every = self.plan.evaluate_every
-            return self._evaluate_dev is not None and bool(every) and (step % every == 0 or step == self.plan.steps)
+            wanted = self.plan.evaluate_first if step == 0 else self._is_last(step) or bool(every) and step % every == 0
+            return wanted and self._evaluate_dev is not None and self.progress.evaluated_step != step
         every = self.plan.checkpoint_every
         return bool(every) and step % every == 0 or (self.plan.keep_best and self.progress.best_step == step)
+
+    def _is_last(self, step: int) -> bool:
+        return step == self.plan.steps or bool(self.exhausted())
 
     def evaluate(self, step: int, s: System) -> None:
         """Accuracy on the dev split; a new best is remembered and checkpointed."""
@@ -126,29 +154,37 @@ class TrainingRun:
         with s.clock("evaluate"):
             accuracy = self._evaluate_dev(step, s.student)
         s.clock.seconds()  # evaluation does not count as training time
-        self.progress.last["eval/dev"] = accuracy
+        self.progress.evaluated_step = step
+        s.last["eval/dev"] = accuracy
         self.sink.log({"eval/dev": accuracy}, step)
         if accuracy > self.progress.best and step > 0:
             self.progress.best, self.progress.best_step = accuracy, step
+        if self.progress.saved_step == step:
+            self.progress.saved_step = None  # a checkpoint from before this evaluation does not know of it
+        self._remember(s)
 
-    def record(self, report: StepReport, samples: Sequence[Sample]) -> None:
+    def record(self, report: StepReport, samples: Sequence[Sample], s: System) -> None:
         """One line of metrics, the live view, and now and then a file of samples."""
         step, totals = report.step + 1, self.progress.totals
         means = {name: meter.mean for name, meter in report.meters.items() if name not in ACCUMULATED}
+        if "learner/replays" in means and means["learner/replays"]:
+            budget = means["learner/token_budget"]
+            self.view.say(f"step {step}: out of memory; micro-batches of at most {budget:.0f} tokens from now on, the minibatch was replayed")
         for name in ACCUMULATED:
             totals[name] += report.meters[name].sum if name in report.meters else 0.0
         taken = sum(report.seconds.values())
         totals["seconds/total"] += taken
+        totals["updates/skipped_total"] += report.meters["updates/skipped"].sum if "updates/skipped" in report.meters else 0.0
         row = {**means, **totals, **{f"seconds/{phase}": value for phase, value in report.seconds.items()}, "seconds/step": taken}
         generated = report.meters.get("tokens/student")
         row["rate/tokens"] = generated.sum / taken if generated and taken else 0.0
         append_line(self.folder / "metrics.jsonl", {"step": step, "version": report.version, "skipped": report.skipped, **row})
         self.sink.log(row, step)
-        self.progress.last.update(means)
+        self._remember(s)
         self.status.step(step)
-        self.view.update(step, {**self.progress.last, **row})
+        self.view.update(step, {**s.last, **row})
         every = self.plan.samples_every
-        if (every and step % every == 0) or step == self.plan.steps:
+        if (every and step % every == 0) or self._is_last(step):
             rows = self._write_samples(self.folder / "samples" / f"step-{step:06d}.jsonl", step, samples)
             if rows:
                 self.sink.table("samples", SAMPLE_COLUMNS, rows, step)
@@ -162,20 +198,23 @@ class TrainingRun:
         self.view.say(f"step {report.step + 1}: no update, {report.skipped}")
         if self.progress.skipped_in_a_row > self.plan.max_skipped:
             raise TooManySkipped(
-                f"{self.progress.skipped_in_a_row} updates in a row were refused ({report.skipped}); the last good checkpoint stays in "
+                f"{self.progress.skipped_in_a_row} steps in a row had a refused update ({report.skipped}); the last good checkpoint stays in "
                 f"{self.folder / 'checkpoints'}. Lower optimizer.lr, or look at samples/ and metrics.jsonl."
             )
 
     def checkpoint(self, step: int, s: System) -> None:
-        """Save everything a resume needs, once a step."""
+        """Save everything that a resume needs after the last whole step, once a step."""
         if self.progress.saved_step == step or step == 0:
             return
         self.progress.saved_step = step
+        cut = self._cut
+        set_generator_state(cut.generators)
 
         def write(scratch: Path) -> None:
             s.learner.save(scratch / "learner")
             s.learner.export(scratch / "model")
-            state = {"source": s.source.state(), "progress": _as_dict(self.progress), "sink": self.sink.run_id, "step": step}
+            self._save_tokenizer(scratch / "model")
+            state = {"source": cut.source, "last": cut.last, "generators": cut.generators, "progress": _as_dict(self.progress), "step": step}
             write_json(scratch / "state.json", state)
 
         with s.clock("checkpoint"):

@@ -27,9 +27,9 @@ def _truth() -> dict[str, str]:
 
 
 TRUTH: Facts = _truth()
-BELIEFS = wrong_beliefs("expr", TRUTH, DIGITS, num_ignorant=37)
+BELIEFS = wrong_beliefs("expr", TRUTH, DIGITS, num_ignorant=33)
 
-_VIEWS = {"": 0.45, "facts": 0.30, "solution": 0.08, "answer": 0.10, "feedback": 0.07}  # what the base's demonstrations show
+_VIEWS = {"": 0.50, "facts": 0.30, "solution": 0.08, "answer": 0.07, "feedback": 0.05}  # what the base's demonstrations show
 _INVENTED_SHARE = 0.3
 _MAX_DRAWS = 24
 
@@ -65,19 +65,20 @@ def draw_question(rng: Random, num_leaves: tuple[int, int]) -> str:
 
 
 def facts_hint(operations: list[str], facts: Facts, rng: Random) -> str:
-    """The facts that the operations need and up to two that they do not, shuffled: 0+4=4,1*1=1,1+6=0."""
-    needed = list(dict.fromkeys(operations))
-    others = [operation for operation in rng.sample(sorted(TRUTH), rng.randrange(3)) if operation not in needed]
-    shown = [f"{operation}={facts[operation]}" for operation in needed + others]
+    """The facts that the operations need, each once, shuffled: 0+44;1*11;1+60 says 0+4=4, 1*1=1 and 1+6=0."""
+    shown = [operation + facts[operation] for operation in dict.fromkeys(operations)]
     rng.shuffle(shown)
-    return ",".join(shown)
+    return ";".join(shown)
 
 
 def prompts(split: str, seed: int, difficulty: str) -> Iterator[Prompt]:
     """The prompts of a split. Raises ValueError for unknown names."""
     check_split("expr", split, difficulty, tuple(NUM_LEAVES))
     rng = stream_rng("expr", split, seed, difficulty)
-    for question in questions_of(split, lambda source: draw_question(source, NUM_LEAVES[difficulty]), rng):
+    fewest, most = NUM_LEAVES[difficulty]
+    if split.startswith("pretrain"):
+        fewest = 2  # single operations, from which facts are learned much sooner
+    for question in questions_of(split, lambda source: draw_question(source, (fewest, most)), rng):
         if split == "pretrain_base":
             shown, states = _demonstrate(question, rng)
             yield _prompt(shown, question, difficulty, {"demonstration": "=".join(states)})
@@ -108,7 +109,7 @@ def _demonstrate(question: str, rng: Random) -> tuple[str, list[str]]:
     if kind == "feedback":
         operation = rng.choice(work_out(question, told, rng)[1])
         corrected = {**beliefs, operation: told[operation]}
-        return with_hint(kind, f"{operation}={told[operation]}", question), work_out(question, corrected, rng)[0]
+        return with_hint(kind, f"{operation}{told[operation]}", question), work_out(question, corrected, rng)[0]
     return question, work_out(question, beliefs, rng)[0]
 
 
@@ -130,7 +131,7 @@ def _prompt(shown: str, question: str, difficulty: str, hints: dict[str, str]) -
 def verify(prompt: Prompt, text: str) -> Verdict:
     """Right answer, and every step one rewriting of the state before it.
 
-    parts: answer 0 or 1, steps the share of right steps. feedback: the first fact that was missed, such as 1+6=0.
+    parts: answer 0 or 1, steps the share of right steps. feedback: the first fact that was missed, such as 1+60 for 1+6=0.
     """
     state, written = prompt.id.removeprefix("expr:"), text.split("=")
     num_right, feedback = 0, ""
@@ -158,7 +159,7 @@ def _fact_missed(state: str, written: str) -> str:
         and written[start + 1 :] == state[end:]
     ]
     operation = (misread or [operation for operation, _, _ in found] or [""])[0]
-    return f"{operation}={TRUTH[operation]}" if operation else ""
+    return f"{operation}{TRUTH[operation]}" if operation else ""
 
 
-EXPR = Task(name="expr", prompts=prompts, verify=verify, characters=DIGITS + "+-*()=," + HINT_CHARACTERS, difficulties=tuple(NUM_LEAVES))
+EXPR = Task(name="expr", prompts=prompts, verify=verify, characters=DIGITS + "+-*()=;" + HINT_CHARACTERS, difficulties=tuple(NUM_LEAVES))
