@@ -71,6 +71,23 @@ def shard_equals_whole(rank: int, world: int) -> None:
             torch.testing.assert_close(part[name], wanted, rtol=1e-6, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
+def impossible_column_of_another_rank(rank: int, world: int) -> None:
+    """0 * -inf is NaN: ranks that do not own a chosen id of probability zero must not multiply it away."""
+    ids = torch.tensor([[1, 30], [30, 2]])
+    bias = torch.zeros(40)
+    bias[30] = float("-inf")
+    rows = slice(0, 25) if rank == 0 else slice(25, 40)
+    hidden, weight = torch.randn(2, 4, generator=torch.Generator().manual_seed(1)), torch.ones(40, 4)
+    keywords = {"process_group": dist.group.WORLD, "vocab_start": rows.start, "backend": "torch"}
+    out = opd_kernels.selected_logprobs(hidden, weight[rows], ids, bias=bias[rows], **keywords)
+    torch.testing.assert_close(out.logp.exp(), torch.tensor([[1 / 39, 0.0], [0.0, 1 / 39]]))
+    assert out.tail_logp.isfinite().all() and out.entropy.isfinite().all()
+
+
+def test_an_impossible_column_of_another_rank(tmp_path):
+    launch(impossible_column_of_another_rank, 2, tmp_path)
+
+
 @pytest.mark.parametrize("world", sorted(SHARDS))
 def test_shards_equal_the_whole(world, tmp_path):
     launch(shard_equals_whole, world, tmp_path)
