@@ -159,15 +159,18 @@ class PolicyLearner:
         self._updater.save(folder)
         if self._updater.rank == 0:
             state = {"version": self.version, "updates": self._updates, "token_budget": self.token_budget}
+            state["world_size"] = self._updater.world_size
             torch.save({**state, "ema": None if self._shadow is None else self._shadow.tensors}, folder / "learner.pt")
         torch.save(_random_state(), folder / f"random-{self._updater.rank}.pt")
         self._updater.gather(None)  # a barrier
 
     def load(self, folder: Path) -> None:
-        """Goes on from `save`. Raises ValueError for a checkpoint with or without an average where the settings say otherwise."""
+        """Goes on from `save`. Raises ValueError for a checkpoint of other settings (average, number of ranks, kind of learner)."""
         state = torch.load(folder / "learner.pt", map_location=self.policy.head.weight.device, weights_only=True)
         if (state["ema"] is None) != (self._shadow is None):
             raise ValueError(f"{folder}: checkpoint and recipe disagree on whether an EMA teacher is kept; resume with the same recipe")
+        if state["world_size"] != self._updater.world_size:
+            raise ValueError(f"{folder} was written by {state['world_size']} ranks, and here are {self._updater.world_size}; use as many")
         self._updater.load(folder)
         if self._shadow is not None:
             self._shadow.tensors = state["ema"]

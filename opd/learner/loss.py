@@ -5,6 +5,7 @@ Legend: N completion tokens of a micro-batch, D hidden size.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from opd_kernels import HeadView, SelectedLogprobs, dense_divergence, fused_sparse_loss, selected_logprobs
@@ -58,16 +59,19 @@ def _fused(hidden_ND: Tensor, view: HeadView, batch: MicroBatch, inputs: LossInp
     def chunk_loss(selected: SelectedLogprobs, *chunk: Tensor) -> Loss:
         return token_loss(inputs.objective, inputs.denominators, selected, rebuild(chunk), {})
 
-    options = {"temperature": batch.temperature, "chunk_bytes": inputs.chunk_bytes, **view.keywords()}
-    return fused_sparse_loss(hidden_ND, view.weight, batch.rows.ids, chunk_loss, tensors, **options)
+    return fused_sparse_loss(hidden_ND, view.weight, batch.rows.ids, chunk_loss, tensors, **_options(view, batch, inputs))
+
+
+def _options(view: HeadView, batch: MicroBatch, inputs: LossInputs) -> dict[str, Any]:
+    tail = any(term.support is not None and term.support.sparse for term in inputs.objective.terms)
+    return {"temperature": batch.temperature, "tail": tail, "chunk_bytes": inputs.chunk_bytes, **view.keywords()}
 
 
 def _composed(hidden_ND: Tensor, view: HeadView, batch: MicroBatch, inputs: LossInputs) -> Loss:
     objective, rows = inputs.objective, batch.rows
     dense_only = len(objective.needs.full_terms) == len(objective.terms)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not dense_only):  # then log-probs serve weights and meters only
-        options = {"temperature": batch.temperature, "chunk_bytes": inputs.chunk_bytes, **view.keywords()}
-        selected = selected_logprobs(hidden_ND, view.weight, rows.ids, **options)
+        selected = selected_logprobs(hidden_ND, view.weight, rows.ids, **_options(view, batch, inputs))
     full = {}
     for term in objective.needs.full_terms:
         weight = token_weight(term, inputs.denominators, selected, rows)

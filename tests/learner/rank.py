@@ -71,8 +71,28 @@ def main(out: Path, stage: int) -> None:
         learner = build(cases.tiny_model(), RATE, cases.settings())
         result["idle"] = summary(learner, run(learner, cases.NLL, rank, world, idle_step=1))
         learner.close()
+    if world > 1 and stage < 2:
+        learner = build(cases.tiny_model(), RATE, cases.settings())
+        if rank == 0:
+            make_memory_short(learner, 32)
+        result["memory"] = summary(learner, run(learner, cases.NLL, rank, world)) | {"budget": learner.token_budget}
+        learner.close()
+        learner = build(cases.tiny_model(), RATE, cases.settings())
+        result["memory_wanted"] = summary(learner, run(learner, cases.NLL, rank, world))
+        learner.close()
     if rank == 0:
         torch.save(result, out)
+
+
+def make_memory_short(learner, tokens: int) -> None:
+    plain = learner.policy.forward
+
+    def forward(layout, request):
+        if layout.input_ids.numel() > tokens:
+            raise torch.OutOfMemoryError("injected")
+        return plain(layout, request)
+
+    learner.policy.forward = forward
 
 
 def summary(learner, reports) -> dict:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from pytest import approx, mark, raises
+from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from opd.learner.deepspeed_learner import deepspeed_learner
 from opd.learner.packing import pack
@@ -153,6 +154,42 @@ def test_the_reported_loss_is_the_mean_negative_log_likelihood(make):
     assert report.meters["loss/total"].mean == approx(total / count, abs=1e-5)
     assert report.meters["loss/total"].count == count
     assert report.meters["tokens/learner"].sum == sum(len(one.prompt_ids) + len(one.completion.token_ids) for one in judged)
+
+
+FAMILIES = {
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=2.0, **SHAPE)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **SHAPE)),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(logit_scale=0.5, **SHAPE)),
+}
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@mark.parametrize("family", FAMILIES)
+def test_soft_caps_logit_scales_and_padded_vocabularies_reach_the_loss(family):
+    """By hand from the model's own logits over the 61 valid of 64 ids."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    judged = [one for one in answers() if one.completion.token_ids]
+    total, count = 0.0, 0
+    for one in judged:
+        logits = model(torch.tensor([[*one.prompt_ids, *one.completion.token_ids]])).logits[0, :, : cases.VOCABULARY]
+        logp = logits.log_softmax(-1)[len(one.prompt_ids) - 1 :]
+        for n, token in enumerate(one.completion.token_ids):
+            if one.completion.loss_mask[n]:
+                total, count = total - logp[n, token].item(), count + 1
+    learner = torch_learner(model, optimizer(), settings(), vocab_size=cases.VOCABULARY)
+    assert losses(train(learner, cases.NLL, 1)) == approx([total / count], abs=1e-5)
 
 
 def test_learning_rate_follows_optimiser_steps(make):

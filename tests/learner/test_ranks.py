@@ -69,6 +69,11 @@ def test_two_ranks_are_one(alone, tmp_path, stage):
     assert all(torch.isfinite(tensor).all() for tensor in pair["nan"]["weights"].values())
     assert pair["idle"]["skipped"] == [""] * 3, "a rank without answers takes part"
 
+    if stage < 2:  # memory runs out on rank 0 alone; both replay
+        assert pair["memory"]["budget"] == 32
+        assert pair["memory"]["losses"] == approx(pair["memory_wanted"]["losses"], abs=1e-5)
+        assert gap(pair["memory"]["weights"], pair["memory_wanted"]["weights"]) < 1e-4
+
     assert pair["resumed"]["losses"] == pair["later"]["losses"]
     assert gap(pair["resumed"]["ema"], pair["later"]["ema"]) == 0.0
 
