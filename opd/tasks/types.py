@@ -18,9 +18,9 @@ HINT_TEMPLATES: dict[str, str] = {
 HINT_CHARACTERS = "FSAW\n"
 
 SPLITS = ("pretrain_base", "pretrain_teacher", "train", "dev", "test")
-NUM_HELD_OUT = 1024
+NUM_HELD_OUT = 512
 _HELD_OUT_BUCKETS = {0: "dev", 1: "test"}
-_NUM_BUCKETS = 8
+_NUM_BUCKETS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
