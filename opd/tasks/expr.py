@@ -1,7 +1,7 @@
 """Evaluate a nested expression modulo 7 by rewriting the whole of it, one innermost operation at a time, until a digit is left.
 
 Question ((1*1)+6)+4, answer (1+6)+4=0+4=4. Innermost operations may be rewritten in any order, so (1+2)*(3-4) has two right answers.
-The base has wrong beliefs about a quarter of the 147 facts a+b, a-b, a*b.
+The base has wrong beliefs about 33 of the 147 facts a+b, a-b, a*b.
 """
 
 import re

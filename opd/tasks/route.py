@@ -208,4 +208,6 @@ def _next_exit(place: str, via: str, goal: str) -> str:
     return key + TRUTH[key]
 
 
-ROUTE = Task(name="route", prompts=prompts, verify=verify, characters=PLACES + EXITS + ">," + HINT_CHARACTERS, difficulties=tuple(NUM_MOVES))
+ROUTE = Task(
+    name="route", prompts=prompts, verify=verify, characters=PLACES + EXITS + ">," + HINT_CHARACTERS, difficulties=tuple(NUM_MOVES)
+)

@@ -20,7 +20,7 @@ def test_facts_by_hand():
 
 
 def test_beliefs_hold_the_truth_once_and_favour_an_error():
-    assert len(BELIEFS) == 37
+    assert len(BELIEFS) == 33
     for key, values in BELIEFS.items():
         assert len(set(values)) == 4
         assert values[0] == TRUTH[key]
@@ -35,22 +35,22 @@ def test_both_orders_are_right():
 @pytest.mark.parametrize(
     ("text", "answer", "steps", "feedback"),
     [
-        ("(2+6)+4=1+4=5", 0.0, 2 / 3, "1*1=1"),  # a wrong fact
-        ("(1+6)+4=1+4=5", 0.0, 2 / 3, "1+6=0"),  # a wrong fact later
-        ("(1+6)+4=0+4=5", 0.0, 2 / 3, "0+4=4"),  # a wrong last step
-        ("(2+6)+4=0+4=4", 1.0, 1 / 3, "1*1=1"),  # two errors and the right answer
-        ("0+4=4", 1.0, 1 / 2, "1*1=1"),  # a step left out
-        ("4", 1.0, 0.0, "1*1=1"),  # no steps at all
-        ("(1+6)+4=0+4", 0.0, 1.0, "0+4=4"),  # never ends
-        ("(1+6)+4", 0.0, 1.0, "1+6=0"),
+        ("(2+6)+4=1+4=5", 0.0, 2 / 3, "1*11"),  # a wrong fact
+        ("(1+6)+4=1+4=5", 0.0, 2 / 3, "1+60"),  # a wrong fact later
+        ("(1+6)+4=0+4=5", 0.0, 2 / 3, "0+44"),  # a wrong last step
+        ("(2+6)+4=0+4=4", 1.0, 1 / 3, "1*11"),  # two errors and the right answer
+        ("0+4=4", 1.0, 1 / 2, "1*11"),  # a step left out
+        ("4", 1.0, 0.0, "1*11"),  # no steps at all
+        ("(1+6)+4=0+4", 0.0, 1.0, "0+44"),  # never ends
+        ("(1+6)+4", 0.0, 1.0, "1+60"),
         ("(1+6)+4=0+4=4=4", 1.0, 3 / 4, ""),  # a step too many
-        ("(1+6)+4=0+4=", 0.0, 2 / 3, "0+4=4"),
-        ("((1*1)+6)+4=(1+6)+4=0+4=4", 1.0, 3 / 4, "1*1=1"),  # repeats the question
-        ("", 0.0, 0.0, "1*1=1"),
-        ("=", 0.0, 0.0, "1*1=1"),
-        ("(1+6)+4=0+4=4\n", 0.0, 2 / 3, "0+4=4"),
-        ("F1*1=1", 0.0, 0.0, "1*1=1"),
-        ("))((é", 0.0, 0.0, "1*1=1"),
+        ("(1+6)+4=0+4=", 0.0, 2 / 3, "0+44"),
+        ("((1*1)+6)+4=(1+6)+4=0+4=4", 1.0, 3 / 4, "1*11"),  # repeats the question
+        ("", 0.0, 0.0, "1*11"),
+        ("=", 0.0, 0.0, "1*11"),
+        ("(1+6)+4=0+4=4\n", 0.0, 2 / 3, "0+44"),
+        ("F1*1=1", 0.0, 0.0, "1*11"),
+        ("))((é", 0.0, 0.0, "1*11"),
     ],
 )
 def test_wrong_answers(text, answer, steps, feedback):
@@ -63,17 +63,16 @@ def test_wrong_answers(text, answer, steps, feedback):
 def test_hints_say_no_more_than_their_name():
     for prompt, _ in zip(prompts("train", 3, "standard"), range(300), strict=False):
         assert re.fullmatch(r"[0-6]", prompt.hints["answer"])
-        shown = prompt.hints["facts"].split(",")
+        shown = prompt.hints["facts"].split(";")
         assert len(set(shown)) == len(shown)
-        assert all(re.fullmatch(r"[0-6][-+*][0-6]=[0-6]", fact) and TRUTH[fact[:3]] == fact[4] for fact in shown)
+        assert all(re.fullmatch(r"[0-6][-+*][0-6][0-6]", fact) and TRUTH[fact[:3]] == fact[3] for fact in shown)
         needed = set(work_out(prompt.id.removeprefix("expr:"), TRUTH, Random(0))[1])
-        assert needed <= {fact[:3] for fact in shown}
-        assert len(shown) <= len(needed) + 1
+        assert needed == {fact[:3] for fact in shown}
 
 
 def test_facts_are_shuffled():
-    firsts = [
-        prompt.hints["facts"].split(",")[0][:3] in prompt.messages[0]["content"]
-        for prompt, _ in zip(prompts("train", 0, "standard"), range(300), strict=False)
+    first_is_last_step = [
+        prompt.hints["solution"].split("=")[-2] == prompt.hints["facts"][:3]
+        for prompt, _ in zip(prompts("train", 0, "standard"), range(400), strict=False)
     ]
-    assert 0.2 < sum(firsts) / len(firsts) < 0.9
+    assert 0.3 < sum(first_is_last_step) / 400 < 0.55  # 1/2 with two facts, 1/3 with three
