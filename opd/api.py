@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import logging
+import shutil
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,11 +17,10 @@ from opd_rollout.sampling import request_seed
 from opd_rollout.types import GenerateRequest, Sampling
 
 from opd import chat
-from opd.build import Parts, build_parts, learner_kind, open_sink, template_hash, view_function
+from opd.build import Parts, build_parts, input_facts, open_sink
 from opd.compare.runner import compare as run_comparison
 from opd.compare.workers import Functions
 from opd.config import Recipe, load_recipe, parse_overrides, parse_recipe, recipe_hash
-from opd.errors import Preempted
 from opd.eval import Codec, EvalResult, EvalSettings, decoding_name, write_evaluation
 from opd.eval import evaluate as evaluate_problems
 from opd.inspect.record import write_samples
@@ -26,8 +28,9 @@ from opd.inspect.viewer import write_viewer
 from opd.live import LiveView, PhaseClock, Status, StopRequest, stop_signals
 from opd.loop import System
 from opd.loop import train as train_loop
+from opd.randomness import seed_generators
 from opd.run import Plan, TrainingRun
-from opd.runfolder import checkpoint_step, checkpoints, open_run, read_lines, write_json
+from opd.runfolder import check_run, checkpoint_step, checkpoints, claimed, free_mebibytes, is_disk_full, open_run, read_lines, write_json
 from opd.types import Prompt
 from opd.verify import final_answer
 
@@ -49,21 +52,31 @@ def train(
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     folder = folder or run_folder(resolved, recipe if isinstance(recipe, str) else "recipe")
+    check_run(folder, resolved)
     if finished(folder):
-        open_run(folder, resolved, {})
         return folder
-    parts = build_parts(resolved, verifier=verifier)
-    open_run(folder, resolved, facts(resolved, parts))
-    status, view = Status(folder / "status.json", resolved.steps), LiveView(folder.name, resolved.steps, quiet=quiet)
-    stop = StopRequest()
-    run = make_run(resolved, folder, parts, status, view)
-    with _closing(parts, run, view, status), _listening(stop):
-        system = make_system(parts, PhaseClock(status, stop))
-        audit_engine(resolved, parts, view)
-        reason = train_loop(system, run, resolved.steps)
-        report_final(resolved, folder, parts, run, system)
-        status.write("finished", reason)
-        view.say(f"{folder}: {reason}")
+    status, stop = Status(folder / "status.json", resolved.steps), StopRequest(at_once=True)
+    clock = PhaseClock(status, stop)
+    with _listening(stop), contextlib.ExitStack() as held:
+        existed = folder.is_dir()
+        if existed:
+            held.enter_context(claimed(folder))
+        seed_generators(resolved.seed)
+        parts = build_parts(resolved, verifier=verifier, check=clock.check)
+        held.callback(parts.learner.close)
+        open_run(folder, resolved, facts(resolved, parts))
+        if not existed:
+            held.enter_context(claimed(folder))
+        view = LiveView(folder.name, resolved.steps, quiet=quiet)
+        run = make_run(resolved, folder, parts, status, view)
+        stop.at_once = False
+        with _recording(folder, run, view, status):
+            system = make_system(parts, clock)
+            audit_engine(resolved, parts, view)
+            reason = train_loop(system, run, resolved.steps)
+            report_final(resolved, folder, parts, run, system)
+            status.write("finished", reason)
+            view.say(f"{folder}: {reason}")
     return folder
 
 
@@ -134,10 +147,9 @@ def finished(folder: Path) -> bool:
 def facts(recipe: Recipe, parts: Parts) -> dict[str, Any]:
     """What resolved.json adds to the recipe: what was chosen, and hashes of template and data."""
     return {
-        "learner": learner_kind(recipe),
+        **input_facts(recipe, parts.tokenizer),
+        "verifier": getattr(parts.problems.verify, "__qualname__", type(parts.problems.verify).__name__),
         "allow": list(parts.objective.allowed),
-        "template_hash": template_hash(parts.tokenizer),
-        "data_hash": recipe_hash(recipe.data),
         "num_parameters": sum(p.numel() for p in parts.engine.model.parameters()),
     }
 
@@ -145,7 +157,7 @@ def facts(recipe: Recipe, parts: Parts) -> dict[str, Any]:
 def make_system(parts: Parts, clock: PhaseClock) -> System:
     """The parts as the loop sees them."""
     return System(
-        source=parts.source, view=view_function(parts), teachers=parts.scorer, objective=parts.objective, learner=parts.learner,
+        source=parts.source, view=parts.views, teachers=parts.scorer, objective=parts.objective, learner=parts.learner,
         student=parts.engine, clock=clock, last={},
     )  # fmt: skip
 
@@ -171,7 +183,8 @@ def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Status, view: L
         view=view,
         open_sink=partial(open_sink, recipe, folder),
         evaluate_dev=evaluate_dev if parts.problems.dev else None,
-        write_samples=partial(write_samples, tokenizer=parts.tokenizer, num_samples=tr.samples, texts_in_table=tr.texts),
+        write_samples=partial(write_samples, tokenizer=parts.tokenizer, num_samples=tr.samples, texts_in_table=tr.texts, contexts=parts.views),
+        save_tokenizer=parts.tokenizer.save_pretrained,
     )
 
 
@@ -198,7 +211,7 @@ def audit_engine(recipe: Recipe, parts: Parts, view: LiveView) -> None:
     requests = [GenerateRequest(prompt_ids=parts.encode(p), seed=request_seed(recipe.seed, p.id, 0, 0)) for p in prompts]
     sampling = Sampling(temperature=recipe.sampling.temperature, max_tokens=recipe.sampling.max_tokens, stop_ids=parts.stop_ids)
     gap = audit(parts.engine, lambda asked, _temperature: parts.learner.teacher_pass(asked, "live"), requests, sampling)
-    if gap.mean > recipe.engine.audit_nats:
+    if not gap.mean <= recipe.engine.audit_nats:  # NaN, of a model with broken weights, must not pass
         raise ValueError(
             f"engine and learner disagree on log-probs by {gap.mean:.4f} nats on average (largest {gap.max:.4f}) over {gap.num_tokens} tokens, more "
             f"than engine.audit_nats={recipe.engine.audit_nats}: training would be off-policy. Use float32, or raise the threshold knowingly."
@@ -214,8 +227,12 @@ def report_final(recipe: Recipe, folder: Path, parts: Parts, run: TrainingRun, s
     if chosen and chosen != last:
         parts.learner.load(found[chosen] / "learner")
         parts.engine.load_weights(parts.learner.weights(chosen))
-    parts.learner.export(folder / "model")
-    parts.tokenizer.save_pretrained(folder / "model")
+    scratch = folder / ".model.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    parts.learner.export(scratch)
+    parts.tokenizer.save_pretrained(scratch)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    scratch.replace(folder / "model")
     write_json(folder / "chosen.json", {"step": chosen, "dev": run.progress.best if chosen == run.progress.best_step else None})
     seen = {(row["split"], row["decoding"]) for row in read_lines(folder / "eval.jsonl")}
     for temperature in recipe.eval.temperatures if parts.problems.test else ():
@@ -236,28 +253,49 @@ def _eval_recipe(model_or_run: str, changes: Mapping[str, Any]) -> Recipe:
     model = Path(model_or_run) / "model"
     if not (model / "config.json").is_file():
         raise ValueError(f"{model_or_run} has no model/ yet: finish the run first (opd train with its recipe resumes it)")
-    before = {**before, "init": "", "teacher": "", "view": "", "model": {**before["model"], "path": str(model), "lora": None}}
+    alone = {"init": "", "teacher": "", "view": "", "signals": {}, "objective": [{"nll": {}}], "group": 1, "rollout": {}}  # nobody teaches
+    before = {**before, **alone, "model": {**before["model"], "path": str(model), "init": "pretrained", "lora": None}}
     return parse_recipe(before, {"learner.kind": "torch", **changes}, origin=model_or_run, resolved=True)
 
 
 @contextlib.contextmanager
-def _closing(parts: Parts, run: TrainingRun, view: LiveView, status: Status) -> Iterator[None]:
-    """Whatever happens, the learner lets go and status.json says how it ended."""
-    failed = True
+def _recording(folder: Path, run: TrainingRun, view: LiveView, status: Status) -> Iterator[None]:
+    """However the run ends, status.json says so, error.txt keeps the traceback of a failure, and warnings go to the live view."""
+    warnings, failed = _Warnings(view.say), True
+    logging.getLogger("opd").addHandler(warnings)
+    (folder / "error.txt").unlink(missing_ok=True)
     try:
         yield
         failed = False
-    except Preempted as stopped:
+    except KeyboardInterrupt as stopped:
         failed = False
-        status.write("preempted", str(stopped))
+        status.write("preempted", str(stopped) or "interrupted twice: what was not saved will be done again")
         raise
     except BaseException as error:
-        status.write("failed", f"{type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
+            status.write("failed", f"{type(error).__name__}: {error}")
+            (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        if is_disk_full(error) and not isinstance(error, ValueError):
+            raise ValueError(
+                f"the disk is full ({free_mebibytes(folder)} MiB free at {folder}); the last good checkpoint stays. Free space and run the same "
+                "command again."
+            ) from error
         raise
     finally:
-        run.sink.finish(failed)
+        logging.getLogger("opd").removeHandler(warnings)
         view.close()
-        parts.learner.close()
+        run.sink.finish(failed)
+
+
+class _Warnings(logging.Handler):
+    """Shows what our own modules warn of above the progress bar."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(record.getMessage())
 
 
 @contextlib.contextmanager

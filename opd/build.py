@@ -2,23 +2,22 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, wraps
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from opd_rollout.torch_engine import TorchEngine
 from opd_rollout.types import Sampling
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, Qwen3Config
-from transformers.utils import logging as transformers_logging
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from opd import chat
+from opd import chat, pretrained
 from opd.bpe import train_byte_bpe
-from opd.config import PACKAGED, Recipe, Signal
+from opd.config import Recipe, recipe_hash
 from opd.learner.torch_learner import torch_learner
 from opd.learner.types import Learner, LearnerSettings, OptimizerSettings
 from opd.objective import Objective, Setting, build_objective
@@ -29,19 +28,19 @@ from opd.tasks import HINT_TEMPLATES, TASKS
 from opd.tasks.tokenizer import character_tokenizer
 from opd.teacher.local import LocalTeacher, frozen_copy
 from opd.teacher.score import SignalScorer, Weights
-from opd.types import Judged, Prompt, Verifier
+from opd.types import Prompt, Verdict, Verifier
 from opd.verify import as_verifier, make_verifier
-from opd.views import TEMPLATES, ViewSpec, render_views, resolve_view
+from opd.views import TEMPLATES, SignalViews, check_hints, resolve_view
 
-transformers_logging.disable_progress_bar()
-logging.getLogger("transformers").setLevel(logging.ERROR)
+CHECKED_PROMPTS = 32  # of an endless stream, before the run starts; a file is checked whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problems:
-    """What the student trains on and is examined on, and who judges."""
+    """What the student trains on and is examined on, and who judges. train: all of a file, the first ones of an endless stream."""
 
     stream: PromptStream
+    train: Sequence[Prompt]
     dev: Sequence[Prompt]
     test: Sequence[Prompt]
     verify: Verifier
@@ -60,48 +59,85 @@ class Parts:
     source: RolloutSource
     scorer: SignalScorer
     objective: Objective
-    views: Mapping[str, ViewSpec]
+    views: SignalViews
     problems: Problems
     encode: Callable[[Prompt], tuple[int, ...]]
     stop_ids: tuple[int, ...]
-    max_context: int
 
 
-def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None) -> Parts:
-    """Models, engine, learner, teachers and data of a recipe. Raises ValueError for everything that could not work, before any step."""
-    objective = objective_of(recipe)
+def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, check: Callable[..., None] | None = None) -> Parts:
+    """Models, engine, learner, teachers and data of a recipe. Raises ValueError for everything that could not work, before any step.
+
+    check: called before every forward pass and verdict; may raise to end a long phase.
+    """
+    if recipe.sampling.temperature == 0:
+        raise ValueError("sampling.temperature is 0: there is nothing to learn from greedy answers; greedy evaluation is eval.temperatures=[0]")
+    objective, choices = objective_of(recipe), {name: parse_weights(name, signal.weights) for name, signal in recipe.signals.items()}
     problems = load_problems(recipe, verifier)
+    share, dataset_hint = parse_source(recipe.rollout.source)
+    check_dataset_hint(problems.train if share < 1 else (), dataset_hint)
     tokenizer = load_tokenizer(recipe, problems)
-    model = load_model(recipe, tokenizer)
-    encode = partial(_encode, tokenizer)
-    room = model.config.get_text_config().max_position_embeddings - recipe.sampling.max_tokens
-    check_lengths([*problems.dev, *problems.test], encode, min(recipe.data.max_prompt_tokens, room))
+    specs = {name: resolve_view(signal.view, problems.templates) for name, signal in recipe.signals.items()}
+    for name, spec in specs.items():
+        check_hints(name, spec, problems.train)
     check_support_sizes(objective, len(tokenizer))
-    frozen = {name: frozen_copy(model) for name, signal in recipe.signals.items() if signal.weights == "frozen" and recipe.model.lora is None}
+    model, encode = load_model(recipe, tokenizer), partial(_encode, tokenizer)
+    room = room_for_prompts(model, recipe.sampling.max_tokens, "the student")
+    check_lengths([*problems.dev, *problems.test, *problems.train], encode, min(recipe.data.max_prompt_tokens, room))
+    teachers = {name: external_model(path, recipe, tokenizer, name) for name, (kind, path) in choices.items() if kind == "external"}
+    room_for_views = min([room, *(room_for_prompts(teacher, recipe.sampling.max_tokens, f"signals.{n}") for n, teacher in teachers.items())])
+    frozen = [name for name, (kind, _) in choices.items() if kind == "frozen"]
+    teachers |= {name: frozen_copy(model) for name in frozen if recipe.model.lora is None}
     if recipe.model.lora:
         add_adapters(model, recipe)
-    learner = make_learner(recipe, model, tokenizer)
-    vocab_size = len(tokenizer)
+    learner, vocab_size = make_learner(recipe, model, tokenizer, ema_rate(choices)), len(tokenizer)
     engine = TorchEngine(
-        model, pad_id=tokenizer.pad_token_id, token_budget=recipe.engine.token_budget, chunk_bytes=recipe.learner.chunk_bytes, vocab_size=vocab_size
+        model, pad_id=pad_id(tokenizer), token_budget=recipe.engine.token_budget, chunk_bytes=recipe.learner.chunk_bytes, vocab_size=vocab_size
     )
     stop_ids = chat.stop_ids(tokenizer, model.generation_config)
+    verify = problems.verify if check is None else checked(problems.verify, check)
+    for module in (model, *teachers.values()) if check is not None else ():
+        module.get_decoder().register_forward_pre_hook(check)
     codec = Codec(encode=encode, tokenize=partial(chat.tokenize, tokenizer), decode=partial(chat.decode, tokenizer), end=stop_ids[0])
-    source = RolloutSource(engine, problems.stream, problems.verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room))
-    teachers = {name: make_teacher(name, signal, recipe, learner, frozen.get(name), tokenizer) for name, signal in recipe.signals.items()}
+    source = RolloutSource(engine, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room))
+    weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), vocab_size) for name, (kind, _) in choices.items()}
     return Parts(
         tokenizer=tokenizer,
         engine=engine,
         learner=learner,
         source=source,
-        scorer=SignalScorer(teachers, objective.needs.signals),
+        scorer=SignalScorer(weights, objective.needs.signals),
         objective=objective,
-        views={name: resolve_view(signal.view, problems.templates) for name, signal in recipe.signals.items()},
-        problems=problems,
+        views=SignalViews(tokenizer, specs, room_for_views),
+        problems=replace(problems, verify=verify),
         encode=encode,
         stop_ids=stop_ids,
-        max_context=room,
     )
+
+
+def checked(verify: Verifier, check: Callable[[], None]) -> Verifier:
+    """The verifier, asked only while `check` has nothing against it."""
+
+    @wraps(verify, updated=())
+    def asked(prompt: Prompt, text: str) -> Verdict:
+        check()
+        return verify(prompt, text)
+
+    return asked
+
+
+def room_for_prompts(model: torch.nn.Module, max_tokens: int, whose: str) -> int:
+    """Tokens that a model leaves for a prompt. Raises ValueError where there are none."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = 1 << 30 if positions is None else positions - max_tokens
+    if room <= 0:
+        raise ValueError(f"sampling.max_tokens={max_tokens} leaves no room for a prompt: {whose} has {positions} positions; lower it")
+    return room
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills short rows; never read, so any id serves."""
+    return next((number for number in (tokenizer.pad_token_id, tokenizer.eos_token_id) if number is not None), 0)
 
 
 def objective_of(recipe: Recipe) -> Objective:
@@ -125,6 +161,7 @@ def load_problems(recipe: Recipe, verifier: Callable[..., Any] | None) -> Proble
         assert task is not None
         return Problems(
             stream=stream,
+            train=list(islice(task.prompts(data.split, recipe.seed, level or task.difficulties[0]), CHECKED_PROMPTS)),
             dev=task_prompts(data.task, "dev", ev.num_problems, difficulty=level),
             test=task_prompts(data.task, "test", ev.final_problems, difficulty=level),
             verify=verify,
@@ -144,6 +181,7 @@ def load_problems(recipe: Recipe, verifier: Callable[..., Any] | None) -> Proble
     num_dev = min(ev.num_problems, len(exam) // 2 if ev.final_problems else len(exam))
     return Problems(
         stream=shuffled_stream(prompts, recipe.seed),
+        train=prompts,
         dev=exam[:num_dev],
         test=exam[num_dev : num_dev + ev.final_problems],
         verify=verify,
@@ -153,34 +191,35 @@ def load_problems(recipe: Recipe, verifier: Callable[..., Any] | None) -> Proble
     )
 
 
-def find_model(path: str) -> str:
-    """A folder here, a folder inside the package, or a hub name; ValueError when a local-looking path is not there."""
-    for candidate in (Path(path), *(root.parent / path for root in PACKAGED), *(root.parent / "_models" / Path(path).name for root in PACKAGED)):
-        if (candidate / "config.json").is_file():
-            return str(candidate)
-    if path.startswith((".", "/", "models/", "runs/")):
-        raise ValueError(f"no model folder {path!r} (no config.json there); give a Hugging Face folder or a hub name")
-    return path
+def check_dataset_hint(prompts: Sequence[Prompt], hint: str) -> None:
+    """Raises ValueError when the data lacks the answers that rollout.source wants to learn from."""
+    lacking = [prompt for prompt in prompts if not prompt.hints.get(hint)]
+    if lacking:
+        have = ", ".join(sorted({name for prompt in prompts for name in prompt.hints})) or "none"
+        raise ValueError(
+            f"rollout.source learns from {hint!r}, which {len(lacking)} of {len(prompts)} records lack (first: {lacking[0].id!r}); texts in the "
+            f"data: {have}. Name the column with data.columns, e.g. {{{hint}: COLUMN}}, or choose another text"
+        )
 
 
 def student_path(recipe: Recipe) -> str:
     """Where the student's weights come from: `init` (a run's last or best model) or model.path; "" for a new model."""
     if not recipe.init:
-        return find_model(recipe.model.path) if recipe.model.path else ""
+        return pretrained.find_model(recipe.model.path) if recipe.model.path else ""
     folder = Path(recipe.init)
     status = folder / "status.json"
     if not status.is_file():
         raise ValueError(f"init: {folder} is no run folder (no status.json)")
     if (state := json.loads(status.read_text())["state"]) != "finished":
         raise ValueError(f"init: run {folder} is {state}; finish it first (opd train with its recipe resumes it)")
-    return str(folder / "model")
+    return pretrained.find_model(str(folder / "model"))
 
 
 def load_tokenizer(recipe: Recipe, problems: Problems) -> PreTrainedTokenizerBase:
     """The model's tokenizer; for a new model a character tokenizer (embedded task) or a byte-level BPE trained on the data."""
     path = student_path(recipe)
     if path:
-        return _from_pretrained(AutoTokenizer, path)
+        return pretrained.load_tokenizer(path)
     if recipe.data.task:
         return character_tokenizer(problems.corpus()[0])
     return train_byte_bpe(problems.corpus(), recipe.model.vocabulary)
@@ -191,36 +230,14 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.nn.M
     path, m = student_path(recipe), recipe.model
     options: dict[str, Any] = {"dtype": getattr(torch, m.dtype), "attn_implementation": m.attention}
     if path and m.init == "pretrained":
-        model = _from_pretrained(AutoModelForCausalLM, path, **options)
+        model = pretrained.load_model(path, **options)
     else:
-        config = _from_pretrained(AutoConfig, path) if path else new_config(m.shape, tokenizer)
-        with torch.random.fork_rng():
-            torch.manual_seed(recipe.seed)
-            model = AutoModelForCausalLM.from_config(config, **options)
+        config = pretrained.load_config(path) if path else pretrained.new_config(m.shape, tokenizer)
+        model = pretrained.new_model(config, recipe.seed, **options)
     if not path:
         model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    rows = model.get_output_embeddings().weight.shape[0]
-    if rows < len(tokenizer):
-        raise ValueError(f"the model's head has {rows} rows, fewer than the tokenizer's {len(tokenizer)} tokens: they do not belong together")
+    pretrained.check_rows(model, len(tokenizer), path or "model.shape")
     return model
-
-
-def new_config(shape: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
-    """A small Qwen3 configuration; `shape` overrides its sizes."""
-    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    sizes |= {"intermediate_size": 3 * shape.get("hidden_size", 128), "max_position_embeddings": 512, "tie_word_embeddings": True}
-    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    unknown = set(shape) - set(Qwen3Config().to_dict())
-    if unknown:
-        raise ValueError(f"model.shape: Qwen3 has no {', '.join(sorted(unknown))}; see transformers.Qwen3Config")
-    return Qwen3Config(**{**sizes, **ids, **shape})
-
-
-def _from_pretrained(loader: Any, path: str, **options: Any) -> Any:
-    try:
-        return loader.from_pretrained(path, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load {path!r} with {loader.__name__}: {str(error).splitlines()[0]}") from error
 
 
 def add_adapters(model: torch.nn.Module, recipe: Recipe) -> None:
@@ -232,7 +249,7 @@ def add_adapters(model: torch.nn.Module, recipe: Recipe) -> None:
     add_lora(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=recipe.seed)
 
 
-def make_learner(recipe: Recipe, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Learner:
+def make_learner(recipe: Recipe, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rate: float | None) -> Learner:
     """The learner that the recipe names; "auto" is deepspeed where it imports."""
     o, le, updates = recipe.optimizer, recipe.learner, recipe.updates
     optimizer = OptimizerSettings(
@@ -240,8 +257,8 @@ def make_learner(recipe: Recipe, model: torch.nn.Module, tokenizer: PreTrainedTo
         total_steps=recipe.steps * updates.minibatches * updates.epochs,
     )  # fmt: skip
     settings = LearnerSettings(
-        temperature=recipe.sampling.temperature, token_budget=le.token_budget, packed=le.packed, pad_id=tokenizer.pad_token_id,
-        chunk_bytes=le.chunk_bytes, minibatches=updates.minibatches, epochs=updates.epochs, ema_rate=ema_rate(recipe),
+        temperature=recipe.sampling.temperature, token_budget=le.token_budget, packed=le.packed, pad_id=pad_id(tokenizer),
+        chunk_bytes=le.chunk_bytes, minibatches=updates.minibatches, epochs=updates.epochs, ema_rate=rate,
         gradient_checkpointing=recipe.model.gradient_checkpointing,
     )  # fmt: skip
     vocab_size = len(tokenizer)
@@ -263,59 +280,66 @@ def learner_kind(recipe: Recipe) -> str:
     return "torch"
 
 
-def ema_rate(recipe: Recipe) -> float | None:
+def parse_weights(name: str, choice: Any) -> tuple[str, Any]:
+    """(kind, value) of a signal's weights: live, frozen, ema with its rate, external with its path. Raises ValueError for anything else."""
+    forms = "live | frozen | {ema: {rate: 0.05}} | {external: {path: FOLDER}}"
+    kind, given = (choice, {}) if isinstance(choice, str) else next(iter(choice.items())) if len(choice) == 1 else ("", None)
+    given = given or {}
+    if kind in ("live", "frozen") and not given:
+        return kind, None
+    if kind == "ema" and isinstance(given, Mapping) and set(given) <= {"rate"}:
+        rate = given.get("rate", 0.05)
+        if isinstance(rate, int | float) and not isinstance(rate, bool) and 0 <= rate <= 1:
+            return kind, float(rate)
+        raise ValueError(f"signals.{name}.weights: the EMA rate is {rate!r}; it must be a number from 0 (never moves) to 1 (the live weights)")
+    if kind == "external" and isinstance(given, Mapping) and set(given) <= {"path"}:
+        if isinstance(given.get("path"), str) and given["path"]:
+            return kind, given["path"]
+        raise ValueError(f"signals.{name}: an external teacher needs a model: teacher.external.path=FOLDER (or {{external: {{path: FOLDER}}}})")
+    raise ValueError(f"signals.{name}.weights is {choice!r}; write {forms}")
+
+
+def ema_rate(choices: Mapping[str, tuple[str, Any]]) -> float | None:
     """The rate of the recipe's averaged teacher, None without one. Raises ValueError for two different rates."""
-    rates = {weights["ema"].get("rate", 0.05) for weights in _choices(recipe) if isinstance(weights, dict) and "ema" in weights}
-    rates |= {0.05} if "ema" in _choices(recipe) else set()
+    rates = {value for kind, value in choices.values() if kind == "ema"}
     if len(rates) > 1:
         raise ValueError(f"signals use several EMA rates ({', '.join(map(str, sorted(rates)))}); the learner keeps one average")
     return rates.pop() if rates else None
 
 
-def _choices(recipe: Recipe) -> list[Any]:
-    return [signal.weights for signal in recipe.signals.values()]
-
-
-def make_teacher(
-    name: str, signal: Signal, recipe: Recipe, learner: Learner, frozen: torch.nn.Module | None, tokenizer: PreTrainedTokenizerBase
-) -> Weights:
+def make_teacher(kind: str, recipe: Recipe, learner: Learner, module: torch.nn.Module | None, vocab_size: int) -> Weights:
     """The scorer of a signal: the student's weights live, averaged or without adapters; a frozen copy; or another model."""
-    choice = signal.weights
-    kind = choice if isinstance(choice, str) else next(iter(choice), "")
-    if kind in ("live", "ema"):
-        return Weights(scores=partial(learner.teacher_pass, weights=kind), head=partial(learner.head, kind))
-    if kind == "frozen" and frozen is None:
-        return Weights(scores=partial(learner.teacher_pass, weights="adapter_off"), head=partial(learner.head, "adapter_off"))
-    if kind == "external" and isinstance(choice, dict):
-        frozen = external_model(str(choice["external"].get("path", "")), recipe, tokenizer, name)
-    if frozen is None:
-        raise ValueError(f"signals.{name}.weights is {choice!r}; write live, frozen, {{ema: {{rate: 0.05}}}} or {{external: {{path: FOLDER}}}}")
+    if module is None:
+        weights = {"live": "live", "ema": "ema", "frozen": "adapter_off"}[kind]
+        return Weights(scores=partial(learner.teacher_pass, weights=weights), head=partial(learner.head, weights))
     le = recipe.learner
     teacher = LocalTeacher(
-        frozen, temperature=recipe.sampling.temperature, token_budget=le.token_budget, chunk_bytes=le.chunk_bytes, packed=le.packed,
-        vocab_size=len(tokenizer),
+        module, temperature=recipe.sampling.temperature, token_budget=le.token_budget, chunk_bytes=le.chunk_bytes, packed=le.packed,
+        vocab_size=vocab_size,
     )  # fmt: skip
     return Weights(scores=teacher.scores, head=teacher.head)
 
 
 def external_model(path: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, name: str) -> torch.nn.Module:
     """Another model as teacher. Raises ValueError unless its tokenizer gives the student's ids (heads may be padded differently)."""
-    if not path:
-        raise ValueError(f"signals.{name}: an external teacher needs a path: {{external: {{path: FOLDER}}}}")
-    found = find_model(path)
-    theirs = _from_pretrained(AutoTokenizer, found)
-    ours, other = tokenizer.get_vocab(), theirs.get_vocab()
-    differing = sorted(token for token in {*ours, *other} if ours.get(token) != other.get(token))
-    if differing:
-        raise ValueError(
-            f"teacher {path!r} has another tokenizer than the student ({len(other)} tokens against {len(ours)}; first difference "
-            f"{differing[0]!r}): token-level distillation needs the same ids. Choose a teacher of the student's family."
-        )
-    model = _from_pretrained(AutoModelForCausalLM, found, dtype=getattr(torch, recipe.model.dtype), attn_implementation=recipe.model.attention)
-    rows = model.get_output_embeddings().weight.shape[0]
-    if rows < len(tokenizer):
-        raise ValueError(f"teacher {path!r}: its head has {rows} rows, fewer than the tokenizer's {len(tokenizer)} tokens")
+    found = pretrained.find_model(path)
+    pretrained.check_same_tokens(tokenizer.get_vocab(), pretrained.load_tokenizer(found).get_vocab(), path)
+    model = pretrained.load_model(found, dtype=getattr(torch, recipe.model.dtype), attn_implementation=recipe.model.attention)
+    pretrained.check_rows(model, len(tokenizer), f"signals.{name}: teacher {path!r}")
     return model
+
+
+def input_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Hashes of what the run starts from, compared when it is resumed."""
+    files = [path for path in (recipe.data.path, recipe.data.eval_path) if path]
+    paths = [value for name, signal in recipe.signals.items() for kind, value in [parse_weights(name, signal.weights)] if kind == "external"]
+    folders = [student_path(recipe), *map(pretrained.find_model, paths)]
+    return {
+        "learner": learner_kind(recipe),
+        "template_hash": template_hash(tokenizer),
+        "data_hash": pretrained.content_hash(recipe_hash(recipe.data), files),
+        "model_hash": pretrained.fingerprint([folder for folder in folders if folder]),
+    }
 
 
 def check_support_sizes(objective: Objective, vocab_size: int) -> None:
@@ -340,15 +364,6 @@ def source_settings(recipe: Recipe, room: int) -> SourceSettings:
         num_prompts=r.prompts, group=recipe.group, seed=recipe.seed, student_share=share, dataset_hint=hint, filter=r.filter,
         max_refill=r.max_refill, overlong=r.overlong, max_prompt_tokens=min(recipe.data.max_prompt_tokens, room),
     )  # fmt: skip
-
-
-def view_function(parts: Parts) -> Callable[[Sequence[Judged]], Mapping[str, Sequence[tuple[int, ...] | None]]]:
-    """What every signal reads before each answer, as token ids; None where it has nothing to show."""
-
-    def views(judged: Sequence[Judged]) -> Mapping[str, Sequence[tuple[int, ...] | None]]:
-        return {name: render_views(parts.tokenizer, judged, spec, parts.max_context)[0] for name, spec in parts.views.items()}
-
-    return views
 
 
 def open_sink(recipe: Recipe, folder: Path, run_id: str) -> Sink:

@@ -22,7 +22,10 @@ examples: opd train recipes/runs/opsd_expr.yaml optimizer.lr=3e-4 seed=1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; exit status 2 for a mistake in the input, 1 for a run that failed, 130 for Ctrl-C, 0 otherwise."""
+    """Run a command; exit status 2 for a mistake in the input, 1 for a run that failed, 130 for Ctrl-C, 0 otherwise.
+
+    A run that was stopped by SIGTERM or SIGUSR1 is no failure: its state is saved, and the status is 0.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("help", "-h", "--help"):
         print(USAGE, end="")
@@ -32,17 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         COMMANDS[words[0]](words[1:])
-    except ValueError as error:
+    except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         print(f"opd: {error}", file=sys.stderr)
         return 2
     except Preempted as stopped:
-        print(f"opd: {stopped}: state saved, run the same command to go on", file=sys.stderr)
+        print(f"opd: {stopped}: everything up to the last whole step is saved; run the same command to go on", file=sys.stderr)
         return 130 if "Ctrl-C" in str(stopped) else 0
     except TooManySkipped as failed:
         print(f"opd: {failed}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("opd: interrupted before anything started or while saving; run the same command to go on", file=sys.stderr)
+        print("opd: interrupted; the last checkpoint stays, run the same command to go on", file=sys.stderr)
         return 130
     return 0
 

@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -269,7 +269,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping from a file; ValueError names file and line."""
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected a mapping of keys, found {type(loaded).__name__}")
@@ -295,7 +295,10 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, A
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise ValueError(f"{word!r} is not an override: write key=value, e.g. optimizer.lr=3e-4")
-        parsed[key] = _number(yaml.safe_load(value)) if value else ""
+        try:
+            parsed[key] = _number(yaml.safe_load(value)) if value else ""
+        except yaml.YAMLError:
+            raise ValueError(f"{word!r}: the value is not valid YAML; put quotes around it, or close its brackets") from None
     return parsed
 
 

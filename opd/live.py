@@ -21,15 +21,20 @@ UNSTOPPABLE = {"learn", "sync", "checkpoint"}  # weights are changing: finish, t
 
 @dataclass(slots=True)
 class StopRequest:
-    """Set by SIGINT, SIGTERM or SIGUSR1; a second SIGINT ends the process at once."""
+    """Set by SIGINT, SIGTERM or SIGUSR1, and honoured by PhaseClock; a second SIGINT ends the process at once.
+
+    at_once: nothing is at stake yet (models are being loaded), so that the first signal ends the work too.
+    """
 
     reason: str = ""
+    at_once: bool = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
         if self.reason and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.reason = "interrupted (Ctrl-C)" if number == signal.SIGINT else f"preempted ({name})"
+        self.reason = self.reason or ("interrupted (Ctrl-C)" if number == signal.SIGINT else f"preempted ({signal.Signals(number).name})")
+        if self.at_once:
+            raise Preempted(self.reason)
 
 
 @contextmanager
@@ -50,18 +55,29 @@ class PhaseClock:
 
     status: "Status"
     stop: StopRequest
+    _phase: str = ""
     _seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        if self.stop.reason and phase not in UNSTOPPABLE:
-            raise Preempted(self.stop.reason)
+        self._phase = phase
+        self.check()
         self.status.phase(phase)
         started = time.perf_counter()
         try:
             yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - started
+
+    def check(self, *_: object) -> None:
+        """Raises Preempted after a request to stop, where stopping is safe. Long phases call it before every forward pass and verdict."""
+        if self.stop.reason and self.safe:
+            raise Preempted(self.stop.reason)
+
+    @property
+    def safe(self) -> bool:
+        """Whether everything since the last recorded step may be thrown away: weights and records are as that step left them."""
+        return self._phase not in UNSTOPPABLE
 
     def seconds(self) -> Mapping[str, float]:
         """Seconds since the last call, by phase; the count starts anew."""
@@ -95,8 +111,8 @@ class Status:
 class LiveView:
     """A progress bar with rates on a terminal, a plain line now and then elsewhere, nothing when quiet."""
 
-    def __init__(self, name: str, steps: int, *, quiet: bool, line_seconds: float = 10.0) -> None:
-        self._console = Console(stderr=True, quiet=quiet)
+    def __init__(self, name: str, steps: int, *, quiet: bool, line_seconds: float = 10.0, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, quiet=quiet)
         self._quiet, self._steps, self._line_seconds = quiet, steps, line_seconds
         self._started, self._first, self._last_line = time.monotonic(), 0, 0.0
         columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
@@ -106,7 +122,7 @@ class LiveView:
             self._bar.start()
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def start_at(self, step: int) -> None:
         self._first, self._started = step, time.monotonic()

@@ -3,7 +3,7 @@
 One step: prompts -> student answers -> verdicts -> privileged views -> teacher scores -> samples -> learner -> new weights.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from opd_kernels import HeadView
 from opd_rollout.engine import Engine
 from opd_rollout.types import TokenScores
 
+from opd.errors import Preempted
 from opd.learner.types import Learner
 from opd.objective import Objective, join
 from opd.types import Judged, Meter, Prepared, Sample, StepReport
@@ -41,8 +42,22 @@ class TeacherScorer(Protocol):
     def meters(self) -> Mapping[str, Meter]: ...
 
 
+class Viewer(Protocol):
+    """What each signal may see and the student may not."""
+
+    def __call__(self, judged: Sequence[Judged]) -> Views: ...
+
+    def meters(self) -> Mapping[str, Meter]: ...
+
+
 class Clock(Protocol):
-    """Times a phase, publishes its name, and refuses to enter one after a request to stop (except while weights change)."""
+    """Times a phase, publishes its name, and raises Preempted in one after a request to stop (except while weights change).
+
+    safe: what happened since the last recorded step may be thrown away.
+    """
+
+    @property
+    def safe(self) -> bool: ...
 
     def __call__(self, phase: str) -> AbstractContextManager[None]: ...
 
@@ -54,7 +69,7 @@ class System:
     """All the parts of a run, wired by `opd.build`. `last` holds the previous step's metrics for closed-loop schedules."""
 
     source: RolloutSource
-    view: Callable[[Sequence[Judged]], Views]
+    view: Viewer
     teachers: TeacherScorer
     objective: Objective
     learner: Learner
@@ -79,7 +94,7 @@ def train_step(step: int, s: System) -> tuple[StepReport, list[Sample]]:
         report = s.learner.step(samples, s.objective.at(step, s.last), s.teachers.heads())
     with s.clock("sync"):
         s.student.load_weights(s.learner.weights(s.learner.version))  # the new student speaks next
-    meters = {**s.source.meters(), **s.teachers.meters(), **report.meters}
+    meters = {**s.source.meters(), **s.view.meters(), **s.teachers.meters(), **report.meters}
     s.last.update({name: meter.mean for name, meter in meters.items()})
     return replace(report, step=step, meters=meters, seconds={**s.clock.seconds(), **report.seconds}), samples
 
@@ -91,7 +106,7 @@ class Run(Protocol):
 
     def evaluate(self, step: int, s: System) -> None: ...
 
-    def record(self, report: StepReport, samples: Sequence[Sample]) -> None: ...
+    def record(self, report: StepReport, samples: Sequence[Sample], s: System) -> None: ...
 
     def checkpoint(self, step: int, s: System) -> None: ...
 
@@ -101,19 +116,25 @@ class Run(Protocol):
 
 
 def train(s: System, run: Run, steps: int) -> str:
-    """Train until `steps` or a stop rule; returns why it stopped. A rerun continues after the newest checkpoint."""
+    """Train until `steps` or a stop rule; returns why it stopped. A rerun continues after the newest checkpoint.
+
+    On a request to stop, or a mistake in the input that only shows now, the last whole step is saved before the exception goes on.
+    """
     step = run.restore(s)
-    if step == 0 and run.due("first evaluation", step):
-        run.evaluate(step, s)
-    while step < steps and not (reason := run.exhausted()):
-        report, samples = train_step(step, s)
-        step += 1
-        run.record(report, samples)
-        if run.due("evaluation", step):
+    try:
+        if run.due("evaluation", step):  # of the untrained student, or the one that an interruption left out
             run.evaluate(step, s)
-        if run.due("checkpoint", step):
+        while step < steps and not run.exhausted():
+            report, samples = train_step(step, s)
+            step += 1
+            run.record(report, samples, s)
+            if run.due("evaluation", step):
+                run.evaluate(step, s)
+            if run.due("checkpoint", step):
+                run.checkpoint(step, s)
+    except (Preempted, ValueError):
+        if s.clock.safe:
             run.checkpoint(step, s)
-    else:
-        reason = run.exhausted() or f"all {steps} steps done"
+        raise
     run.checkpoint(step, s)
-    return reason
+    return run.exhausted() or f"all {steps} steps done"

@@ -166,13 +166,13 @@ class TrainingRun:
     def record(self, report: StepReport, samples: Sequence[Sample], s: System) -> None:
         """One line of metrics, the live view, and now and then a file of samples."""
         step, totals = report.step + 1, self.progress.totals
-        means = {name: meter.mean for name, meter in report.meters.items() if name not in ACCUMULATED}
-        if "learner/replays" in means and means["learner/replays"]:
+        means = {name: meter.mean for name, meter in report.meters.items() if name not in ACCUMULATED and math.isfinite(meter.mean)}
+        if means.get("learner/replays"):
             budget = means["learner/token_budget"]
             self.view.say(f"step {step}: out of memory; micro-batches of at most {budget:.0f} tokens from now on, the minibatch was replayed")
         for name in ACCUMULATED:
             totals[name] += report.meters[name].sum if name in report.meters else 0.0
-        taken = sum(report.seconds.values())
+        taken = sum(value for phase, value in report.seconds.items() if "/" not in phase)  # a phase counts its parts
         totals["seconds/total"] += taken
         totals["updates/skipped_total"] += report.meters["updates/skipped"].sum if "updates/skipped" in report.meters else 0.0
         row = {**means, **totals, **{f"seconds/{phase}": value for phase, value in report.seconds.items()}, "seconds/step": taken}

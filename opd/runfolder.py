@@ -1,7 +1,9 @@
 """The run folder: resolved recipe, append-only JSON lines, atomic checkpoints. Nothing here knows a model."""
 
 import errno
+import fcntl
 import json
+import math
 import os
 import platform
 import shutil
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,22 +20,57 @@ from opd.config import Recipe, differences
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "triton", "wandb", "datasets", "math-verify", "opd-train")
 RESULT_KEYS = {"name", "track"}  # what may change between a run and its rerun
+INPUTS = {  # what may not
+    "data_hash": "the data",
+    "model_hash": "the model that it started from, or its teacher",
+    "template_hash": "the chat template",
+    "learner": "the kind of learner",
+}
+LOCK = ".lock"
+LEFTOVERS = {LOCK, "status.json", "error.txt"}  # what a run that never started may have left in its folder
+
+
+def check_run(folder: Path, recipe: Recipe) -> None:
+    """Raises ValueError, with the difference, for a folder that holds another recipe's run or no run at all."""
+    resolved = folder / "resolved.json"
+    if not resolved.is_file():
+        if folder.exists() and (not folder.is_dir() or any(path.name not in LEFTOVERS for path in folder.iterdir())):
+            raise ValueError(f"{folder} exists and is no run folder (it has no resolved.json). Give this run another name (name=...).")
+        return
+    before, dumped = json.loads(resolved.read_text(encoding="utf-8"))["recipe"], recipe.model_dump(mode="json")
+    changed = differences({k: v for k, v in before.items() if k not in RESULT_KEYS}, {k: v for k, v in dumped.items() if k not in RESULT_KEYS})
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run of another recipe: {'; '.join(changed)}. Give this one its own name (name=...) or delete that folder."
+        )
 
 
 def open_run(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
-    """Create the folder or check that it belongs to this recipe; ValueError shows the difference."""
+    """Create the folder, or check that it belongs to this recipe and that the facts in INPUTS are still what they were."""
+    check_run(folder, recipe)
     resolved = folder / "resolved.json"
-    dumped = recipe.model_dump(mode="json")
-    if resolved.is_file():
-        before = json.loads(resolved.read_text())["recipe"]
-        changed = differences({k: v for k, v in before.items() if k not in RESULT_KEYS}, {k: v for k, v in dumped.items() if k not in RESULT_KEYS})
-        if changed:
-            raise ValueError(
-                f"{folder} holds a run of another recipe: {'; '.join(changed)}. Give this one its own name (name=...) or delete that folder."
-            )
+    if not resolved.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(resolved, {"schema_version": recipe.schema_version, "recipe": recipe.model_dump(mode="json"), **environment(), **facts})
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(resolved, {"schema_version": recipe.schema_version, "recipe": dumped, **environment(), **facts})
+    before = json.loads(resolved.read_text(encoding="utf-8"))
+    for key, what in INPUTS.items():
+        if key in facts and key in before and facts[key] != before[key]:
+            raise ValueError(
+                f"{folder} cannot go on: {what} changed since the run began ({key}: {before[key]} -> {facts[key]}). "
+                "Put it back, or give a new run its own name (name=...)."
+            )
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder is this process's alone while inside. Raises ValueError where another process that still lives works in it."""
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is working in {folder} (see its status.json); wait for it, or stop it first") from None
+        yield
 
 
 def environment() -> dict[str, Any]:
@@ -67,9 +105,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one JSON line."""
+    """Add one JSON line; numbers that JSON does not have (NaN, infinity) become null."""
+    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(finite) + "\n")
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -84,10 +123,10 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 return
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`: a resumed run writes them again."""
+def keep_lines(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Drop all other lines, and a torn last one: a resumed run writes them again."""
     if path.is_file():
-        kept = [row for row in read_lines(path) if row["step"] <= step]
+        kept = [row for row in read_lines(path) if keep(row)]
         scratch = path.with_name(f".{path.name}.tmp")
         scratch.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         scratch.replace(path)
@@ -99,24 +138,54 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> P
     Raises ValueError when the disk is full, with how much is free.
     """
     parent = folder / "checkpoints"
-    parent.mkdir(exist_ok=True)
     target, scratch = parent / f"step-{step:06d}", parent / f".step-{step:06d}.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
     try:
+        scratch.mkdir(parents=True)
         write(scratch)
-    except (OSError, RuntimeError) as error:
+        for path in (*scratch.rglob("*"), scratch):
+            _to_disk(path)
+    except Exception as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "PytorchStreamWriter failed" in str(error):
-            free = shutil.disk_usage(parent).free >> 20
+        if is_disk_full(error):
             raise ValueError(
-                f"the disk is full: checkpoint of step {step} was not written ({free} MiB free at {parent}); the last good one stays. "
-                "Free space, or set checkpoint.keep=1, and run the same command again."
+                f"the disk is full: checkpoint of step {step} was not written ({free_mebibytes(folder)} MiB free at {parent}); the last good one "
+                "stays. Free space, or set checkpoint.keep=1, and run the same command again."
             ) from error
         raise
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        remove_folder(target)
     scratch.replace(target)
+    _to_disk(parent)
     return target
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a checkpoint so that a crash on the way never leaves half of one under its own name."""
+    scratch = path.with_name(f".{path.name}.old.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    path.replace(scratch)
+    shutil.rmtree(scratch)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space; torch and safetensors say so in words of their own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(words in str(error) for words in ("No space left", "PytorchStreamWriter failed", "os error 28"))
+
+
+def free_mebibytes(folder: Path) -> int:
+    """Free space where the folder lies, MiB."""
+    return shutil.disk_usage(folder).free >> 20
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -133,6 +202,6 @@ def prune_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and the best one; leftovers of interrupted writes go too."""
     for path in checkpoints(folder)[:-keep]:
         if checkpoint_step(path) != best_step:
-            shutil.rmtree(path)
+            remove_folder(path)
     for scratch in (folder / "checkpoints").glob(".step-*.tmp"):
         shutil.rmtree(scratch, ignore_errors=True)

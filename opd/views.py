@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+from opd_rollout.types import Completion
+
 from opd import chat
 from opd.choices import nearest, parameters_of, resolve, split_choice
-from opd.types import Judged, View
+from opd.types import Judged, Meter, Prompt, Verdict, View
 
 _SLOT = re.compile(r"\{(hint|question)\}")
 _THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
@@ -195,6 +198,45 @@ def render_views(
         contexts.append(ids)
     shown = sum(ids is not None for ids in contexts)
     return contexts, ViewCounts(shown=shown, absent=absent, shortened=shortened, dropped=len(judged) - shown - absent)
+
+
+class SignalViews:
+    """Every signal's contexts of a step's answers (opd.loop.Viewer), and the counts of the last call."""
+
+    def __init__(self, tokenizer: chat.Tokenizer, specs: Mapping[str, ViewSpec], max_context_tokens: int) -> None:
+        self._tokenizer, self._specs, self._max_context_tokens = tokenizer, dict(specs), max_context_tokens
+        self._meters: dict[str, Meter] = {}
+
+    def __call__(self, judged: Sequence[Judged]) -> dict[str, list[tuple[int, ...] | None]]:
+        contexts = {}
+        for name, spec in self._specs.items():
+            contexts[name], counts = render_views(self._tokenizer, judged, spec, self._max_context_tokens)
+            for what in ("shortened", "dropped"):
+                self._meters[f"views/{name}_{what}"] = Meter(sum=float(getattr(counts, what)), count=float(len(judged)))
+        return contexts
+
+    def meters(self) -> Mapping[str, Meter]:
+        """Shares of answers whose hint was shortened, or whose view was dropped because it did not fit."""
+        return self._meters
+
+
+def check_hints(name: str, spec: ViewSpec, prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError when a view that reads hints finds none in any of these prompts: its teacher would never see anything."""
+    function = getattr(spec.view, "func", spec.view)
+    if function not in (hint, solution, facts, answer, demonstration) or not prompts:
+        return
+    blank = Completion(
+        token_ids=(), logprobs=torch.zeros(0), loss_mask=torch.zeros(0, dtype=torch.bool), source="", temperature=1.0, finish="stop", versions=()
+    )
+    for prompt in prompts:
+        judged = Judged(prompt=prompt, prompt_ids=(), completion=blank, text="", verdict=Verdict(), group=0, member=0)
+        if spec.view(ViewInput(judged=judged, group=[judged], templates=spec.templates)) is not None:
+            return
+    known = sorted({known for prompt in prompts for known in prompt.hints}) or ["none"]
+    raise ValueError(
+        f"signals.{name}.view: no prompt of the data has what the view {function.__name__!r} shows; hints in the data: {', '.join(known)}. "
+        "Choose a view of one of them, or name the column with data.columns, e.g. {solution: COLUMN}"
+    )
 
 
 def _shorten(

@@ -10,7 +10,7 @@ import pytest
 from opd.config import parse_recipe
 from opd.errors import Preempted
 from opd.live import PhaseClock, Status, StopRequest, stop_signals
-from opd.runfolder import append_line, checkpoints, keep_until, open_run, prune_checkpoints, read_lines, save_checkpoint
+from opd.runfolder import append_line, checkpoints, keep_lines, open_run, prune_checkpoints, read_lines, save_checkpoint
 
 
 def write_state(folder):
@@ -33,7 +33,7 @@ def test_torn_last_line_is_left_out_and_later_steps_dropped(tmp_path):
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
     assert [row["step"] for row in read_lines(path)] == [1, 2, 3]
-    keep_until(path, 2)
+    keep_lines(path, lambda row: row["step"] <= 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

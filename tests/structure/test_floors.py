@@ -16,14 +16,14 @@ FLOORS = [  # lowest first; a module may import its own floor and below
     {"opd_rollout"},
     {"opd.types", "opd.config", "opd.errors", "opd.choices"},
     {"opd.objective", "opd.credit", "opd.chat", "opd.views", "opd.verify", "opd.tasks", "opd.bpe"},
-    {"opd.teacher", "opd.learner", "opd.prompts", "opd.track", "opd.runfolder", "opd.live"},
+    {"opd.teacher", "opd.learner", "opd.prompts", "opd.track", "opd.runfolder", "opd.live", "opd.randomness", "opd.pretrained"},
     {"opd.loop", "opd.eval", "opd.source", "opd.run"},
     {"opd.cli", "opd.build", "opd.compare", "opd.inspect", "opd.api", "opd.overview", "opd.reference", "opd"},
 ]
 HOMES = {  # third-party package -> modules that may import it
     "triton": {"opd_kernels.row_kernels", "opd_kernels.triton"},
     "deepspeed": {"opd.learner.deepspeed"},
-    "transformers": {"opd.chat", "opd.build", "opd.bpe", "opd.learner", "opd.tasks.tokenizer", "opd_rollout.torch_engine", "opd_rollout.backbone", "opd_rollout.cache"},
+    "transformers": {"opd.chat", "opd.build", "opd.pretrained", "opd.bpe", "opd.learner", "opd.tasks.tokenizer", "opd_rollout.torch_engine", "opd_rollout.backbone", "opd_rollout.cache"},
     "tokenizers": {"opd.bpe", "opd.tasks.tokenizer"},
     "peft": {"opd.build", "opd.learner"},
     "datasets": {"opd.prompts", "opd.compare.outside"},
