@@ -4,11 +4,14 @@ Names stand in visible tables at the bottom of the modules that hold the functio
 arguments; they are checked against the signature, so that a misspelt one is refused before any work starts.
 """
 
+import contextlib
 import difflib
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+import os
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import UnionType
@@ -105,12 +108,24 @@ def _import(path: Any, where: str) -> Callable[..., Any]:
     if not module or not name:
         raise ValueError(f"{where}: fn is {path!r}; write fn: package.module:function")
     try:
-        function = getattr(importlib.import_module(module), name, None)
+        with _working_directory_importable():
+            function = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise ValueError(f"{where}: cannot import {module!r} ({error}); the module must be importable from the working directory") from None
     if not callable(function):
         raise ValueError(f"{where}: module {module!r} has no function {name!r}")
     return function
+
+
+@contextlib.contextmanager
+def _working_directory_importable() -> Iterator[None]:
+    """Only while a user's module loads: left on the path, a folder `kernels` here would be taken for the library of that name."""
+    here = os.getcwd()
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
 
 
 def _bind(function: Callable[..., Any], given: Mapping[str, Any], where: str) -> Callable[..., Any]:
