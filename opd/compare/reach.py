@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy.special import stdtrit
 
 Curve = Sequence[tuple[float, float]]
 
@@ -108,4 +108,4 @@ def _log_interval(values: Sequence[float], level: float) -> tuple[float, float |
     if len(logs) < 2:
         return mean, None
     deviation = math.sqrt(math.fsum((log - mean) ** 2 for log in logs) / (len(logs) - 1))
-    return mean, float(stats.t.ppf(0.5 + level / 2, len(logs) - 1)) * deviation / math.sqrt(len(logs))
+    return mean, float(stdtrit(len(logs) - 1, 0.5 + level / 2)) * deviation / math.sqrt(len(logs))

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 Table = NDArray[np.float64]
 Verdict = Literal["better", "worse", "unresolved"]
@@ -70,9 +70,9 @@ def _one_way_interval(x: Table, mean: float, level: float) -> Interval:
 
 
 def _student_t(mean: float, stderr: float, df: float, shape: tuple[int, int], scope: str, level: float) -> Interval:
-    half = float(stats.t.ppf(0.5 + level / 2, df)) * stderr
+    half = float(stdtrit(df, 0.5 + level / 2)) * stderr
     if stderr > 0:
-        p_value = 2 * float(stats.t.sf(abs(mean) / stderr, df))
+        p_value = 2 * float(stdtr(df, -abs(mean) / stderr))
     else:
         p_value = 1.0 if mean == 0 else 0.0
     return Interval(
@@ -116,7 +116,7 @@ def detectable_difference(interval: Interval, *, level: float = 0.95, power: flo
     """The smallest true difference that such an interval would exclude zero for with the given probability."""
     if not math.isfinite(interval.stderr) or interval.df <= 0:
         return math.inf
-    quantiles = stats.t.ppf([0.5 + level / 2, power], interval.df)
+    quantiles = stdtrit(interval.df, np.array([0.5 + level / 2, power]))
     return float(quantiles.sum()) * interval.stderr
 
 
@@ -137,7 +137,7 @@ def seeds_to_resolve(table: Table, *, level: float = 0.95, power: float = 0.8) -
         from_seeds = var_seed / planned + var_rest / (planned * num_problems)
         total = from_seeds + var_problem / num_problems
         df = total**2 / (from_seeds**2 / (planned - 1) + (var_problem / num_problems) ** 2 / (num_problems - 1)) if total > 0 else planned - 1
-        if abs(float(x.mean())) >= float(stats.t.ppf([0.5 + level / 2, power], df).sum()) * math.sqrt(total):
+        if abs(float(x.mean())) >= float(stdtrit(df, np.array([0.5 + level / 2, power])).sum()) * math.sqrt(total):
             return planned
     return None
 

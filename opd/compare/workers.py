@@ -13,8 +13,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from opd.compare.jobs import Job, run_state
 
 SINGLE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM")
@@ -53,7 +51,6 @@ class Watcher(Protocol):
 
 def work(connection: Connection, functions: Functions, log: Path) -> None:
     """A worker's life: receive a job, run it, report; ends when the parent closes the connection or is gone."""
-    torch.set_num_threads(1)
     with log.open("a", buffering=1, encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

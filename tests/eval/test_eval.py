@@ -7,7 +7,8 @@ import pytest
 import torch
 from opd_rollout.types import Completion
 
-from opd.eval import Codec, EvalSettings, clustered_stderr, evaluate, majority_vote, pass_at, powers, summarise, write_evaluation
+from opd.accuracy import clustered_stderr, majority_vote, pass_at, powers, summarise, write_evaluation
+from opd.eval import Codec, EvalSettings, evaluate
 from opd.types import Prompt, Verdict
 
 
@@ -137,9 +138,7 @@ def test_clustered_stderr_ignores_repeats_of_a_problem():
     assert clustered_stderr([0.0, 1.0, 1.0, 0.0]) == pytest.approx(math.sqrt(1 / 3) / 2)
     assert clustered_stderr([0.4]) == 0.0
     lines = [
-        {"problem": str(p), "status": "score", "correct": p < 2, "answer": "a", "length": 1, "finish": "stop"}
-        for p in range(4)
-        for _ in range(8)
+        {"problem": str(p), "status": "score", "correct": p < 2, "answer": "a", "length": 1, "finish": "stop"} for p in range(4) for _ in range(8)
     ]
     assert summarise(lines, 8)["stderr"] == pytest.approx(math.sqrt(1 / 3) / 2)
 

@@ -1,0 +1,105 @@
+"""From judged answers to avg@k, pass@k and maj@k, with standard errors clustered by problem. Plain Python: no model, no tensor.
+
+Legend: P problems, k answers a problem.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd.runfolder import append_line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult:
+    """`row` is a line of eval.jsonl, `generations` the lines of its file under generations/ (row["generations"])."""
+
+    row: Mapping[str, Any]
+    generations: tuple[Mapping[str, Any], ...]
+
+
+def decoding_name(temperature: float) -> str:
+    """ "greedy" or "temperature 0.7": how eval.jsonl names a decoding."""
+    return f"temperature {float(temperature)}" if temperature > 0 else "greedy"
+
+
+def summarise(generations: Sequence[Mapping[str, Any]], k: int) -> dict[str, Any]:
+    """The numbers of one evaluation from its generations, every problem with equal weight.
+
+    A problem counts where at least one answer was judged; in pass@j where at least j were. `stderr` belongs to avg@k: the standard
+    deviation of the problems' means over sqrt(P), so answers to one problem are not mistaken for independent ones.
+    """
+    by_problem: dict[str, list[Mapping[str, Any]]] = {}
+    for line in generations:
+        judged = by_problem.setdefault(line["problem"], [])
+        if line["status"] == "score":
+            judged.append(line)
+    problems = [lines for lines in by_problem.values() if lines]
+    average = [statistics.fmean(line["correct"] for line in lines) for lines in problems]
+    majority = [majority_vote([line["answer"] for line in lines], [line["correct"] for line in lines]) for lines in problems]
+    passed = {j: [pass_at(len(lines), sum(line["correct"] for line in lines), j) for lines in problems if len(lines) >= j] for j in powers(k)}
+    return {
+        "n_problems": len(problems),
+        "k": k,
+        "avg@k": _mean(average),
+        "pass@k": _mean(passed[k]),
+        "maj@k": _mean(majority),
+        "stderr": clustered_stderr(average),
+        "pass@k_stderr": clustered_stderr(passed[k]),
+        "maj@k_stderr": clustered_stderr(majority),
+        "pass_at": {str(j): _mean(values) for j, values in passed.items()},
+        "length": _mean([line["length"] for line in generations]),
+        "truncated": _mean([line["finish"] == "length" for line in generations]),
+        "unjudged": sum(line["status"] != "score" for line in generations),
+    }
+
+
+def powers(k: int) -> list[int]:
+    """1, 2, 4 ... and k itself: where pass@j is reported."""
+    return sorted({1 << n for n in range(k.bit_length()) if 1 << n <= k} | {k})
+
+
+def pass_at(n: int, correct: int, k: int) -> float:
+    """Unbiased probability that k of n answers, drawn without replacement, hold a correct one: 1 - C(n-c, k) / C(n, k).
+
+    arXiv:2107.03374, equation 1. Raises ValueError where n < k.
+    """
+    if n < k:
+        raise ValueError(f"pass@{k} needs at least {k} answers a problem, got {n}")
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def majority_vote(answers: Sequence[str], correct: Sequence[bool]) -> float:
+    """Expected correctness of the most frequent answer; ties are split evenly and empty answers do not vote.
+
+    Where a verifier judged the same answer differently (wrong steps, say), the answer counts with its mean.
+    """
+    votes: dict[str, list[bool]] = {}
+    for answer, right in zip(answers, correct, strict=True):
+        if answer:
+            votes.setdefault(answer, []).append(right)
+    most = max((len(held) for held in votes.values()), default=0)
+    return _mean([statistics.fmean(held) for held in votes.values() if len(held) == most]) if most else 0.0
+
+
+def clustered_stderr(values: Sequence[float]) -> float:
+    """Standard error of the mean over problems; 0 with fewer than two."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else 0.0
+
+
+def write_evaluation(folder: Path, result: EvalResult) -> None:
+    """Add the row to eval.jsonl and write its generations; the row comes last, so it never names a missing file."""
+    path = folder / result.row["generations"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in result.generations), encoding="utf-8")
+    scratch.replace(path)
+    append_line(folder / "eval.jsonl", result.row)
