@@ -6,6 +6,7 @@ walk is right. The base has wrong beliefs about 15 of the 72 exits.
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from random import Random
 
 from opd.tasks.beliefs import Facts, believed, invented, wrong_beliefs
@@ -46,22 +47,22 @@ TRUTH: Facts = _world()
 BELIEFS = wrong_beliefs("route", TRUTH, PLACES, num_ignorant=15)
 _DISTANCES = {goal: distances_to(goal, TRUTH) for goal in PLACES}
 
-_VIEWS = {"": 0.50, "facts": 0.28, "solution": 0.07, "answer": 0.10, "feedback": 0.05}  # what the base's demonstrations show
+_VIEWS = {"": 0.45, "facts": 0.33, "solution": 0.07, "answer": 0.10, "feedback": 0.05}  # what the base's demonstrations show
 _INVENTED_SHARE = 0.3
+_MAX_DRAWS = 24
+_DIRECT_SHARE = 0.35  # demonstrations of a>k, with no place between, from which planning is learned sooner
 
 
 def shortest_moves(question: str) -> int:
     """Moves of the shortest right walk."""
-    start, via, goal = question.split(">")
-    return _DISTANCES[via][start] + _DISTANCES[goal][via]
+    stops = question.split(">")
+    return sum(_DISTANCES[goal][start] for start, goal in pairwise(stops))
 
 
 def walk(question: str, world: Facts, rng: Random) -> str | None:
     """A shortest walk in this world, drawn at random among equals at each fork; None where there is none."""
-    start, via, goal = question.split(">")
-    first = _leg(start, via, world, rng)
-    second = None if first is None else _leg(via, goal, world, rng)
-    return None if first is None or second is None else first + second
+    legs = [_leg(start, goal, world, rng) for start, goal in pairwise(question.split(">"))]
+    return None if None in legs else "".join(legs)
 
 
 def _leg(start: str, goal: str, world: Facts, rng: Random) -> str | None:
@@ -84,10 +85,10 @@ def exits_of(question: str, text: str) -> list[str]:
     return [place + exit_ for place, exit_ in zip(places, text[0::2], strict=False)]
 
 
-def draw_question(rng: Random, num_moves: tuple[int, int]) -> str:
-    """Three different places, the shortest walk within these bounds."""
+def draw_question(rng: Random, num_moves: tuple[int, int], num_stops: int = 3) -> str:
+    """Different places, the shortest walk within these bounds."""
     while True:
-        question = ">".join(rng.sample(PLACES, 3))
+        question = ">".join(rng.sample(PLACES, num_stops))
         if num_moves[0] <= shortest_moves(question) <= num_moves[1]:
             return question
 
@@ -105,7 +106,12 @@ def prompts(split: str, seed: int, difficulty: str) -> Iterator[Prompt]:
     """The prompts of a split. Raises ValueError for unknown names."""
     check_split("route", split, difficulty, tuple(NUM_MOVES))
     rng = stream_rng("route", split, seed, difficulty)
-    for question in questions_of(split, lambda source: draw_question(source, NUM_MOVES[difficulty]), rng):
+
+    def draw(source: Random) -> str:
+        direct = split.startswith("pretrain") and source.random() < _DIRECT_SHARE
+        return draw_question(source, (1, 4), 2) if direct else draw_question(source, NUM_MOVES[difficulty])
+
+    for question in questions_of(split, draw, rng):
         if split == "pretrain_base":
             shown, text = _demonstrate(question, rng)
             yield _prompt(shown, question, difficulty, {"demonstration": text})
@@ -142,7 +148,8 @@ def _demonstrate(question: str, rng: Random) -> tuple[str, str]:
         text = _true_walk(question, rng)
         return with_hint(kind, text[0::2], question), _follow(question, text, rng)
     if kind == "feedback":
-        key = rng.choice(exits_of(question, _true_walk(question, rng)))
+        used = exits_of(question, _own_walk(question, own, rng))
+        key = next((key for key in used if own[key] != TRUTH[key]), rng.choice(used))
         return with_hint(kind, key + TRUTH[key], question), _own_walk(question, {**own, key: TRUTH[key]}, rng)
     return question, _own_walk(question, own, rng)
 
@@ -153,13 +160,12 @@ def _own_walk(question: str, world: Facts, rng: Random) -> str:
 
 def _follow(question: str, text: str, rng: Random) -> str:
     """The given moves in a world of beliefs where they lead by way of the one place to the other; the true places where none is found."""
-    _, via, goal = question.split(">")
-    for _ in range(24):
+    for _ in range(_MAX_DRAWS):
         world, place, written = believed(TRUTH, BELIEFS, rng), question[0], ""
         for exit_ in text[0::2]:
             place = world[place + exit_]
             written += exit_ + place
-        if place == goal and via in written:
+        if _arrives(question, question[0] + written[1::2]):
             return written
     return text
 
@@ -170,40 +176,50 @@ def _prompt(shown: str, question: str, difficulty: str, hints: dict[str, str]) -
     return Prompt(id=f"route:{question}", messages=messages, answer=answer, hints=hints, domain=f"route/{difficulty}")
 
 
+def _stops_ahead(question: str, visited: str) -> list[str]:
+    """The stops of the question that these places, in order, have not reached yet."""
+    stops = question.split(">")
+    for place in visited:
+        if stops and place == stops[0]:
+            stops.pop(0)
+    return stops
+
+
+def _arrives(question: str, visited: str) -> bool:
+    return not _stops_ahead(question, visited) and visited[-1] == question[-1]
+
+
 _WALK = re.compile(rf"(?:[{EXITS}][{PLACES}])+")
 
 
 def verify(prompt: Prompt, text: str) -> Verdict:
-    """The moves lead to the goal by way of the place between, and every place on the way is named rightly; other walks than the reference count.
+    """The moves lead to the goal by way of the place between, and each place on the way is named rightly; any such walk counts.
 
     parts: answer 0 or 1 (the moves alone), steps the share of right steps. feedback: the first exit that was misremembered, or the next
-    one of a right walk from where the moves really led.
+    one of a right walk from where the moves led.
     """
     question = prompt.id.removeprefix("route:")
-    start, via, goal = question.split(">")
     if not _WALK.fullmatch(text):
-        return Verdict(feedback=_next_exit(start, via, goal), parts={"answer": 0.0, "steps": 0.0})
-    place, visited, claimed = start, [start], start
-    num_right, feedback = 0, ""
+        return Verdict(feedback=_next_exit(question, question[0]), parts={"answer": 0.0, "steps": 0.0})
+    visited, claimed, num_right, misremembered = question[0], question[0], 0, ""
     for exit_, named in zip(text[0::2], text[1::2], strict=True):
         if TRUTH[claimed + exit_] == named:
             num_right += 1
         else:
-            feedback = feedback or claimed + exit_ + TRUTH[claimed + exit_]
-        claimed, place = named, TRUTH[place + exit_]
-        visited.append(place)
-    num_moves = len(visited) - 1
-    answer = float(place == goal and via in visited and num_moves <= MAX_MOVES)
+            misremembered = misremembered or claimed + exit_ + TRUTH[claimed + exit_]
+        claimed = named
+        visited += TRUTH[visited[-1] + exit_]
+    num_moves = len(text) // 2
+    answer = float(_arrives(question, visited) and num_moves <= MAX_MOVES)
     correct = num_right == num_moves and answer == 1.0
-    if not correct and not feedback:
-        ahead = (place, goal) if via in visited else (place, via)
-        feedback = _next_exit(start, via, goal) if num_moves >= MAX_MOVES or ahead[0] == ahead[1] else _next_exit(*ahead, goal)
-    parts = {"answer": answer, "steps": num_right / num_moves}
-    return Verdict(reward=float(correct), correct=correct, feedback="" if correct else feedback, parts=parts)
+    feedback = "" if correct else misremembered or _next_exit(question, visited if num_moves < MAX_MOVES else question[0])
+    return Verdict(reward=float(correct), correct=correct, feedback=feedback, parts={"answer": answer, "steps": num_right / num_moves})
 
 
-def _next_exit(place: str, via: str, goal: str) -> str:
-    toward = goal if place == via else via
+def _next_exit(question: str, visited: str) -> str:
+    """The first exit of a shortest walk on from here; from the start where the walk has passed its goal."""
+    ahead = _stops_ahead(question, visited)
+    place, toward = (visited[-1], ahead[0]) if ahead else (question[0], question.split(">")[1])
     key = next(place + exit_ for exit_ in EXITS if _DISTANCES[toward][TRUTH[place + exit_]] < _DISTANCES[toward][place])
     return key + TRUTH[key]
 

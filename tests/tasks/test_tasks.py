@@ -86,7 +86,7 @@ def test_bare_question_and_templates(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_base_demonstrations_are_wrong_alone_and_follow_the_hint(name):
+def test_base_demonstrations_are_partly_wrong_alone_and_better_with_the_answer(name):
     verify = TASKS[name].verify
     right: dict[str, list[bool]] = {"": [], "S": [], "F": [], "A": [], "W": []}
     for prompt in take(name, "pretrain_base", 3000):
@@ -95,7 +95,6 @@ def test_base_demonstrations_are_wrong_alone_and_follow_the_hint(name):
         right[kind].append(verify(prompt, prompt.hints["demonstration"]).correct)
     rate = {kind: sum(values) / len(values) for kind, values in right.items()}
     assert 0.4 < rate[""] < 0.75
-    assert rate["W"] > rate[""]
     assert rate["A"] > rate[""]
 
 
