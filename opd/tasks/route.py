@@ -1,7 +1,7 @@
 """Walk from one place to another by way of a third, in a fixed world of 24 places with three exits each, learned by heart.
 
 Question a>m>k: from a, by way of m, to k, in at most 8 moves. Answer 1f3m2k: each move's exit and the place that it leads to. Any such
-walk is right. The base has wrong beliefs about 15 of the 72 exits.
+walk is right. The base has wrong beliefs about 12 of the 72 exits.
 """
 
 import re
@@ -44,7 +44,7 @@ def distances_to(goal: str, world: Facts) -> dict[str, int]:
 
 
 TRUTH: Facts = _world()
-BELIEFS = wrong_beliefs("route", TRUTH, PLACES, num_ignorant=15)
+BELIEFS = wrong_beliefs("route", TRUTH, PLACES, num_ignorant=12)
 _DISTANCES = {goal: distances_to(goal, TRUTH) for goal in PLACES}
 
 _VIEWS = {"": 0.45, "facts": 0.33, "solution": 0.07, "answer": 0.10, "feedback": 0.05}  # what the base's demonstrations show
@@ -155,7 +155,22 @@ def _demonstrate(question: str, rng: Random) -> tuple[str, str]:
 
 
 def _own_walk(question: str, world: Facts, rng: Random) -> str:
-    return walk(question, world, rng) or _true_walk(question, rng)
+    """The base's walk: exits chosen as the true map has it, the places behind them named as believed, and on from there."""
+    for _ in range(_MAX_DRAWS):
+        place, text = question[0], ""
+        for goal in question.split(">")[1:]:
+            while place != goal and len(text) < 2 * MAX_MOVES:
+                exit_ = rng.choice(_nearer(place, goal))
+                place = world[place + exit_]
+                text += exit_ + place
+        if place == question[-1]:
+            return text
+    return _true_walk(question, rng)
+
+
+def _nearer(place: str, goal: str) -> list[str]:
+    distance = _DISTANCES[goal]
+    return [exit_ for exit_ in EXITS if distance[TRUTH[place + exit_]] < distance[place]]
 
 
 def _follow(question: str, text: str, rng: Random) -> str:
@@ -220,7 +235,7 @@ def _next_exit(question: str, visited: str) -> str:
     """The first exit of a shortest walk on from here; from the start where the walk has passed its goal."""
     ahead = _stops_ahead(question, visited)
     place, toward = (visited[-1], ahead[0]) if ahead else (question[0], question.split(">")[1])
-    key = next(place + exit_ for exit_ in EXITS if _DISTANCES[toward][TRUTH[place + exit_]] < _DISTANCES[toward][place])
+    key = place + _nearer(place, toward)[0]
     return key + TRUTH[key]
 
 
