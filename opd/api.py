@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import shutil
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -23,7 +22,7 @@ from opd.compare.workers import Functions
 from opd.config import Recipe, load_recipe, parse_overrides, parse_recipe, recipe_hash
 from opd.eval import Codec, EvalResult, EvalSettings, decoding_name, write_evaluation
 from opd.eval import evaluate as evaluate_problems
-from opd.inspect.record import write_samples
+from opd.inspect.record import Readers, write_samples
 from opd.inspect.viewer import write_viewer
 from opd.live import LiveView, PhaseClock, Status, StopRequest, stop_signals
 from opd.loop import System
@@ -57,7 +56,7 @@ def train(
         return folder
     status, stop = Status(folder / "status.json", resolved.steps), StopRequest(at_once=True)
     clock = PhaseClock(status, stop)
-    with _listening(stop), contextlib.ExitStack() as held:
+    with stop_signals(stop), contextlib.ExitStack() as held:
         existed = folder.is_dir()
         if existed:
             held.enter_context(claimed(folder))
@@ -183,9 +182,17 @@ def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Status, view: L
         view=view,
         open_sink=partial(open_sink, recipe, folder),
         evaluate_dev=evaluate_dev if parts.problems.dev else None,
-        write_samples=partial(write_samples, tokenizer=parts.tokenizer, num_samples=tr.samples, texts_in_table=tr.texts, contexts=parts.views),
+        write_samples=partial(
+            write_samples, tokenizer=parts.tokenizer, num_samples=tr.samples, texts_in_table=tr.texts, contexts=parts.views, readers=readers(parts)
+        ),
         save_tokenizer=parts.tokenizer.save_pretrained,
     )
+
+
+def readers(parts: Parts) -> Readers:
+    """Who fills in the top-k lists of a samples file."""
+    teachers = {name: weights.scores for name, weights in parts.scorer.weights.items()}
+    return Readers(student=partial(parts.learner.teacher_pass, weights="live"), teachers=teachers)
 
 
 def examine(
@@ -297,11 +304,3 @@ class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self._say(record.getMessage())
 
-
-@contextlib.contextmanager
-def _listening(stop: StopRequest) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may receive signals
-        yield
-        return
-    with stop_signals(stop):
-        yield

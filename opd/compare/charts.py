@@ -112,7 +112,7 @@ def round_ticks(right: float, wanted: int = 4) -> list[float]:
 def _level(frame: _Frame, value: float, style: str, text: str) -> str:
     y = frame.up(value)
     line = f'<line class="{style}-line" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return f'{line}<text class="note" x="{WIDTH - RIGHT}" y="{y - 4:.1f}" text-anchor="end">{escape(text)}</text>'
+    return f'{line}<text class="note" x="{WIDTH - RIGHT}" y="{y - 4 if y > TOP + 12 else y + 14:.1f}" text-anchor="end">{escape(text)}</text>'
 
 
 def interval_bar(pair: PairSummary, reach: float, *, width: int = 220, height: int = 22) -> str:

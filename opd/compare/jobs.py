@@ -122,12 +122,16 @@ def run_state(folder: Path) -> tuple[str, str]:
 
 
 def run_fraction(job: Job) -> float:
-    """How much of its budget a run has spent, from its last line of metrics, 0 to 1."""
-    if run_state(job.folder)[0] == "finished":
+    """How much of its budget or of its steps a run has spent, 0 to 1."""
+    path = job.folder / "status.json"
+    if not path.is_file():
+        return 0.0
+    status = json.loads(path.read_text(encoding="utf-8"))
+    if status.get("state") == "finished":
         return 1.0
     last = last_line(job.folder / "metrics.jsonl")
-    spent = {"steps": last.get("step", 0), "tokens": last.get("tokens/student", 0), "seconds": last.get("seconds/total", 0)}[job.budget.unit]
-    return min(0.99, spent / job.budget.amount)
+    spent = {"steps": 0.0, "tokens": last.get("tokens/student", 0.0), "seconds": last.get("seconds/total", 0.0)}[job.budget.unit]
+    return min(0.99, max(spent / job.budget.amount, last.get("step", 0) / max(1, status.get("steps", 1))))
 
 
 def last_line(path: Path, tail: int = 1 << 16) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ Curve = Sequence[tuple[float, float]]
 class Reach:
     """Cost to the target by seed (None: not within its budget, which is in `budgets`).
 
-    `typical` is the geometric mean over seeds with its interval, where all reached it; else None, and the honest print is "> budget".
+    `typical` is the geometric mean over seeds with its interval, where all reached it at some cost; else None: "> budget", or no such cost.
     """
 
     by_seed: tuple[float | None, ...]
@@ -86,6 +86,8 @@ def ratio_to_baseline(arm: Reach, baseline: Reach, *, arm_learned: bool, baselin
         return Ratio(why="did not learn here")
     if not baseline_learned:
         return Ratio(why="no ratio: the baseline did not learn here")
+    if arm.typical is None and arm.reached == len(arm.by_seed):
+        return Ratio(why="no ratio: nothing of this kind was spent")
     if arm.typical is None:
         return Ratio(why="> budget" if arm.reached == 0 else f"> budget in {len(arm.by_seed) - arm.reached} of {len(arm.by_seed)} seeds")
     if len(arm.by_seed) != len(baseline.by_seed):

@@ -1,9 +1,7 @@
 """A comparison from its file to its report: search, reported runs, report. Running it again does only what is missing."""
 
-import contextlib
 import json
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +38,7 @@ def compare(
     view = ComparisonView(comparison.name, len(searches) + len(planned), quiet=quiet)
     stop = StopRequest()
     try:
-        with _listening(stop):
+        with stop_signals(stop):
             outcomes = _run(searches, comparison, functions, root, view, stop)
             tuned = choose(comparison, searches) if searches else {}
             jobs = reported_jobs(comparison, root, {arm: found.point for arm, found in tuned.items()})
@@ -78,14 +76,6 @@ def read_results(jobs: Sequence[Job], reasons: Mapping[Path, str]) -> list[RunRe
         results.append(run)
     return results
 
-
-@contextlib.contextmanager
-def _listening(stop: StopRequest) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may receive signals
-        yield
-        return
-    with stop_signals(stop):
-        yield
 
 
 def _run(jobs: Sequence[Job], comparison: Comparison, functions: Functions, root: Path, view: ComparisonView, stop: StopRequest) -> list[Outcome]:

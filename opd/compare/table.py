@@ -5,13 +5,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from opd.compare.reach import Ratio
 from opd.compare.results import GREEDY, PRIMARY
 from opd.compare.statistics import Interval
 from opd.compare.summary import COSTS, ArmSummary, Summary
-from opd.compare.wording import TOKENS, percent, points, ratio_text, reach_text, sentences
+from opd.compare.wording import TOKENS, amount, percent, points, ratio_text, reach_text, sentences
 
 
 def print_table(summary: Summary, report: Path, console: Console | None = None) -> None:
@@ -24,27 +26,39 @@ def print_table(summary: Summary, report: Path, console: Console | None = None) 
 
 
 def rich_table(summary: Summary) -> Table:
-    """Accuracy on test, difference to the baseline and cost to the target, an arm a row."""
+    """Accuracy on test, difference to the baseline and cost to the target, an arm a row; fits 80 columns (the report has the intervals)."""
     reference = summary.reference
-    table = Table(title=summary.comparison.title or summary.comparison.name, title_justify="left")
+    table = Table(
+        title=summary.comparison.title or summary.comparison.name, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     k = max((arm.k for arm in summary.arms), default=0)
-    for heading in ("arm", f"avg@{k} T=1", "greedy", f"pass@{k}", f"minus {reference.label}", "tokens to target", "ratio"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    headings = ("arm", f"avg@{k} T=1", "greedy", f"pass@{k}", f"vs {reference.label}", "verdict", "tokens to target", "ratio")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("arm", "verdict") else "right", no_wrap=heading not in ("arm", "tokens to target"))
     for arm in summary.arms:
         pair = summary.pair(arm.name, reference.name)
+        ratio = arm.ratio.get(TOKENS)
         table.add_row(
             arm.label + (f" ({len(arm.finished)}/{arm.planned})" if len(arm.finished) < arm.planned else ""),
             _with_interval(arm.test()),
             _mean(arm.test(GREEDY)),
             _mean(arm.test(PRIMARY, "pass@k")),
-            f"{points(pair.interval.mean)}{_half_width(pair.interval)} {pair.verdict}" if pair else "",
-            reach_text(arm.reached[TOKENS], TOKENS) if arm.trained else "",
-            ratio_text(arm.ratio.get(TOKENS)),
+            f"{points(pair.interval.mean)}{_half_width(pair.interval)}" if pair else "",
+            ("did not learn" if arm.learned is False else pair.verdict if pair else "") if arm.trained else "",
+            _to_target(arm),
+            "" if ratio is None or ratio.value is None else ratio_text(Ratio(value=ratio.value, at_least=ratio.at_least)),
         )
         if not arm.trained and summary.base_at_best is not None:
             decoding, interval = summary.base_at_best
-            table.add_row(f"{arm.label} at its best, {decoding}", _with_interval(interval), "", "", "", "", "")
+            table.add_row(f"{arm.label}, {decoding}", _with_interval(interval), *[""] * 6)
     return table
+
+
+def _to_target(arm: ArmSummary) -> str:
+    if not arm.trained:
+        return ""
+    typical = arm.reached[TOKENS].typical
+    return amount(typical) if typical is not None else reach_text(arm.reached[TOKENS], TOKENS).split(" (")[0].split(" in ")[0]
 
 
 def _mean(interval: Interval | None) -> str:

@@ -61,7 +61,7 @@ def reach_text(found: Reach, cost: str) -> str:
             return "no run"
         missed = len(found.by_seed) - found.reached
         if found.reached and missed == 0:
-            return "at the start"
+            return "nothing spent"
         largest = spent(cost, max(found.budgets))
         return f"> budget ({largest})" if not found.reached else f"> budget in {missed} of {len(found.by_seed)} seeds"
     if found.low is None or found.high is None:
@@ -70,10 +70,9 @@ def reach_text(found: Reach, cost: str) -> str:
 
 
 def ratio_text(ratio: Ratio | None) -> str:
-    if ratio is None:
-        return ""
-    if ratio.value is None:
-        return ratio.why
+    """The ratio with its interval, a lower bound, or why there is none."""
+    if ratio is None or ratio.value is None:
+        return ratio.why if ratio else ""
     if ratio.at_least:
         return f"> {_times(ratio.value)}"
     if ratio.low is None or ratio.high is None or ratio.low == ratio.high:

@@ -6,22 +6,35 @@ Legend: T completion tokens, K entries of a top-k list. Numbers are rounded to f
  "feedback", "finish", "tokens": [T texts], "student_logp": [T], "behaviour_logp": [T], "entropy": [T] or null,
  "student_topk": [T lists of [text, logp]] or null, "signals": {signal: {"logp": [T], "entropy": [T], "topk": [T lists of [text, logp]]}},
  "advantage": {term: [T]}, "weight": {term: [T]}}
+
+Top-k lists come from the step where it had them. With `Readers`, missing ones (and the student's entropy) are those of the weights just after
+the step: near enough to read, not what the loss saw.
 """
 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from opd_rollout.types import TokenScores
+from opd_rollout.types import ScoreRequest, TokenScores
 from torch import Tensor
 
 from opd.types import Judged, Sample
 
 SHOWN_TOPK = 8
 Contexts = Mapping[str, Sequence[tuple[int, ...] | None]]
+Scorer = Callable[[Sequence[ScoreRequest]], list[TokenScores]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readers:
+    """Scores the shown answers once more for their top-k: the student, and each signal's teacher."""
+
+    student: Scorer
+    teachers: Mapping[str, Scorer]
 
 
 class Decoder(Protocol):
@@ -39,24 +52,26 @@ def write_samples(
     num_samples: int,
     texts_in_table: bool = True,
     contexts: Callable[[Sequence[Judged]], Contexts] | None = None,
+    readers: Readers | None = None,
 ) -> list[list[Any]]:
     """Write up to `num_samples` answers, evenly spread over the step's, and return their rows for a table (question, answer, reward,
     correct, finish), empty when `texts_in_table` is false.
 
     contexts: the views' token ids of all answers, the same function that the step used; without it views are not shown.
     """
-    shown = [samples[n * len(samples) // num_samples] for n in range(num_samples)] if len(samples) > num_samples else list(samples)
+    places = [n * len(samples) // num_samples for n in range(num_samples)] if len(samples) > num_samples else range(len(samples))
     views = contexts([sample.judged for sample in samples]) if contexts else {}
-    place = {id(sample): n for n, sample in enumerate(samples)}
 
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False))
 
     records = []
-    for sample in shown:
-        read = {signal: ids[place[id(sample)]] for signal, ids in views.items()}
-        texts = {signal: None if ids is None else decode(ids) for signal, ids in read.items()}
-        records.append(sample_record(sample, step=step, decode=decode, views=texts))
+    for n in places:
+        texts = {signal: None if ids[n] is None else decode(ids[n]) for signal, ids in views.items()}
+        record = sample_record(samples[n], step=step, decode=decode, views=texts)
+        if readers is not None:
+            _complete(record, samples[n], {signal: ids[n] for signal, ids in views.items()}, readers, decode)
+        records.append(record)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
     scratch.write_text("".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records), encoding="utf-8")
@@ -96,6 +111,24 @@ def sample_record(
         "advantage": {term: _numbers(values) for term, values in sample.advantage.items()},
         "weight": {term: _numbers(factor * mask) for term, factor in sample.route.items()},
     }
+
+
+def _complete(
+    record: dict[str, Any], sample: Sample, contexts: Mapping[str, tuple[int, ...] | None], readers: Readers, decode: Callable[[Sequence[int]], str]
+) -> None:
+    """Fill in the top-k lists that the step did not need."""
+    completion_ids = sample.judged.completion.token_ids
+    if not completion_ids:
+        return
+    if record["student_topk"] is None:
+        [scores] = readers.student([ScoreRequest(context_ids=sample.judged.prompt_ids, completion_ids=completion_ids, k=SHOWN_TOPK)])
+        record["student_topk"] = _topk(scores.ids, scores.logp, decode)
+        record["entropy"] = record["entropy"] or _numbers(scores.entropy)
+    for signal, shown in record["signals"].items():
+        context = contexts.get(signal)
+        if context is not None and signal in readers.teachers and max(map(len, shown["topk"])) <= 1:
+            [scores] = readers.teachers[signal]([ScoreRequest(context_ids=context, completion_ids=completion_ids, k=SHOWN_TOPK)])
+            shown["topk"] = _topk(scores.ids, scores.logp, decode)
 
 
 def _signal(scores: TokenScores, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class SignalScorer:
                 raise ValueError(
                     f"signal {name!r} comes from a scorer without hidden states and cannot serve support full; use teacher_topk or student_topk"
                 )
-        self._weights, self._needs = dict(weights), dict(needs)
+        self.weights, self._needs = dict(weights), dict(needs)
         self._meters: dict[str, Meter] = {}
 
     def score(
@@ -54,7 +54,7 @@ class SignalScorer:
             assert len(contexts) == len(judged) == len(prepared), "one context and one preparation an answer"
             chosen = [index for index, context in enumerate(contexts) if context is not None]
             requests = [_request(judged[index], contexts[index], prepared[index], need) for index in chosen]
-            scores = self._weights[name].scores(requests)  # also without requests: the passes of a sharded student are collective
+            scores = self.weights[name].scores(requests)  # also without requests: the passes of a sharded student are collective
             for index, request, one in zip(chosen, requests, scores, strict=True):
                 _check_coverage(name, request, one)
                 found[index][name] = one
@@ -67,7 +67,7 @@ class SignalScorer:
         """Heads of the signals with hidden states, good for the coming learner step."""
         heads = {}
         for name, need in self._needs.items():
-            make = self._weights[name].head
+            make = self.weights[name].head
             if need.hidden and make is not None:
                 heads[name] = make()
         return heads

@@ -62,3 +62,10 @@ def test_a_baseline_that_misses_gives_a_lower_bound_without_an_interval():
 def test_no_ratio_where_none_may_be_taken(arm, arm_learned, baseline_learned, why):
     found = ratio_to_baseline(arm, straight(10, 20), arm_learned=arm_learned, baseline_learned=baseline_learned)
     assert (found.value, found.why) == (None, why)
+
+
+def test_an_arm_that_spends_nothing_of_a_kind_has_no_ratio_there():
+    free = reach([[(0, 0.0), (0, 1.0)], [(0, 0.0), (0, 1.0)]], 0.5)
+    assert (free.typical, free.reached) == (None, 2)
+    found = ratio_to_baseline(free, straight(10, 20), arm_learned=True, baseline_learned=True)
+    assert (found.value, found.why) == (None, "no ratio: nothing of this kind was spent")

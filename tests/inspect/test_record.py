@@ -1,11 +1,12 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from fake_samples import WORDS, WordTokenizer, fake_contexts, fake_sample
 
-from opd.inspect.record import sample_record, write_samples
+from opd.inspect.record import Readers, sample_record, write_samples
 
 
 def decode(ids):
@@ -60,3 +61,33 @@ def test_texts_stay_out_of_the_table_when_told(tmp_path):
     samples = [fake_sample(n) for n in range(3)]
     assert write_samples(tmp_path / "step-000001.jsonl", 1, samples, tokenizer=WordTokenizer(), num_samples=8, texts_in_table=False) == []
     assert len((tmp_path / "step-000001.jsonl").read_text().splitlines()) == 3
+
+
+def test_readers_fill_in_what_the_step_did_not_need(tmp_path):
+    sample = fake_sample(1)
+    bare = replace(sample.scores["main"], ids=sample.scores["main"].ids[:, :1], logp=sample.scores["main"].logp[:, :1])
+    sample = replace(sample, scores={"main": bare}, prepared=None)
+    asked = []
+
+    def scorer(logp):
+        def scores(requests):
+            asked.extend(requests)
+            length = len(requests[0].completion_ids)
+            ids = torch.arange(3).expand(length, 3)
+            return [replace(bare, ids=ids, logp=torch.full((length, 3), logp), entropy=torch.full((length,), 0.5))]
+
+        return scores
+
+    readers = Readers(student=scorer(-1.0), teachers={"main": scorer(-2.0)})
+    write_samples(
+        tmp_path / "s.jsonl", 1, [sample], tokenizer=WordTokenizer(), num_samples=1, contexts=lambda judged: {"main": [(7, 8)]}, readers=readers
+    )
+    record = json.loads((tmp_path / "s.jsonl").read_text())
+    assert record["student_topk"][0] == [["(", -1.0], ["3", -1.0], ["+", -1.0]] and record["entropy"] == [0.5] * 18
+    assert record["signals"]["main"]["topk"][0] == [["(", -2.0], ["3", -2.0], ["+", -2.0]]
+    assert [request.context_ids for request in asked] == [sample.judged.prompt_ids, (7, 8)]
+    kept = fake_sample(1)
+    write_samples(
+        tmp_path / "k.jsonl", 1, [kept], tokenizer=WordTokenizer(), num_samples=1, contexts=lambda judged: {"main": [(7, 8)]}, readers=readers
+    )
+    assert len(asked) == 2  # the step had both lists already
