@@ -103,7 +103,13 @@ def run_opd(base: Path, steps: int) -> list[float]:
 def side(name: str, base: Path, steps: int) -> dict[str, float]:
     """One measured process."""
     command = [sys.executable, __file__, "--side", name, "--base", str(base), "--steps", str(steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(os.cpu_count()),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "DS_ACCELERATOR": "cpu",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=1800, check=False)
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr[-3000:]}")

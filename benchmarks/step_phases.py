@@ -1,6 +1,6 @@
 """Where a step's time goes, by phase, for three methods on the embedded task expr.
 
-    python benchmarks/step_phases.py               # -> benchmarks/results/step_phases.json, and a table
+python benchmarks/step_phases.py               # -> benchmarks/results/step_phases.json, and a table
 """
 
 import argparse

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,7 +40,10 @@ class StopRequest:
 
 @contextmanager
 def stop_signals(request: StopRequest) -> Iterator[None]:
-    """Route the three stop signals to `request` while the block runs (main thread only)."""
+    """Route the three stop signals to `request` while the block runs; in another thread than the main one nothing can be routed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, request.handle) for number in numbers}
     try:

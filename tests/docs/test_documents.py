@@ -61,7 +61,9 @@ def test_the_python_example_of_the_readme_runs(workplace: Path, monkeypatch):
     from opd.api import train
 
     def trained(recipe, overrides, **more):
-        return train(recipe, {**overrides, "steps": 2, "eval.num_problems": 0, "eval.final_problems": 0, "track.wandb": "disabled"}, quiet=True, **more)
+        return train(
+            recipe, {**overrides, "steps": 2, "eval.num_problems": 0, "eval.final_problems": 0, "track.wandb": "disabled"}, quiet=True, **more
+        )
 
     block = next(block for block in blocks(ROOT / "README.md", "python") if "opd.train" in block)
     space: dict = {}
@@ -92,4 +94,6 @@ def test_every_metric_of_a_run_is_documented(workplace: Path, monkeypatch):
         folder = train(f"recipes/runs/{recipe}.yaml", small, workplace / recipe, quiet=True)
         for name in next(read_lines(folder / "metrics.jsonl")):
             pattern = re.sub(r"(?<=/)(main|distill|policy|nll|answer|steps|rollout|views|prepare|teacher|join|learn|sync|step)\b", "<.*?>", name)
-            assert re.search(rf"`{pattern}`|`{re.escape(name)}`|{re.escape(name.removeprefix('seconds/'))}", text), f"{name} is not in docs/metrics.md"
+            assert re.search(rf"`{pattern}`|`{re.escape(name)}`|{re.escape(name.removeprefix('seconds/'))}", text), (
+                f"{name} is not in docs/metrics.md"
+            )

@@ -23,7 +23,17 @@ FLOORS = [  # lowest first; a module may import its own floor and below
 HOMES = {  # third-party package -> modules that may import it
     "triton": {"opd_kernels.row_kernels", "opd_kernels.triton"},
     "deepspeed": {"opd.learner.deepspeed"},
-    "transformers": {"opd.chat", "opd.build", "opd.pretrained", "opd.bpe", "opd.learner", "opd.tasks.tokenizer", "opd_rollout.torch_engine", "opd_rollout.backbone", "opd_rollout.cache"},
+    "transformers": {
+        "opd.chat",
+        "opd.build",
+        "opd.pretrained",
+        "opd.bpe",
+        "opd.learner",
+        "opd.tasks.tokenizer",
+        "opd_rollout.torch_engine",
+        "opd_rollout.backbone",
+        "opd_rollout.cache",
+    },
     "tokenizers": {"opd.bpe", "opd.tasks.tokenizer"},
     "peft": {"opd.build", "opd.learner"},
     "datasets": {"opd.prompts", "opd.compare.outside"},
