@@ -32,7 +32,7 @@ def test_world():
         targets = {TRUTH[place + exit_] for exit_ in EXITS}
         assert len(targets) == 3
         assert place not in targets
-    assert len(BELIEFS) == 15
+    assert len(BELIEFS) == 12
     assert all(values[0] == TRUTH[key] and len(set(values)) == 4 for key, values in BELIEFS.items())
 
 
