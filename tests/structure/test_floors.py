@@ -16,7 +16,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below
     {"opd_rollout"},
     {"opd.types", "opd.config", "opd.errors", "opd.choices"},
     {"opd.objective", "opd.credit", "opd.chat", "opd.views", "opd.verify", "opd.tasks", "opd.bpe"},
-    {"opd.teacher", "opd.learner", "opd.prompts", "opd.track", "opd.runfolder", "opd.live", "opd.randomness", "opd.pretrained"},
+    {"opd.accuracy", "opd.teacher", "opd.learner", "opd.prompts", "opd.track", "opd.runfolder", "opd.live", "opd.randomness", "opd.pretrained"},
     {"opd.loop", "opd.eval", "opd.source", "opd.run"},
     {"opd.cli", "opd.build", "opd.compare", "opd.inspect", "opd.api", "opd.overview", "opd.reference", "opd"},
 ]
