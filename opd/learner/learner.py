@@ -138,9 +138,8 @@ class PolicyLearner:
         self.version += 1
         found["updates/skipped"] = Meter(sum=float(len(reasons)), count=1.0)
         found["learner/token_budget"] = Meter(sum=float(self.token_budget), count=1.0)
-        seconds = {f"learn/{phase}": value for phase, value in self._seconds.items()}
-        skipped = "; ".join(sorted(set(reasons)))
-        return StepReport(step=self.version - 1, version=self.version, meters=found, seconds=seconds, skipped=skipped)
+        found |= {f"seconds/learn/{phase}": Meter(sum=value, count=1.0) for phase, value in self._seconds.items()}
+        return StepReport(step=self.version - 1, version=self.version, meters=found, skipped="; ".join(sorted(set(reasons))))
 
     def weights(self, version: int) -> WeightSource:
         """The student's weights for an engine, under Hugging Face names (see LearnerSettings.merge_adapters)."""
