@@ -1,0 +1,10 @@
+"""CPU table: cross-entropy of one label a token, forward and backward, fp32."""
+
+from harness import Sizes, main
+from systems import label_task
+
+FULL = (Sizes(tokens=2048, columns=32_000, hidden_size=512), Sizes(tokens=1024, columns=151_936, hidden_size=512))
+QUICK = (Sizes(tokens=48, columns=700, hidden_size=32, chosen=8),)
+
+if __name__ == "__main__":
+    main("cpu_label", label_task(gpu=False), FULL, QUICK, __file__)

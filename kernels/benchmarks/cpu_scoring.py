@@ -1,0 +1,10 @@
+"""CPU table: top-k scoring with tail and entropy, K = 32, against the matrix product alone."""
+
+from harness import Sizes, main
+from systems import scoring_task
+
+FULL = (Sizes(tokens=2048, columns=32_000, hidden_size=512), Sizes(tokens=1024, columns=151_936, hidden_size=512))
+QUICK = (Sizes(tokens=48, columns=700, hidden_size=32, chosen=8),)
+
+if __name__ == "__main__":
+    main("cpu_scoring", scoring_task(), FULL, QUICK, __file__)

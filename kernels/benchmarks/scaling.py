@@ -1,0 +1,92 @@
+"""Time and extra memory against N and V for the sparse task, and the plot of both.
+
+python kernels/benchmarks/scaling.py            # CPU; --device cuda on a GPU
+python kernels/benchmarks/scaling.py --quick    # tiny sizes: checks the script
+"""
+
+import argparse
+import functools
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from harness import RESULTS, Sizes, extra_bytes_in_child, measure, print_extra_bytes, report
+from systems import sparse_task
+
+BASE = {
+    "cpu": Sizes(tokens=1024, columns=32_000, hidden_size=512),
+    "cuda": Sizes(tokens=8192, columns=151_936, hidden_size=2048, chosen=64, dtype="bfloat16", device="cuda"),
+}
+GRID = {
+    "cpu": {"tokens": (256, 512, 1024, 2048, 4096), "columns": (8_000, 16_000, 32_000, 64_000, 151_936)},
+    "cuda": {"tokens": (1024, 4096, 8192, 16_384, 32_768), "columns": (32_000, 64_000, 128_256, 151_936, 256_000)},
+}
+TINY = {"tokens": (16, 32), "columns": (300, 600)}
+LABELS = {"tokens": "tokens N", "columns": "vocabulary V"}
+
+
+def tables(device: str, quick: bool, rounds: int) -> list[dict[str, Any]]:
+    base, grid = (Sizes(tokens=16, columns=300, hidden_size=16, chosen=4), TINY) if quick else (BASE[device], GRID[device])
+    task = sparse_task(gpu=device == "cuda")
+    memory_of = None if device == "cuda" else functools.partial(extra_bytes_in_child, __file__)
+    results = []
+    for axis, values in grid.items():
+        for value in values:
+            sizes = replace(base, **{axis: value})
+            rows = measure(task, sizes, memory_of, warmup=1, rounds=rounds)
+            results.append({"task": task.name, "axis": axis, "sizes": asdict(sizes), "rows": rows})
+    return results
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Four panels: seconds and extra memory, against tokens and against vocabulary."""
+    figure, panels = plt.subplots(2, 2, figsize=(10, 7), sharex="col")
+    for column, axis in enumerate(LABELS):
+        points = [table for table in results if table["axis"] == axis]
+        names = [row["system"] for row in points[0]["rows"]]
+        for name in names:
+            rows = [(table["sizes"][axis], row) for table in points for row in table["rows"] if row["system"] == name and "seconds" in row]
+            for line, (key, scale) in enumerate((("seconds", 1e3), ("extra_bytes", 1 / 2**20))):
+                panels[line, column].plot([x for x, _ in rows], [row[key] * scale for _, row in rows], marker="o", label=name)
+        panels[1, column].set_xlabel(LABELS[axis])
+    panels[0, 0].set_ylabel("forward and backward, ms")
+    panels[1, 0].set_ylabel("extra memory, MiB")
+    for panel in panels.flat:
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.grid(alpha=0.3)
+    panels[0, 0].legend()
+    figure.suptitle("sparse forward KL with tail: time and memory beyond inputs and gradients")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        print_extra_bytes(sparse_task(gpu=False), options.memory_of, Sizes(**json.loads(options.sizes)))
+        return
+    name = f"scaling_{options.device}" + ("_quick" if options.quick else "")
+    results = tables(options.device, options.quick, 1 if options.quick else options.rounds)
+    path = report(name, results, options.results)
+    plot(results, path.with_suffix(".png"))
+    print(f"plot in {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

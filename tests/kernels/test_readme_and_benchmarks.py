@@ -1,0 +1,34 @@
+"""The README's example runs as it stands; the benchmark scripts run, and what they compare computes the same thing."""
+
+import importlib
+import re
+from pathlib import Path
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+
+
+def test_the_example_trains():
+    blocks = re.findall(r"```python\n(.*?)```", (KERNELS / "README.md").read_text(), flags=re.DOTALL)
+    example = next(block for block in blocks if "Qwen3ForCausalLM" in block)
+    losses = []
+    names = {"losses": losses}
+    exec(compile(example.replace("    loss.backward()\n", "    loss.backward()\n    losses.append(loss.item())\n"), "README.md", "exec"), names)
+    assert len(losses) == 5 and losses[-1] < losses[0]
+    assert names["aux"]["kl"].shape == (24,)
+
+
+def test_every_table_runs_and_agrees_with_fp64(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(KERNELS / "benchmarks")
+    gpu, harness = importlib.import_module("gpu"), importlib.import_module("harness")
+    tables = gpu.tables(quick=True, device="cpu", rounds=1)
+    assert [table["task"] for table in tables] == [
+        "sparse forward KL with tail", "one label a token", "dense JSD between two heads", "top-k scoring with tail and entropy"
+    ]  # fmt: skip
+    rows = {(table["task"], row["system"]): row for table in tables for row in table["rows"]}
+    ours = {key: row for key, row in rows.items() if key[1] in ("composable", "fused", "ours_recompute", "ours_in_forward", "topk_logprobs")}
+    assert len(ours) == 7 and all("seconds" in row for row in ours.values()), ours
+    assert all(error < 1e-5 for row in ours.values() for error in row["errors"].values())
+    measured = [row for row in rows.values() if row.get("errors")]
+    assert all(row["errors"]["d_hidden"] < 1e-3 for row in measured)  # every system computes the same task
+    path = harness.report("check", tables, tmp_path)
+    assert '"machine"' in path.read_text()
