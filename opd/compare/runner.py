@@ -77,7 +77,6 @@ def read_results(jobs: Sequence[Job], reasons: Mapping[Path, str]) -> list[RunRe
     return results
 
 
-
 def _run(jobs: Sequence[Job], comparison: Comparison, functions: Functions, root: Path, view: ComparisonView, stop: StopRequest) -> list[Outcome]:
     outcomes = run_jobs(
         jobs,
