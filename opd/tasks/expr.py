@@ -14,6 +14,7 @@ from opd.types import Prompt, Verdict
 
 MODULUS = 7
 DIGITS = "0123456"
+NUM_BUCKETS = 8
 NUM_LEAVES = {"standard": (3, 4), "easy": (3, 3), "hard": (4, 5)}
 
 _OPERATION = r"[0-6][-+*][0-6]"
@@ -75,10 +76,7 @@ def prompts(split: str, seed: int, difficulty: str) -> Iterator[Prompt]:
     """The prompts of a split. Raises ValueError for unknown names."""
     check_split("expr", split, difficulty, tuple(NUM_LEAVES))
     rng = stream_rng("expr", split, seed, difficulty)
-    fewest, most = NUM_LEAVES[difficulty]
-    if split.startswith("pretrain"):
-        fewest = 2  # single operations, from which facts are learned much sooner
-    for question in questions_of(split, lambda source: draw_question(source, (fewest, most)), rng):
+    for question in questions_of(split, lambda source: draw_question(source, NUM_LEAVES[difficulty]), rng, NUM_BUCKETS):
         if split == "pretrain_base":
             shown, states = _demonstrate(question, rng)
             yield _prompt(shown, question, difficulty, {"demonstration": "=".join(states)})
@@ -162,4 +160,4 @@ def _fact_missed(state: str, written: str) -> str:
     return f"{operation}{TRUTH[operation]}" if operation else ""
 
 
-EXPR = Task(name="expr", prompts=prompts, verify=verify, characters=DIGITS + "+-*()=;" + HINT_CHARACTERS, difficulties=tuple(NUM_LEAVES))
+EXPR = Task(name="expr", prompts=prompts, verify=verify, characters=DIGITS + "+-*()=;" + HINT_CHARACTERS, difficulties=tuple(NUM_LEAVES), num_buckets=NUM_BUCKETS)

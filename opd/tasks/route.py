@@ -15,6 +15,7 @@ from opd.types import Prompt, Verdict
 
 PLACES = "abcdefghijklmnopqrstuvwx"
 EXITS = "123"
+NUM_BUCKETS = 6
 MAX_MOVES = 8
 NUM_MOVES = {"standard": (3, 5), "easy": (2, 4), "hard": (5, 7)}  # of the shortest walk
 
@@ -109,7 +110,7 @@ def prompts(split: str, seed: int, difficulty: str) -> Iterator[Prompt]:
         direct = split.startswith("pretrain") and source.random() < _DIRECT_SHARE
         return draw_question(source, (1, 4), 2) if direct else draw_question(source, NUM_MOVES[difficulty])
 
-    for question in questions_of(split, draw, rng):
+    for question in questions_of(split, draw, rng, NUM_BUCKETS):
         if split == "pretrain_base":
             shown, text = _demonstrate(question, rng)
             yield _prompt(shown, question, difficulty, {"demonstration": text})
@@ -238,5 +239,10 @@ def _next_exit(question: str, visited: str) -> str:
 
 
 ROUTE = Task(
-    name="route", prompts=prompts, verify=verify, characters=PLACES + EXITS + ">," + HINT_CHARACTERS, difficulties=tuple(NUM_MOVES)
+    name="route",
+    prompts=prompts,
+    verify=verify,
+    characters=PLACES + EXITS + ">," + HINT_CHARACTERS,
+    difficulties=tuple(NUM_MOVES),
+    num_buckets=NUM_BUCKETS,
 )

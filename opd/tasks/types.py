@@ -20,7 +20,6 @@ HINT_CHARACTERS = "FSAW\n"
 SPLITS = ("pretrain_base", "pretrain_teacher", "train", "dev", "test")
 NUM_HELD_OUT = 512
 _HELD_OUT_BUCKETS = {0: "dev", 1: "test"}
-_NUM_BUCKETS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +27,7 @@ class Task:
     """An embedded task. prompts(split, seed, difficulty): endless for training splits, finite and seedless for "dev" and "test".
 
     The pretrain splits carry hints["demonstration"], the text to learn, and may already show a hint. characters: the whole alphabet.
+    num_buckets: a num_buckets-th of all questions is kept for "dev", as many for "test".
     """
 
     name: str
@@ -35,21 +35,22 @@ class Task:
     verify: Verifier
     characters: str
     difficulties: tuple[str, ...]
+    num_buckets: int
 
 
-def bucket_of(question: str) -> str:
-    """The one split that may ever show this question: "train", "dev" or "test", a pure function of its text."""
+def bucket_of(question: str, num_buckets: int) -> str:
+    """The one split that may ever show this question, a pure function of its text: one bucket is "dev", one "test", the others "train"."""
     digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
-    return _HELD_OUT_BUCKETS.get(int.from_bytes(digest, "big") % _NUM_BUCKETS, "train")
+    return _HELD_OUT_BUCKETS.get(int.from_bytes(digest, "big") % num_buckets, "train")
 
 
-def questions_of(split: str, draw: Callable[[Random], str], rng: Random) -> Iterator[str]:
+def questions_of(split: str, draw: Callable[[Random], str], rng: Random, num_buckets: int) -> Iterator[str]:
     """Questions of a split's bucket: endless draws for training splits, NUM_HELD_OUT different ones for "dev" and "test"."""
     bucket = split if split in ("dev", "test") else "train"
     seen: set[str] = set()
     while bucket == "train" or len(seen) < NUM_HELD_OUT:
         question = draw(rng)
-        if bucket_of(question) == bucket and question not in seen:
+        if bucket_of(question, num_buckets) == bucket and question not in seen:
             if bucket != "train":
                 seen.add(question)
             yield question
