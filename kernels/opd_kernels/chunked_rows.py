@@ -14,8 +14,8 @@ from opd_kernels.dlogits import GradientSums, add_tile, dlogits_, gradient_sums
 from opd_kernels.placement import owned_ids, place
 from opd_kernels.precomputed import attach, needs_gradient
 from opd_kernels.products import Projection, Scratch, logits_into, projection
-from opd_kernels.running import accumulate, empty_sums
-from opd_kernels.selection import Upstream, coefficients, finalize
+from opd_kernels.running import MASKED, accumulate, accumulate_below, empty_sums
+from opd_kernels.selection import RunningSums, Upstream, coefficients, finalize
 from opd_kernels.tiling import chunk_rows, inner_columns, spans
 from opd_kernels.topk import RunningTopk, block_maxima
 from opd_kernels.types import LogitOptions, LossFn, SelectedLogprobs, TopkLogprobs, chunk_budget
@@ -67,20 +67,25 @@ def _score_chunk(head: Projection, chunks: RowChunks, k: int, always_include: Te
     for columns in spans(head.columns, chunks.columns):
         logits_into(x[:, columns], head, everyone, head.weight_tile(columns.start, columns.stop), columns.start)
         maxima.append(block_maxima(x[:, columns]))
-    _, ids = _topk_of_ranks(head, x, k, maxima)
-    if always_include is not None:
+    values, ids = _topk_of_ranks(head, x, k + 2, maxima)
+    largest_outside = values[:, k]
+    if always_include is None:
+        ids = ids[:, :k].contiguous()
+    else:
         included = always_include[:, None]
-        ids = torch.cat([included, torch.where(ids == included, -1, ids)], dim=1)
+        largest_outside = torch.where(ids[:, k] == always_include, values[:, k + 1], largest_outside)
+        ids = torch.cat([included, torch.where(ids[:, :k] == included, -1, ids[:, :k])], dim=1)
     owned = owned_ids(ids, head)
     row, slot = torch.nonzero(owned, as_tuple=True)
     column = ids[row, slot] - head.options.vocab_start
     selected = x.new_zeros(ids.shape)
     selected[row, slot] = x[row, column]
-    x[row, column] = float("-inf")
-    sums = empty_sums(tokens, x)
+    x[row, column] = MASKED
+    sums = RunningSums(m=largest_outside, l=x.new_zeros(tokens), t=x.new_zeros(tokens))
     for columns in spans(head.columns, chunks.columns):
         shape = (tokens, columns.stop - columns.start)
-        accumulate(x[:, columns], sums, chunks.tiles.view(0, *shape), chunks.tiles.view(1, *shape))
+        shifted, mass = chunks.tiles.view(0, *shape), chunks.tiles.view(1, *shape)
+        accumulate_below(x[:, columns], sums, shifted, mass, bounded=head.options.bias is None)
     logp, tail_logp, logz, entropy = finalize(collect_selected(selected, owned, group), ids, combine_sums(sums, group))
     return ids, logp, tail_logp, logz, entropy
 
@@ -165,9 +170,7 @@ def run_loss(
         leaves = {name: leaf.detach().requires_grad_(differentiate) for name, leaf in leaves.items()}
         loss, aux = loss_fn(replace(selected, **leaves), *extras)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
-        raise ValueError(
-            f"loss_fn returned a loss of shape {list(getattr(loss, 'shape', []))}; return the sum over the chunk, a scalar tensor"
-        )
+        raise ValueError(f"loss_fn returned a loss of shape {list(getattr(loss, 'shape', []))}; return the sum over the chunk, a scalar tensor")
     for name, value in aux.items():
         if value.dim() == 0 or value.shape[0] != selected.logz.shape[0]:
             raise ValueError(f"loss_fn's aux[{name!r}] has shape {list(value.shape)}; return one value a token")

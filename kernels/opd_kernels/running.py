@@ -5,6 +5,7 @@ from torch import Tensor
 
 from opd_kernels.selection import FLOOR, RunningSums
 
+MASKED = -1e30  # a column left out of sums with a known maximum: its exponential is 0, and 0 * MASKED is no NaN
 _NEG_INF = float("-inf")
 
 
@@ -36,3 +37,16 @@ def accumulate(x: Tensor, sums: RunningSums, shifted: Tensor, mass: Tensor | Non
         sums.l.mul_(decay).add_(mass.sum(dim=1))
         sums.t.add_(mass.mul_(shifted).sum(dim=1))
     sums.m.copy_(top)
+
+
+def accumulate_below(x: Tensor, sums: RunningSums, shifted: Tensor, mass: Tensor, *, bounded: bool) -> None:
+    """Adds the columns of x [C, cv] to sums.l and sums.t, in place, where sums.m is the maximum over all columns to come.
+
+    `bounded` promises that x holds no -inf.
+    """
+    torch.sub(x, torch.where(sums.m == _NEG_INF, 0.0, sums.m)[:, None], out=shifted)
+    if not bounded:
+        shifted.clamp_(min=MASKED)
+    torch.exp(shifted, out=mass)
+    sums.l.add_(mass.sum(dim=1))
+    sums.t.add_(mass.mul_(shifted).sum(dim=1))

@@ -1,7 +1,8 @@
 """Exact top-k of rows, descending, ties to the lowest id.
 
 A row's blocks of 64 columns are ranked by (maximum, lowest index first). Every element outside the first k blocks is beaten by one
-element in each of those k blocks, so only k * 64 columns are looked at; equal values are settled by keys that hold value and id.
+element in each of those k blocks, so only k * 64 columns are looked at; the same again with blocks of 8 among them. Equal values are
+settled by keys that hold value and id.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ from opd_kernels.distributed import gather_ranks
 from opd_kernels.tiling import spans
 
 BLOCK = 64
+FINE = 8
 _CANDIDATES_CPU = 1 << 18  # looked at together: what the caches hold
 _CANDIDATES_CUDA = 1 << 24
 _NEG_INF = float("-inf")
@@ -30,14 +32,30 @@ def topk_of(x: Tensor, k: int, block_max: Tensor | None = None) -> tuple[Tensor,
 
 def _topk_of_rows(x: Tensor, k: int, block_max: Tensor | None) -> tuple[Tensor, Tensor]:
     columns = x.shape[1]
-    blocks = -(-columns // BLOCK)
-    if blocks <= k or x.dtype == torch.float64:
+    if -(-columns // FINE) <= k or x.dtype == torch.float64:
         return merge(x, torch.arange(columns, device=x.device).expand_as(x), k)
-    block_max = block_maxima(x) if block_max is None else block_max
-    _, chosen = merge(block_max, torch.arange(blocks, device=x.device).expand_as(block_max), k)
-    ids = (chosen[:, :, None] * BLOCK + torch.arange(BLOCK, device=x.device)).flatten(1)
-    values = torch.where(ids < columns, x.gather(1, ids.clamp(max=columns - 1)), _NEG_INF)
-    return merge(values, torch.where(ids < columns, ids, _NO_ID), k)
+    blocks = -(-columns // BLOCK)
+    if blocks > k:
+        block_max = block_maxima(x) if block_max is None else block_max
+        _, chosen = merge(block_max, torch.arange(blocks, device=x.device).expand_as(block_max), k)
+        fine = _inside(chosen, BLOCK // FINE)
+    else:
+        fine = torch.arange(-(-columns // FINE), device=x.device).expand(x.shape[0], -1)
+    values, _ = _gather(x, _inside(fine, FINE))
+    _, chosen = merge(values.unflatten(1, (-1, FINE)).amax(dim=2), fine, k)
+    return merge(*_gather(x, _inside(chosen, FINE)), k)
+
+
+def _inside(blocks: Tensor, size: int) -> Tensor:
+    """[C, B * size] indices of what lies in blocks [C, B] of `size`."""
+    return (blocks[:, :, None] * size + torch.arange(size, device=blocks.device)).flatten(1)
+
+
+def _gather(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of x at ids, and the ids; those beyond the last column become the worst possible pair."""
+    columns = x.shape[1]
+    beyond = ids >= columns
+    return x.gather(1, ids.clamp(max=columns - 1)).masked_fill_(beyond, _NEG_INF), ids.masked_fill(beyond, _NO_ID)
 
 
 def block_maxima(x: Tensor) -> Tensor:
