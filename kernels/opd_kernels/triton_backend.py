@@ -35,6 +35,7 @@ from opd_kernels.triton_rows import (
     TileScratch,
     add_values,
     backward_shape,
+    kernels_on,
     padded,
     project,
     row_chunk,
@@ -82,7 +83,7 @@ class _Selected(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, options: LogitOptions, topk: int, tiles: Tiles
     ) -> tuple[Tensor | None, ...]:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with kernels_on(hidden):
             head = row_head(hidden, weight, replace(options, bias=bias))
             found = _select_all(head, ids, topk, tiles)
         ctx.save_for_backward(hidden, weight, bias, ids, found.logp, found.tail_logp, found.logz, found.entropy)
@@ -97,7 +98,7 @@ class _Selected(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, logp, tail_logp, logz, entropy = ctx.saved_tensors
         found = SelectedLogprobs(logp=logp, tail_logp=tail_logp, logz=logz, entropy=entropy)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with kernels_on(hidden):
             head = row_head(hidden, weight, replace(ctx.options, bias=bias))
             wanted = Upstream(logp=upstream[0], tail_logp=upstream[1], logz=upstream[2], entropy=upstream[3])
             sums = _backward_tiles(head, ids, _row_rule(head, wanted, ids, found), ctx.needs_input_grad[:3], ctx.tiles)
@@ -218,7 +219,7 @@ def fused_sparse_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See `opd_kernels.fused_sparse_loss`; loss_fn runs with autocast off."""
     needs = needs_gradient(hidden, weight, options.bias)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), kernels_on(hidden):
         head = row_head(hidden, weight, options)
         projection, columns, device = head.head, slice(0, options.valid_columns), ids.device
         chunk = row_chunk(head, 1, differentiate=any(needs))
@@ -250,7 +251,7 @@ def topk_logprobs(
     hidden: Tensor, weight: Tensor, k: int, *, always_include: Tensor | None, options: LogitOptions, tiles: Tiles = TILES
 ) -> TopkLogprobs:
     """See `opd_kernels.topk_logprobs`."""
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), kernels_on(hidden):
         head = row_head(hidden, weight, options)
         projection, columns = head.head, slice(0, options.valid_columns)
         chunk = row_chunk(head, 1, differentiate=False)

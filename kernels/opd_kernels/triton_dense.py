@@ -13,7 +13,7 @@ from opd_kernels.precomputed import attach, needs_gradient
 from opd_kernels.row_kernels import TILES, Tiles, row_sums
 from opd_kernels.tiling import spans
 from opd_kernels.triton_divergence import ProductTile, divergence_dz, divergence_rows
-from opd_kernels.triton_rows import RowHead, TileScratch, backward_shape, project, row_chunk, row_head, weight_block
+from opd_kernels.triton_rows import RowHead, TileScratch, backward_shape, kernels_on, project, row_chunk, row_head, weight_block
 from opd_kernels.types import Divergence, HeadInputs, LogitOptions
 
 
@@ -26,7 +26,7 @@ def dense_divergence(
         options = replace(student.options, bias=None)
         return _Dense.apply(hidden, weight, bias, options, teacher, divergence, tiles)
     needs = needs_gradient(hidden, weight, bias)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), kernels_on(hidden):
         heads = [row_head(side.hidden, side.weight, side.options) for side in (student, teacher)]
         sums = gradient_sums(heads[0].head, needs, torch.float32)
         value, _, _, _ = _dense_rows(heads, divergence, tiles, sums if any(needs) else None, token_weight)
@@ -48,7 +48,7 @@ class _Dense(torch.autograd.Function):
         divergence: Divergence,
         tiles: Tiles,
     ) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with kernels_on(hidden):
             heads = [row_head(hidden, weight, replace(options, bias=bias)), row_head(teacher.hidden, teacher.weight, teacher.options)]
             value, slope, logz_s, logz_t = _dense_rows(heads, divergence, tiles)
         ctx.save_for_backward(hidden, weight, bias, teacher.hidden, teacher.weight, teacher.options.bias, slope, logz_s, logz_t)
@@ -60,7 +60,7 @@ class _Dense(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, hidden_t, weight_t, bias_t, slope, logz_s, logz_t = ctx.saved_tensors
         options_s, options_t = ctx.options
-        with torch.autocast(hidden.device.type, enabled=False):
+        with kernels_on(hidden):
             student = row_head(hidden, weight, replace(options_s, bias=bias))
             heads = [student, row_head(hidden_t, weight_t, replace(options_t, bias=bias_t))]
             scale = upstream.float() * options_s.logit_scale * student.inverse_temperature

@@ -1,5 +1,7 @@
 """What the Triton backend does with a chunk of whole rows: products, chosen logits, sums over the rest, exact top-k; and its scratch."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +57,13 @@ def row_head(hidden: Tensor, weight: Tensor, options: LogitOptions) -> RowHead:
         bias=None if options.bias is None else options.bias.detach().float().contiguous(),
         gradient_dtype=hidden.dtype,
     )
+
+
+@contextlib.contextmanager
+def kernels_on(hidden: Tensor) -> Iterator[None]:
+    """Autocast off, and launches on the device of hidden, which need not be the current one."""
+    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
+        yield
 
 
 def padded(columns: int) -> int:
