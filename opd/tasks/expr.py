@@ -160,4 +160,11 @@ def _fact_missed(state: str, written: str) -> str:
     return f"{operation}{TRUTH[operation]}" if operation else ""
 
 
-EXPR = Task(name="expr", prompts=prompts, verify=verify, characters=DIGITS + "+-*()=;" + HINT_CHARACTERS, difficulties=tuple(NUM_LEAVES), num_buckets=NUM_BUCKETS)
+EXPR = Task(
+    name="expr",
+    prompts=prompts,
+    verify=verify,
+    characters=DIGITS + "+-*()=;" + HINT_CHARACTERS,
+    difficulties=tuple(NUM_LEAVES),
+    num_buckets=NUM_BUCKETS,
+)

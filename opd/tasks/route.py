@@ -94,9 +94,12 @@ def draw_question(rng: Random, num_moves: tuple[int, int], num_stops: int = 3) -
             return question
 
 
-def facts_hint(used: Sequence[str], world: Facts, rng: Random) -> str:
-    """The exits that a walk uses, each once, shuffled: f3m,a1f."""
-    shown = [key + world[key] for key in dict.fromkeys(used)]
+def facts_hint(used: Sequence[str], world: Facts, rng: Random, max_spare: int = 0) -> str:
+    """The exits that a walk uses, each once, and up to `max_spare` others, shuffled: f3m,a1f."""
+    keys = list(dict.fromkeys(used))
+    if max_spare:
+        keys += [key for key in rng.sample(sorted(TRUTH), rng.randint(0, max_spare)) if key not in keys]
+    shown = [key + world[key] for key in keys]
     rng.shuffle(shown)
     return ",".join(shown)
 
@@ -141,7 +144,7 @@ def _demonstrate(question: str, rng: Random) -> tuple[str, str]:
         text = walk(question, told, rng)
         if text is None or len(text) > 2 * MAX_MOVES:
             told, text = TRUTH, _true_walk(question, rng)
-        hint = text if kind == "solution" else facts_hint(exits_of(question, text), told, rng)
+        hint = text if kind == "solution" else facts_hint(exits_of(question, text), told, rng, max_spare=1)
         return with_hint(kind, hint, question), text
     if kind == "answer":
         text = _true_walk(question, rng)
