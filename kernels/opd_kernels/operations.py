@@ -132,9 +132,7 @@ def fused_sparse_loss(
         empty = _empty_selected(hidden, weight, bias, ids, tail=tail, entropy=entropy, student_topk=student_topk)
         _, aux = loss_fn(empty, *extras)
         return _connected_zero(hidden, weight, bias), {name: value.detach() for name, value in aux.items()}
-    return module.fused_sparse_loss(
-        hidden, weight, ids, loss_fn, extras, options=options, tail=tail, entropy=entropy, student_topk=student_topk
-    )
+    return module.fused_sparse_loss(hidden, weight, ids, loss_fn, extras, options=options, tail=tail, entropy=entropy, student_topk=student_topk)
 
 
 def topk_logprobs(
@@ -206,28 +204,16 @@ def dense_divergence(
     same, and the upstream gradient must be proportional to token_weight, as in (token_weight * D).sum(); backward raises otherwise.
     Heads with different numbers of rows need `vocab_size`. Log-probabilities below -1e4 count as -1e4.
     """
-    check_projection(hidden_s, weight_s, suffix="_s")
-    check_projection(hidden_t, weight_t, suffix="_t")
-    _check_pair(hidden_s, weight_s, hidden_t, weight_t, vocab_size)
-    sides = []
-    for suffix, hidden, weight, constants in (("_s", hidden_s, weight_s, constants_s), ("_t", hidden_t, weight_t, constants_t)):
-        options = check_options(
-            hidden,
-            weight,
-            constants,
-            temperature=temperature,
-            vocab_size=vocab_size,
-            process_group=process_group,
-            vocab_start=vocab_start,
-            chunk_bytes=chunk_bytes,
-            suffix=suffix,
-        )
-        sides.append(HeadInputs(hidden=hidden, weight=weight, options=options))
-    student, teacher = sides
-    if student.options.valid_columns != teacher.options.valid_columns:
-        raise ValueError(
-            f"weight_s has {weight_s.shape[0]} rows and weight_t {weight_t.shape[0]}; both must hold the {vocab_size} valid columns"
-        )
+    shared = {
+        "temperature": temperature,
+        "vocab_size": vocab_size,
+        "process_group": process_group,
+        "vocab_start": vocab_start,
+        "chunk_bytes": chunk_bytes,
+    }
+    student = _head_inputs("_s", hidden_s, weight_s, constants_s, shared)
+    teacher = _head_inputs("_t", hidden_t, weight_t, constants_t, shared)
+    _check_pair(student, teacher, vocab_size)
     if token_weight is not None:
         token_weight = check_token_tensor("token_weight", token_weight, hidden_s)
     torch_only = "elementwise divergences run on the torch backend" if divergence.name == "elementwise" else None
@@ -237,17 +223,24 @@ def dense_divergence(
     return module.dense_divergence(student, teacher, divergence, token_weight=token_weight)
 
 
-def _check_pair(hidden_s: Tensor, weight_s: Tensor, hidden_t: Tensor, weight_t: Tensor, vocab_size: int | None) -> None:
+def _head_inputs(suffix: str, hidden: Tensor, weight: Tensor, constants: HeadConstants, shared: dict[str, Any]) -> HeadInputs:
+    check_projection(hidden, weight, suffix=suffix)
+    return HeadInputs(hidden=hidden, weight=weight, options=check_options(hidden, weight, constants, suffix=suffix, **shared))
+
+
+def _check_pair(student: HeadInputs, teacher: HeadInputs, vocab_size: int | None) -> None:
+    hidden_s, hidden_t = student.hidden, teacher.hidden
     if hidden_s.shape[0] != hidden_t.shape[0]:
         raise ValueError(f"hidden_s has {hidden_s.shape[0]} tokens and hidden_t {hidden_t.shape[0]}; they must be the same tokens")
     if hidden_s.device != hidden_t.device:
         raise ValueError(f"hidden_s is on {hidden_s.device} and hidden_t on {hidden_t.device}; they must be on one device")
     if accumulation_dtype(hidden_s) != accumulation_dtype(hidden_t):
         raise ValueError(f"hidden_s is {hidden_s.dtype} and hidden_t {hidden_t.dtype}; fp64 needs both in fp64")
-    if vocab_size is None and weight_s.shape[0] != weight_t.shape[0]:
-        raise ValueError(
-            f"weight_s has {weight_s.shape[0]} rows and weight_t {weight_t.shape[0]}; pass vocab_size, the number of columns both mean"
-        )
+    rows_s, rows_t = student.weight.shape[0], teacher.weight.shape[0]
+    if vocab_size is None and rows_s != rows_t:
+        raise ValueError(f"weight_s has {rows_s} rows and weight_t {rows_t}; pass vocab_size, the number of columns both mean")
+    if student.options.valid_columns != teacher.options.valid_columns:
+        raise ValueError(f"weight_s has {rows_s} rows and weight_t {rows_t}; both must hold the {vocab_size} valid columns")
 
 
 def _total_columns(valid_columns: int, vocab_size: int | None, process_group: Any) -> int | None:

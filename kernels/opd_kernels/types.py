@@ -104,10 +104,13 @@ def accumulation_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def chunk_budget(options: LogitOptions, device: torch.device, *, whole_rows: bool) -> int:
-    """Scratch bytes of one operation: the given budget, or a default bounded by an eighth of the device's free memory."""
+    """Scratch bytes of one operation: the given budget, or a default bounded by an eighth of the device's free memory.
+
+    The default can differ from call to call on a nearly full GPU, and with it the last bits of results: give a budget where that matters.
+    """
     if options.chunk_bytes is not None:
         return options.chunk_bytes
     if device.type != "cuda":
         return (160 if whole_rows else 32) << 20
-    free_bytes, _ = torch.cuda.mem_get_info(device)
+    free_bytes = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min((2560 if whole_rows else 768) << 20, max(free_bytes // 8, 64 << 20))
