@@ -58,6 +58,7 @@ def render(summary: Summary, folder: Path) -> str:
         setup=setup(summary),
         changed={arm.name: changed_keys(arm, summary.reference) for arm in summary.arms},
         failures=failures(summary),
+        silent=[arm.label for arm in _trained(summary) if arm.finished and not arm.costs["generated tokens"]],
         primary=PRIMARY,
         greedy=GREEDY,
         k=max((arm.k for arm in summary.arms), default=0),

@@ -105,7 +105,7 @@ def _metrics(folder, arm, seed, lr, step, random, every, difficulty):
                 "version": step,
                 "loss/total": 0.5 * math.exp(-step / 40) + 0.02 * random.random(),
                 "accuracy/train": level,
-                "tokens/student": generated,
+                "tokens/student": 0 if arm == "sft" else generated,  # references are not generated
                 "tokens/teacher": teacher * generated,
                 "tokens/learner": generated,
                 "seconds/total": seconds * generated / 1_000,
