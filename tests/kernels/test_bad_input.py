@@ -1,5 +1,9 @@
 """Every mistake is a ValueError that names the argument, what it was and what it should be."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import opd_kernels
 import pytest
 import torch
@@ -127,3 +131,18 @@ def test_auto_takes_torch_on_the_cpu_and_says_why_once(caplog):
         names = {choose_backend("auto", HIDDEN).__name__ for _ in range(3)}
     assert names == {"opd_kernels.chunked"}
     assert len(caplog.messages) == 1 and caplog.messages[0].startswith("opd_kernels backend torch: ")
+
+
+def test_works_without_triton_and_without_the_rest_of_the_project():
+    """In a fresh process where `import triton` fails."""
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, opd_kernels\n"
+        "from opd_kernels import backends\n"
+        "backends._triton_installed = lambda: False\n"
+        "out = opd_kernels.selected_logprobs(torch.zeros(1, 2), torch.zeros(4, 2), torch.zeros(1, 1, dtype=torch.int64))\n"
+        "print(round(out.logp.exp().item(), 6), [name for name in sys.modules if name.split('.')[0] in ('opd', 'opd_rollout')])\n"
+    )
+    environment = {"PYTHONPATH": str(Path(opd_kernels.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, env=environment)
+    assert run.stdout == "0.25 []\n", run.stderr
