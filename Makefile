@@ -31,7 +31,7 @@ test-fast: $(VENV)/test ## the inner loop, under 3 minutes
 
 lint: $(VENV)/test ## ruff and pyright
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -92,7 +92,8 @@ def run_opd(base: Path, steps: int) -> list[float]:
             {
                 "model.path": str(base), "steps": steps, "rollout.prompts": BATCH, "group": 1, "sampling.max_tokens": NEW_TOKENS, "view": "facts",
                 "teacher": "frozen", "objective": [{"distill": "reverse_kl", "support": "full"}], "optimizer.lr": LEARNING_RATE,
-                "eval.num_problems": 0, "eval.final_problems": 0, "checkpoint.every": 0, "checkpoint.best": False, "track.wandb": "disabled", "track.samples_every": 0,
+                "eval.num_problems": 0, "eval.final_problems": 0,
+                "checkpoint.every": 0, "checkpoint.best": False, "track.wandb": "disabled", "track.samples_every": 0,
             },
             folder=Path(output) / "run",
         )  # fmt: skip
