@@ -6,9 +6,11 @@ from typing import Any
 __all__ = ["compare", "evaluate", "inspect", "train"]
 __version__ = "0.1.0"
 
+HOMES = {"train": "opd.api", "evaluate": "opd.api", "compare": "opd.reports", "inspect": "opd.reports"}
+
 
 def __getattr__(name: str) -> Any:
     """Load torch and transformers only when a run is asked for."""
-    if name in __all__:
-        return getattr(import_module("opd.api"), name)
+    if name in HOMES:
+        return getattr(import_module(HOMES[name]), name)
     raise AttributeError(f"module 'opd' has no attribute {name!r}")

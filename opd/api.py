@@ -1,4 +1,4 @@
-"""The commands as functions: train, compare, evaluate, inspect."""
+"""The commands that run a model, as functions: train, evaluate. `opd.reports` has those that read run folders."""
 
 import contextlib
 import json
@@ -17,13 +17,9 @@ from opd_rollout.types import GenerateRequest, Sampling
 
 from opd import chat
 from opd.build import Parts, build_parts, input_facts, open_sink
-from opd.compare.runner import compare as run_comparison
-from opd.compare.workers import Functions
 from opd.config import Recipe, load_recipe, parse_overrides, parse_recipe, recipe_hash
 from opd.eval import Codec, EvalResult, EvalSettings, decoding_name, write_evaluation
 from opd.eval import evaluate as evaluate_problems
-from opd.inspect.record import Readers, write_samples
-from opd.inspect.viewer import write_viewer
 from opd.live import LiveView, PhaseClock, Status, StopRequest, stop_signals
 from opd.loop import System
 from opd.loop import train as train_loop
@@ -32,6 +28,7 @@ from opd.run import Plan, TrainingRun
 from opd.runfolder import check_run, checkpoint_step, checkpoints, claimed, free_mebibytes, is_disk_full, open_run, read_lines, write_json
 from opd.types import Prompt
 from opd.verify import final_answer
+from opd.viewer.record import Readers, write_samples
 
 AUDIT_PROMPTS = 4
 
@@ -79,11 +76,6 @@ def train(
     return folder
 
 
-def compare(comparison: str, overrides: Sequence[str] | Mapping[str, Any] = (), *, quiet: bool = False) -> Path:
-    """Run what is missing of a comparison and write its report; returns the report's path."""
-    return run_comparison(comparison, overrides, functions=Functions(train=train_run, evaluate=evaluate_run), quiet=quiet)
-
-
 def train_run(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Path:
     """One run of a comparison: quiet, without W&B."""
     return train(recipe, {**overrides, "track.wandb": "disabled"}, folder, quiet=True)
@@ -122,14 +114,6 @@ def evaluate(model_or_run: str, overrides: Sequence[str] | Mapping[str, Any] = (
         )
     parts.learner.close()
     return rows
-
-
-def inspect(run: str) -> Path:
-    """Write the run's token viewer and return its path."""
-    folder = Path(run)
-    if not list((folder / "samples").glob("step-*.jsonl")):
-        raise ValueError(f"{folder} has no samples (samples/step-*.jsonl); is it a run folder, and did it reach track.samples_every steps?")
-    return write_viewer(folder)
 
 
 def run_folder(recipe: Recipe, reference: str) -> Path:

@@ -56,7 +56,7 @@ def _train(words: Sequence[str]) -> None:
 
 
 def _compare(words: Sequence[str]) -> None:
-    import_module("opd.api").compare(_name(words, "compare COMPARISON"), parse_overrides(words[1:]))
+    import_module("opd.reports").compare(_name(words, "compare COMPARISON"), parse_overrides(words[1:]))
 
 
 def _eval(words: Sequence[str]) -> None:
@@ -64,7 +64,7 @@ def _eval(words: Sequence[str]) -> None:
 
 
 def _inspect(words: Sequence[str]) -> None:
-    print(import_module("opd.api").inspect(_name(words, "inspect RUN")))
+    print(import_module("opd.reports").inspect(_name(words, "inspect RUN")))
 
 
 def _show(words: Sequence[str]) -> None:

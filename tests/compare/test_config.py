@@ -3,7 +3,7 @@ import json
 import fake_runs
 import pytest
 
-from opd.compare.config import UNLIMITED_STEPS, arm_overrides, arm_recipe, load_comparison, parse_comparison
+from opd.comparison.config import UNLIMITED_STEPS, arm_overrides, arm_recipe, load_comparison, parse_comparison
 
 MINIMAL = {"name": "x", "arms": {"grpo": {"recipe": "grpo"}}, "budget": {"steps": 5}}
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from opd.compare.outside import train_sft
-from opd.compare.results import GREEDY, PRIMARY, read_run
+from opd.comparison.outside import train_sft
+from opd.comparison.results import GREEDY, PRIMARY, read_run
 
 SMALL = {"steps": 12, "eval.every": 6, "eval.num_problems": 128, "eval.final_problems": 32, "eval.final_samples": 2}
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from opd.compare.reach import cost_to_reach, ratio_to_baseline, reach
+from opd.comparison.reach import cost_to_reach, ratio_to_baseline, reach
 
 
 def test_linear_between_evaluations():

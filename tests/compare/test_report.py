@@ -5,12 +5,12 @@ from html.parser import HTMLParser
 import fake_runs
 import pytest
 
-from opd.compare.config import load_comparison
-from opd.compare.jobs import choose, reported_jobs, tuning_jobs
-from opd.compare.report import write_report
-from opd.compare.results import GREEDY, PRIMARY, read_run
-from opd.compare.summary import COSTS, summarise
-from opd.compare.wording import TOKENS, amount, duration, points, ratio_text, reach_text, sentences
+from opd.comparison.config import load_comparison
+from opd.comparison.jobs import choose, reported_jobs, tuning_jobs
+from opd.comparison.report import write_report
+from opd.comparison.results import GREEDY, PRIMARY, read_run
+from opd.comparison.summary import COSTS, summarise
+from opd.comparison.wording import TOKENS, amount, duration, points, ratio_text, reach_text, sentences
 
 ARMS = ["base", "sft", "grpo", "opd", "opsd_ema", "opsd_live", "idle"]
 

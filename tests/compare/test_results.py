@@ -5,9 +5,9 @@ import fake_runs
 import numpy as np
 import pytest
 
-from opd.compare.config import load_comparison
-from opd.compare.jobs import choose, last_line, reported_jobs, tuning_jobs
-from opd.compare.results import GREEDY, PRIMARY, best_decoding, dev_score, difference, is_untrained, learning_curve, read_run, table
+from opd.comparison.config import load_comparison
+from opd.comparison.jobs import choose, last_line, reported_jobs, tuning_jobs
+from opd.comparison.results import GREEDY, PRIMARY, best_decoding, dev_score, difference, is_untrained, learning_curve, read_run, table
 
 
 def fabricate(folder, arm, seed=0, tokens=24_000, **overrides):

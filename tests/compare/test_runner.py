@@ -7,8 +7,8 @@ import time
 import fake_runs
 import pytest
 
-from opd.compare.runner import compare, rebuild
-from opd.compare.workers import Functions
+from opd.comparison.runner import compare, rebuild
+from opd.comparison.workers import Functions
 from opd.errors import Preempted
 from opd.runfolder import write_json
 
@@ -42,7 +42,7 @@ def test_a_comparison_runs_reuses_and_reports_failures(tmp_path, capsys):
 
 
 def json_comparison(path):
-    from opd.compare.config import load_comparison
+    from opd.comparison.config import load_comparison
 
     return load_comparison(str(path))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from opd.compare.statistics import crossed_bootstrap, detectable_difference, holm, seeds_to_resolve, two_way_interval, verdict
+from opd.comparison.statistics import crossed_bootstrap, detectable_difference, holm, seeds_to_resolve, two_way_interval, verdict
 
 
 def tables(random, simulations, seeds, problems, seed_spread, problem_spread, mean=0.1):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fake_samples import WORDS, WordTokenizer, fake_contexts, fake_sample
 
-from opd.inspect.record import Readers, sample_record, write_samples
+from opd.viewer.record import Readers, sample_record, write_samples
 
 
 def decode(ids):

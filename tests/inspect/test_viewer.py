@@ -6,8 +6,8 @@ import subprocess
 import pytest
 from fake_samples import WordTokenizer, fake_contexts, fake_sample
 
-from opd.inspect.record import write_samples
-from opd.inspect.viewer import write_viewer
+from opd.viewer.page import write_viewer
+from opd.viewer.record import write_samples
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below
     {"opd.objective", "opd.credit", "opd.chat", "opd.views", "opd.verify", "opd.tasks", "opd.bpe"},
     {"opd.accuracy", "opd.teacher", "opd.learner", "opd.prompts", "opd.track", "opd.runfolder", "opd.live", "opd.randomness", "opd.pretrained"},
     {"opd.loop", "opd.eval", "opd.source", "opd.run"},
-    {"opd.cli", "opd.build", "opd.compare", "opd.inspect", "opd.api", "opd.overview", "opd.reference", "opd"},
+    {"opd.cli", "opd.build", "opd.comparison", "opd.viewer", "opd.api", "opd.reports", "opd.overview", "opd.reference", "opd"},
 ]
 HOMES = {  # third-party package -> modules that may import it
     "triton": {"opd_kernels.row_kernels", "opd_kernels.triton"},
@@ -36,12 +36,12 @@ HOMES = {  # third-party package -> modules that may import it
     },
     "tokenizers": {"opd.bpe", "opd.tasks.tokenizer"},
     "peft": {"opd.build", "opd.learner"},
-    "datasets": {"opd.prompts", "opd.compare.outside"},
+    "datasets": {"opd.prompts", "opd.comparison.outside"},
     "math_verify": {"opd.verify.math"},
     "wandb": {"opd.track"},
-    "matplotlib": {"opd.compare", "opd.inspect"},
-    "jinja2": {"opd.compare", "opd.inspect"},
-    "trl": {"opd.compare.outside"},
+    "matplotlib": {"opd.comparison", "opd.viewer"},
+    "jinja2": {"opd.comparison", "opd.viewer"},
+    "trl": {"opd.comparison.outside"},
     "ray": {"opd_rollout.vllm", "opd_rollout.weight_sync", "opd.launch"},
     "vllm": {"opd_rollout.vllm", "opd_rollout.weight_sync", "opd.launch"},
 }

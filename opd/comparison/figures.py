@@ -6,9 +6,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from opd.compare.charts import Band, band
-from opd.compare.results import PRIMARY
-from opd.compare.summary import COSTS, Summary
+from opd.comparison.charts import Band, band
+from opd.comparison.results import PRIMARY
+from opd.comparison.summary import COSTS, Summary
 
 COLOURS = ("#2a78d6", "#eb6834", "#1baf7a", "#4a3aa7", "#e34948", "#008300", "#e87ba4", "#b97700")
 GREY = "#71716d"

@@ -4,10 +4,10 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from opd.compare.reach import Ratio, Reach
-from opd.compare.results import GREEDY, PRIMARY
-from opd.compare.statistics import Interval
-from opd.compare.summary import ArmSummary, Summary
+from opd.comparison.reach import Ratio, Reach
+from opd.comparison.results import GREEDY, PRIMARY
+from opd.comparison.statistics import Interval
+from opd.comparison.summary import ArmSummary, Summary
 
 MINUS = "\N{MINUS SIGN}"
 TOKENS = "generated tokens"

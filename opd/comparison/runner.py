@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from opd.compare.config import Comparison, load_comparison
-from opd.compare.jobs import Job, Tuned, choose, reported_jobs, tuning_jobs
-from opd.compare.progress import ComparisonView
-from opd.compare.report import write_report
-from opd.compare.results import RunResult, read_run
-from opd.compare.summary import summarise
-from opd.compare.table import print_table
-from opd.compare.workers import Functions, Outcome, run_jobs
+from opd.comparison.config import Comparison, load_comparison
+from opd.comparison.jobs import Job, Tuned, choose, reported_jobs, tuning_jobs
+from opd.comparison.progress import ComparisonView
+from opd.comparison.report import write_report
+from opd.comparison.results import RunResult, read_run
+from opd.comparison.summary import summarise
+from opd.comparison.table import print_table
+from opd.comparison.workers import Functions, Outcome, run_jobs
 from opd.errors import Preempted
 from opd.live import StopRequest, stop_signals
 from opd.runfolder import write_json

@@ -9,11 +9,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from opd.compare.reach import Ratio
-from opd.compare.results import GREEDY, PRIMARY
-from opd.compare.statistics import Interval
-from opd.compare.summary import COSTS, ArmSummary, Summary
-from opd.compare.wording import TOKENS, amount, percent, points, ratio_text, reach_text, sentences
+from opd.comparison.reach import Ratio
+from opd.comparison.results import GREEDY, PRIMARY
+from opd.comparison.statistics import Interval
+from opd.comparison.summary import COSTS, ArmSummary, Summary
+from opd.comparison.wording import TOKENS, amount, percent, points, ratio_text, reach_text, sentences
 
 
 def print_table(summary: Summary, report: Path, console: Console | None = None) -> None:

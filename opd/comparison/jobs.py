@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd.compare.config import Budget, Comparison, arm_overrides, arm_recipe
-from opd.compare.results import RunResult, dev_score, read_run
+from opd.comparison.config import Budget, Comparison, arm_overrides, arm_recipe
+from opd.comparison.results import RunResult, dev_score, read_run
 from opd.config import recipe_hash
 
 

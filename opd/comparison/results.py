@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from opd.accuracy import majority_vote, pass_at
-from opd.compare.statistics import Table
+from opd.comparison.statistics import Table
 from opd.runfolder import read_lines
 
 PRIMARY = "temperature 1.0"

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from opd.compare.config import Comparison
-from opd.compare.jobs import Tuned
-from opd.compare.reach import Ratio, Reach, ratio_to_baseline, reach
-from opd.compare.results import GREEDY, PRIMARY, CurvePoint, RunResult, best_decoding, difference, table
-from opd.compare.statistics import (
+from opd.comparison.config import Comparison
+from opd.comparison.jobs import Tuned
+from opd.comparison.reach import Ratio, Reach, ratio_to_baseline, reach
+from opd.comparison.results import GREEDY, PRIMARY, CurvePoint, RunResult, best_decoding, difference, table
+from opd.comparison.statistics import (
     Interval,
     Verdict,
     crossed_bootstrap,

@@ -7,8 +7,8 @@ from html import escape
 
 import numpy as np
 
-from opd.compare.results import CurvePoint
-from opd.compare.summary import ArmSummary, PairSummary
+from opd.comparison.results import CurvePoint
+from opd.comparison.summary import ArmSummary, PairSummary
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 300, 40, 14, 12, 46
 

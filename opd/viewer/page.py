@@ -41,4 +41,4 @@ def render(name: str, samples: list[dict[str, Any]], *, left_out: int = 0) -> st
     """The page as text. Model output is data: it is escaped in the page's JSON and set as text, never as markup."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     data = json.dumps(samples, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return environment.get_template("viewer.html.j2").render(name=name, data=Markup(data), left_out=left_out)
+    return environment.get_template("page.html.j2").render(name=name, data=Markup(data), left_out=left_out)

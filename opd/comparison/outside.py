@@ -1,6 +1,6 @@
 """An arm from outside: supervised fine-tuning by trl's SFTTrainer on the same base, prompts and examinations.
 
-In a comparison: `sft_trl: {recipe: recipes/runs/sft_expr.yaml, by: "opd.compare.outside:train_sft", set: {steps: 60}}`.
+In a comparison: `sft_trl: {recipe: recipes/runs/sft_expr.yaml, by: "opd.comparison.outside:train_sft", set: {steps: 60}}`.
 """
 
 import time

@@ -8,13 +8,13 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from opd.compare import wording
-from opd.compare.charts import band, interval_bar, line_chart
-from opd.compare.figures import write_figures
-from opd.compare.jobs import Tuned
-from opd.compare.results import GREEDY, PRIMARY, RunResult
-from opd.compare.summary import COSTS, ArmSummary, PairSummary, Summary
-from opd.compare.table import write_csv
+from opd.comparison import wording
+from opd.comparison.charts import band, interval_bar, line_chart
+from opd.comparison.figures import write_figures
+from opd.comparison.jobs import Tuned
+from opd.comparison.results import GREEDY, PRIMARY, RunResult
+from opd.comparison.summary import COSTS, ArmSummary, PairSummary, Summary
+from opd.comparison.table import write_csv
 from opd.config import differences
 
 NUM_STYLES = 8

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from opd.compare.jobs import Job, run_fraction
-from opd.compare.results import PRIMARY
-from opd.compare.workers import Outcome
+from opd.comparison.jobs import Job, run_fraction
+from opd.comparison.results import PRIMARY
+from opd.comparison.workers import Outcome
 from opd.runfolder import read_lines
 
 

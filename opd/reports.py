@@ -1,0 +1,23 @@
+"""The commands that read run folders, as functions: compare, inspect. Apart from `opd.api`, so that training loads no plotting library."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd.api import evaluate_run, train_run
+from opd.comparison.runner import compare as run_comparison
+from opd.comparison.workers import Functions
+from opd.viewer.page import write_viewer
+
+
+def compare(comparison: str, overrides: Sequence[str] | Mapping[str, Any] = (), *, quiet: bool = False) -> Path:
+    """Run what is missing of a comparison and write its report; returns the report's path."""
+    return run_comparison(comparison, overrides, functions=Functions(train=train_run, evaluate=evaluate_run), quiet=quiet)
+
+
+def inspect(run: str) -> Path:
+    """Write the run's token viewer and return its path."""
+    folder = Path(run)
+    if not list((folder / "samples").glob("step-*.jsonl")):
+        raise ValueError(f"{folder} has no samples (samples/step-*.jsonl); is it a run folder, and did it reach track.samples_every steps?")
+    return write_viewer(folder)
