@@ -106,6 +106,8 @@ class TrainingRun:
     def restore(self, s: System) -> int:
         """Load the newest complete checkpoint, if any, and drop records of later steps; returns the step to go on from."""
         found = checkpoints(self.folder)
+        for damaged in sorted(set((self.folder / "checkpoints").glob("step-*")) - set(found)):
+            self.view.say(f"{damaged} is incomplete and left out")
         step = self._load(found[-1], s) if found else 0
         evaluated = self.progress.evaluated_step
         keep_lines(self.folder / "metrics.jsonl", lambda row: row["step"] <= step and bool(found))

@@ -27,6 +27,7 @@ INPUTS = {  # what may not
     "learner": "the kind of learner",
 }
 LOCK = ".lock"
+FILES = "files.json"  # the sizes of a checkpoint's files
 LEFTOVERS = {LOCK, "status.json", "error.txt"}  # what a run that never started may have left in its folder
 
 
@@ -143,8 +144,7 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> P
     try:
         scratch.mkdir(parents=True)
         write(scratch)
-        for path in (*scratch.rglob("*"), scratch):
-            _to_disk(path)
+        write_json(scratch / FILES, {str(path.relative_to(scratch)): path.stat().st_size for path in scratch.rglob("*") if path.is_file()})
     except Exception as error:
         shutil.rmtree(scratch, ignore_errors=True)
         if is_disk_full(error):
@@ -156,7 +156,6 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> P
     if target.exists():
         remove_folder(target)
     scratch.replace(target)
-    _to_disk(parent)
     return target
 
 
@@ -166,14 +165,6 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     path.replace(scratch)
     shutil.rmtree(scratch)
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -189,8 +180,16 @@ def free_mebibytes(folder: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in (folder / "checkpoints").glob("step-*") if (path / "state.json").is_file())
+    """Complete checkpoints, oldest first. One whose files lost bytes (power cut, half a copy) does not count."""
+    return sorted(path for path in (folder / "checkpoints").glob("step-*") if _is_complete(path))
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        sizes = json.loads((path / FILES).read_text(encoding="utf-8"))
+        return all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, json.JSONDecodeError):
+        return False
 
 
 def checkpoint_step(path: Path) -> int:
