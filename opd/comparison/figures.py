@@ -44,7 +44,7 @@ def _curves(axes: Axes, bands: Sequence[tuple[int, Band]]) -> None:
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     if bands:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def _differences(summary: Summary, styles: dict[str, int]) -> Figure:
