@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-PACKAGED = (Path(__file__).parent / "_recipes", Path(__file__).parent.parent / "recipes")
+ROOT = Path(__file__).parent.parent
+PACKAGED = (ROOT / "opd_data/recipes", ROOT / "recipes")  # in an installed wheel; in a checkout
 SCHEMA_VERSION = 1
 
 
@@ -159,7 +160,7 @@ class Eval(_Frozen):
     samples: Positive = Field(default=1, description="answers a problem on the dev split at temperature 1")
     final_problems: NonNegative = Field(default=256, description="problems of the test split; 0: no final evaluation")
     final_samples: Positive = Field(default=4, description="answers a problem on the test split at each non-zero temperature")
-    temperatures: list[float] = Field(default=[1.0, 0.0], description="decodings of the final evaluation; 0 is greedy")
+    temperatures: list[Annotated[float, Field(ge=0)]] = Field(default=[1.0, 0.0], description="decodings of the final evaluation; 0 is greedy")
     before: bool = Field(default=True, description="evaluate the dev split before the first step")
 
 
@@ -276,10 +277,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
+        raise ValueError(f"{path}: not valid YAML: {_place(error)}{' '.join(str(getattr(error, 'problem', None) or error).split())}") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected a mapping of keys, found {type(loaded).__name__}")
     return loaded
+
+
+def _place(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

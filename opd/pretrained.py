@@ -19,15 +19,16 @@ transformers_logging.disable_progress_bar()
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError, SafetensorError)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 SAMPLED_BYTES = 1 << 20
 
 
 def find_model(path: str) -> str:
     """A folder here, a folder inside the package, or a hub name; ValueError when a local-looking path is not there."""
-    for candidate in (Path(path), *(root.parent / path for root in PACKAGED), *(root.parent / "_models" / Path(path).name for root in PACKAGED)):
+    for candidate in (Path(path), *(root.parent / path for root in PACKAGED)):
         if (candidate / "config.json").is_file():
             return str(candidate)
-    shelves = [root.parent / shelf for root in PACKAGED for shelf in ("models", "_models")]
+    shelves = [root.parent / "models" for root in PACKAGED]
     known = sorted({config.parent.name for shelf in shelves for config in shelf.glob("*/config.json")})
     if path.startswith((".", "/", "~", "models/", "runs/")) or path.count("/") > 1 or Path(path).exists():
         raise ValueError(
@@ -39,6 +40,8 @@ def find_model(path: str) -> str:
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The folder's tokenizer; one without a pad token pads with its end of sequence."""
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"model folder {path!r} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); save the tokenizer beside the weights")
     tokenizer = _from_pretrained(AutoTokenizer, path)
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
