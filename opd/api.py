@@ -16,7 +16,7 @@ from opd_rollout.sampling import request_seed
 from opd_rollout.types import GenerateRequest, Sampling
 
 from opd import chat
-from opd.build import Parts, build_parts, input_facts, open_sink
+from opd.build import Parts, build_parts, check_tracking, input_facts, open_sink
 from opd.config import Recipe, load_recipe, parse_overrides, parse_recipe, recipe_hash
 from opd.eval import Codec, EvalResult, EvalSettings, decoding_name, write_evaluation
 from opd.eval import evaluate as evaluate_problems
@@ -51,6 +51,7 @@ def train(
     check_run(folder, resolved)
     if finished(folder):
         return folder
+    check_tracking(resolved.track.wandb)
     status, stop = Status(folder / "status.json", resolved.steps), StopRequest(at_once=True)
     clock = PhaseClock(status, stop)
     with stop_signals(stop), contextlib.ExitStack() as held:
@@ -117,7 +118,9 @@ def evaluate(model_or_run: str, overrides: Sequence[str] | Mapping[str, Any] = (
 
 
 def run_folder(recipe: Recipe, reference: str) -> Path:
-    """runs/<name>, by default recipe-method-seed-hash."""
+    """runs/<name>, by default recipe-method-seed-hash. Raises ValueError for a name that leads out of runs/."""
+    if Path(recipe.name).is_absolute() or ".." in Path(recipe.name).parts:
+        raise ValueError(f"name={recipe.name}: a run lives under runs/; give a plain name, or one with folders like study/arm")
     return Path("runs") / (recipe.name or f"{Path(reference).stem}-{recipe.method or 'method'}-{recipe.seed}-{recipe_hash(recipe)}")
 
 

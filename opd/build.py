@@ -366,14 +366,26 @@ def source_settings(recipe: Recipe, room: int) -> SourceSettings:
     )  # fmt: skip
 
 
+def check_tracking(wanted: str) -> None:
+    """Raises ValueError for W&B without the package, or online without a key. "auto" needs neither."""
+    if wanted in ("online", "offline") and not find_spec("wandb"):
+        raise ValueError(f'track.wandb is {wanted}, but wandb is not installed: pip install "opd-train[train]", or set track.wandb=disabled')
+    if wanted == "online":
+        from opd.track import has_key
+
+        if not has_key():
+            raise ValueError("track.wandb is online, but nobody is logged in: run `wandb login`, set WANDB_API_KEY, or set track.wandb=offline")
+
+
 def open_sink(recipe: Recipe, folder: Path, run_id: str) -> Sink:
-    """W&B as the recipe says, or nothing."""
-    if recipe.track.wandb == "disabled":
+    """W&B as the recipe says, or nothing; "auto" without wandb installed is nothing."""
+    if recipe.track.wandb == "disabled" or not find_spec("wandb"):
         return NoSink()
     from opd.track import WandbSink, wandb_mode
 
-    config = recipe.model_dump(mode="json")
-    return WandbSink(folder=folder, project=recipe.track.project, name=folder.name, mode=wandb_mode(recipe.track.wandb), config=config, run_id=run_id)
+    mode, texts = wandb_mode(recipe.track.wandb), recipe.track.texts
+    config = recipe.model_dump(mode="json", exclude=None if texts else {"data": {"system"}})
+    return WandbSink(folder=folder, project=recipe.track.project, mode=mode, config=config, run_id=run_id, texts=texts)
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,13 +11,16 @@ import wandb
 
 
 class WandbSink:
-    """A W&B run with the same metric names as metrics.jsonl."""
+    """A W&B run with the same metric names as metrics.jsonl. texts: false keeps the working tree's changes out as well."""
 
-    def __init__(self, *, folder: Path, project: str, name: str, mode: str, config: Mapping[str, Any], run_id: str) -> None:
-        settings = wandb.Settings(silent=True, console="off", init_timeout=60)
-        self._run = wandb.init(
-            project=project, name=name, dir=str(folder), mode=mode, config=dict(config), id=run_id or None, resume="allow", settings=settings
-        )
+    def __init__(self, *, folder: Path, project: str, mode: str, config: Mapping[str, Any], run_id: str, texts: bool) -> None:
+        """Raises ValueError where W&B refuses to start."""
+        settings = wandb.Settings(silent=True, console="off", init_timeout=60, disable_git=not texts, x_disable_meta=not texts)
+        options: dict[str, Any] = {"id": run_id or None, "resume": "allow", "settings": settings}
+        try:
+            self._run = wandb.init(project=project, name=folder.name, dir=str(folder), mode=mode, config=dict(config), **options)
+        except wandb.errors.Error as error:
+            raise ValueError(f"W&B did not start: {error}; set track.wandb=offline (sync later) or disabled") from error
         self.run_id = self._run.id
 
     def log(self, row: Mapping[str, float], step: int) -> None:
@@ -34,7 +37,12 @@ def wandb_mode(wanted: str) -> str:
     """ "auto" becomes "online" where an API key is found without asking, else "offline"."""
     if wanted != "auto":
         return wanted
-    return "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"
+    return "online" if has_key() else "offline"
+
+
+def has_key() -> bool:
+    """Whether W&B could log in without asking: WANDB_API_KEY, or the login that `wandb login` has left in netrc."""
+    return bool(os.environ.get("WANDB_API_KEY")) or _netrc_has_key()
 
 
 def _netrc_has_key() -> bool:
