@@ -26,6 +26,7 @@ from opd.loop import train as train_loop
 from opd.randomness import seed_generators
 from opd.run import Plan, TrainingRun
 from opd.runfolder import check_run, checkpoint_step, checkpoints, claimed, free_mebibytes, is_disk_full, open_run, read_lines, write_json
+from opd.stages import read_stages
 from opd.types import Prompt
 from opd.verify import final_answer
 from opd.viewer.record import Readers, write_samples
@@ -41,12 +42,17 @@ def train(
     verifier: Callable[..., Any] | None = None,
     quiet: bool = False,
 ) -> Path:
-    """Run a recipe to its end, or go on where it stopped; returns the run folder.
+    """Run a recipe to its end, or go on where it stopped; returns the run folder (the last one's, for a file with stages).
 
     verifier: fn(prompt, text) -> Verdict, number or bool, in the place of data.verifier. Raises ValueError with the fix for a mistake in
     the input before any work starts, Preempted when asked to stop (the state is saved), TooManySkipped when updates keep being refused.
     """
-    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    stages = [recipe] if isinstance(recipe, Recipe) else read_stages(recipe, overrides)
+    if len(stages) > 1:
+        if folder:
+            raise ValueError(f"{recipe} has stages, each with a folder of its own: train it without `folder`")
+        return [train(stage, verifier=verifier, quiet=quiet) for stage in stages][-1]
+    [resolved] = stages
     folder = folder or run_folder(resolved, recipe if isinstance(recipe, str) else "recipe")
     check_run(folder, resolved)
     if finished(folder):

@@ -4,9 +4,10 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from opd.config import describe, find_recipe, load_recipe, parse_overrides
+from opd.config import describe, find_recipe, parse_overrides
 from opd.errors import Preempted, TooManySkipped
 from opd.overview import overview
+from opd.stages import read_stages
 
 USAGE = """usage: opd COMMAND [NAME] [key=value ...]
 
@@ -71,8 +72,9 @@ def _show(words: Sequence[str]) -> None:
     if not words:
         print(overview())
         return
-    recipe = load_recipe(words[0], words[1:])
-    print(f"# {find_recipe(words[0])} with every default filled in\n{describe(recipe)}", end="")
+    path = find_recipe(words[0])
+    for recipe in read_stages(words[0], words[1:]):
+        print(f"# {path}{' for ' + recipe.name if recipe.name else ''} with every default filled in\n{describe(recipe)}", end="")
 
 
 def _name(words: Sequence[str], form: str) -> str:
