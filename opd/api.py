@@ -20,6 +20,7 @@ from opd.build import Parts, build_parts, check_tracking, input_facts, open_sink
 from opd.config import Recipe, load_recipe, parse_overrides, parse_recipe, recipe_hash
 from opd.eval import Codec, EvalResult, EvalSettings, decoding_name, write_evaluation
 from opd.eval import evaluate as evaluate_problems
+from opd.learner.memory import is_out_of_memory
 from opd.live import LiveView, PhaseClock, Status, StopRequest, stop_signals
 from opd.loop import System
 from opd.loop import train as train_loop
@@ -109,10 +110,12 @@ def evaluate(model_or_run: str, overrides: Sequence[str] | Mapping[str, Any] = (
     """avg@k, pass@k and maj@k of a run's chosen model, or of a model folder on an embedded task (`data.task=...`); prints and returns the rows."""
     changes = parse_overrides(overrides)
     resolved = _eval_recipe(model_or_run, changes)
+    chosen = Path(model_or_run) / "chosen.json"
+    step = json.loads(chosen.read_text(encoding="utf-8"))["step"] if chosen.is_file() else 0
     parts = build_parts(resolved)
     rows = []
     for temperature in resolved.eval.temperatures:
-        result = examine(resolved, parts, parts.engine, "test", parts.problems.test, temperature, resolved.eval.final_samples, 0)
+        result = examine(resolved, parts, parts.engine, "test", parts.problems.test, temperature, resolved.eval.final_samples, step)
         row = dict(result.row)
         rows.append(row)
         print(
@@ -275,6 +278,11 @@ def _recording(folder: Path, run: TrainingRun, view: LiveView, status: Status) -
         with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
             status.write("failed", f"{type(error).__name__}: {error}")
             (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        if is_out_of_memory(error) and not isinstance(error, ValueError):
+            raise ValueError(
+                "out of memory outside of the learner's micro-batches: lower engine.token_budget (generation), learner.token_budget (teacher "
+                "passes) or sampling.max_tokens, and run the same command again from the last checkpoint (see error.txt)"
+            ) from error
         if is_disk_full(error) and not isinstance(error, ValueError):
             raise ValueError(
                 f"the disk is full ({free_mebibytes(folder)} MiB free at {folder}); the last good checkpoint stays. Free space and run the same "

@@ -54,6 +54,9 @@ def load_model(path: str, **options: Any) -> torch.nn.Module:
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(f"model {path!r} lacks {len(missing)} weights (first: {missing[0]}); the folder is incomplete: copy or export it again")
+    broken = [name for name, tensor in model.named_parameters() if not tensor.sum(dtype=torch.float32).isfinite()]
+    if broken:
+        raise ValueError(f"model {path!r} holds weights that are not finite (first: {broken[0]}); take an earlier checkpoint or copy it again")
     return model
 
 

@@ -23,7 +23,8 @@ def read_stages(reference: str, overrides: Sequence[str] | Mapping[str, Any] = (
     raw = read_yaml(path)
     if "stages" not in raw:
         return [load_recipe(reference, overrides)]
-    stages, changes = _checked(raw["stages"], str(reference)), parse_overrides(overrides)
+    changes = parse_overrides(overrides)
+    stages = _checked(changes.pop("stages", raw["stages"]), str(reference))
     own = [{key.split(".", 2)[2]: value for key, value in changes.items() if key.startswith(f"stages.{n}.")} for n in range(len(stages))]
     shared = {key: value for key, value in changes.items() if not key.startswith(tuple(f"stages.{n}." for n in range(len(stages))))}
     root = shared.pop("name", "") or raw.get("name") or _default_name(path.stem, raw, changes)

@@ -42,6 +42,8 @@ def loss_request(batch: MicroBatch, inputs: LossInputs) -> Callable[[Tensor, Hea
         loss, columns = compute(hidden_ND, view, batch, inputs)
         if not bool(torch.isfinite(loss)):
             return connected(hidden_ND, view) * torch.nan, columns
+        if torch.is_grad_enabled() and not loss.requires_grad:  # no term applies to any of these answers
+            loss = loss + connected(hidden_ND[:0], view)
         return loss, columns
 
     return request

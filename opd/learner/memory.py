@@ -12,7 +12,7 @@ class OutOfMemory(ValueError):
     """Memory does not suffice, and smaller micro-batches cannot help here."""
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a device or on the host."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
