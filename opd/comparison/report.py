@@ -106,7 +106,7 @@ def forest(summary: Summary) -> list[tuple[ArmSummary, PairSummary, Markup]]:
     """Every arm's difference to the baseline with its interval drawn on one common axis."""
     pairs = [(arm, pair) for arm in summary.arms if (pair := summary.pair(arm.name, summary.reference.name)) is not None]
     ends = [abs(bound) for _, pair in pairs for bound in (pair.interval.low, pair.interval.high) if abs(bound) < 2]
-    return [(arm, pair, Markup(interval_bar(pair, max(ends, default=1.0) * 1.05))) for arm, pair in pairs]
+    return [(arm, pair, Markup(interval_bar(pair, max([*ends, 0.01]) * 1.05))) for arm, pair in pairs]
 
 
 def setup(summary: Summary) -> list[tuple[str, str]]:

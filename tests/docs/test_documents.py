@@ -93,7 +93,7 @@ def test_every_metric_of_a_run_is_documented(workplace: Path, monkeypatch):
     for recipe in ("opsd_expr", "hybrid_expr", "sft_expr"):
         folder = train(f"recipes/runs/{recipe}.yaml", small, workplace / recipe, quiet=True)
         for name in next(read_lines(folder / "metrics.jsonl")):
-            pattern = re.sub(r"(?<=/)(main|distill|policy|nll|answer|steps|rollout|views|prepare|teacher|join|learn|sync|step)\b", "<.*?>", name)
+            pattern = re.sub(r"(?<=/)(main|distill|policy|nll|answer|steps|rollout|views|prepare|teacher|join|learn|sync|step)(?=\b|_)", "<.*?>", name)
             assert re.search(rf"`{pattern}`|`{re.escape(name)}`|{re.escape(name.removeprefix('seconds/'))}", text), (
                 f"{name} is not in docs/metrics.md"
             )
