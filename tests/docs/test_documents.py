@@ -18,6 +18,7 @@ SHORTER = {  # what makes a command of the documents short enough for a test; it
     "eval": ["eval.final_problems=8", "eval.final_samples=2"],
     "compare": ["seeds=[0]", "eval.num_problems=8", "eval.final_problems=8", "budget.generated_tokens=300", "workers=1"],
 }
+OWN_NAMES = "main|distill|policy|nll|answer|steps|rollout|views|prepare|teacher|join|learn|sync|step"  # of signals, terms, parts and phases
 NEEDS_MORE = ("make ", "pip install", "python kernels/benchmarks", "python benchmarks", "opd compare recipes/compare")  # make test is this test
 
 
@@ -93,7 +94,7 @@ def test_every_metric_of_a_run_is_documented(workplace: Path, monkeypatch):
     for recipe in ("opsd_expr", "hybrid_expr", "sft_expr"):
         folder = train(f"recipes/runs/{recipe}.yaml", small, workplace / recipe, quiet=True)
         for name in next(read_lines(folder / "metrics.jsonl")):
-            pattern = re.sub(r"(?<=/)(main|distill|policy|nll|answer|steps|rollout|views|prepare|teacher|join|learn|sync|step)(?=\b|_)", "<.*?>", name)
+            pattern = re.sub(rf"(?<=/)({OWN_NAMES})(?=\b|_)", "<.*?>", name)
             assert re.search(rf"`{pattern}`|`{re.escape(name)}`|{re.escape(name.removeprefix('seconds/'))}", text), (
                 f"{name} is not in docs/metrics.md"
             )
