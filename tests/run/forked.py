@@ -72,7 +72,9 @@ def _run(folder: str, words: tuple[str, ...], fault: Fault | None) -> None:
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     if fault is not None:
         install(fault)
-    sys.exit(main(words))
+    status = main(words)
+    Path("modules").write_text(" ".join(sys.modules))
+    sys.exit(status)
 
 
 def install(fault: Fault) -> None:
