@@ -3,7 +3,6 @@
 A method file (`recipes/methods/`) and a run file (`recipes/runs/`) share this tree; a run names its method and its own keys win.
 """
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from opd.choices import nearest
 
 ROOT = Path(__file__).parent.parent
 PACKAGED = (ROOT / "opd_data/recipes", ROOT / "recipes")  # in an installed wheel; in a checkout
@@ -368,12 +369,6 @@ def _fields_at(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
     return list(getattr(current, "model_fields", {}))
 
 
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """' (did you mean X?)' when something close exists, else ''."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -397,7 +392,6 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str =
     return found
 
 
-def describe(recipe: BaseModel, indent: int = 0) -> str:
+def describe(recipe: BaseModel) -> str:
     """The recipe as YAML with every default filled in."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    return "".join(" " * indent + line for line in text.splitlines(keepends=True))
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from opd.config import Recipe, explain, find_recipe, load_recipe, merge, nearest, parse_overrides, read_yaml
+from opd.choices import nearest
+from opd.config import Recipe, explain, find_recipe, load_recipe, merge, parse_overrides, read_yaml
 
 UNLIMITED_STEPS = 1_000_000  # under a budget of tokens or seconds, steps do not stop a run
 
