@@ -56,7 +56,7 @@ def recipe_file(folder: Path, **keys) -> str:
     return str(path)
 
 
-def opd_process(folder: Path, *words: str, fault: Fault | None = None, timeout: float = 120.0) -> tuple[int, str]:
+def opd_process(folder: Path, *words: str, fault: Fault | None = None, timeout: float = 600.0) -> tuple[int, str]:
     """(exit status, stderr) of `opd WORDS` in `folder`."""
     process = CONTEXT.Process(target=_run, args=(str(folder), words, fault))
     process.start()

@@ -76,7 +76,7 @@ def test_offline_runs_keep_names_table_config_and_id_over_a_kill(tmp_path):
             if isinstance(value, float):
                 assert logged[name] == pytest.approx(value), name
     assert "eval/dev" in history[4] and history[4]["samples/_type"] == "table-file"
-    [table] = (tmp_path / "runs/r/wandb").glob("*/files/media/table/samples_4_*.table.json")
+    [table] = (tmp_path / "runs/r/wandb").glob("offline-run*/files/media/table/samples_4_*.table.json")
     table = json.loads(table.read_text())
     assert table["columns"] == ["prompt", "completion", "reward", "correct", "finish"] and table["data"][0][0].startswith("zebra")
     assert second[1]["optimizer"]["lr"] == 1e-4 and second[1]["data"]["system"] == "You are a walrus."
