@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import shutil
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -57,31 +58,39 @@ def train(
     folder = folder or run_folder(resolved, recipe if isinstance(recipe, str) else "recipe")
     check_run(folder, resolved)
     if finished(folder):
+        if not quiet:
+            print(f"{folder} is finished: nothing to do", file=sys.stderr)
         return folder
     check_tracking(resolved.track.wandb)
-    status, stop = Status(folder / "status.json", resolved.steps), StopRequest(at_once=True)
+    _train_in(folder, resolved, verifier, quiet)
+    return folder
+
+
+def _train_in(folder: Path, recipe: Recipe, verifier: Callable[..., Any] | None, quiet: bool) -> None:
+    """Build, check, then run; up to `open_run` nothing is written."""
+    status, stop = Status(folder / "status.json", recipe.steps), StopRequest(at_once=True)
     clock = PhaseClock(status, stop)
     with stop_signals(stop), contextlib.ExitStack() as held:
         existed = folder.is_dir()
         if existed:
             held.enter_context(claimed(folder))
-        seed_generators(resolved.seed)
-        parts = build_parts(resolved, verifier=verifier, check=clock.check)
+        seed_generators(recipe.seed)
+        parts = build_parts(recipe, verifier=verifier, check=clock.check)
         held.callback(parts.learner.close)
-        open_run(folder, resolved, facts(resolved, parts))
+        view = LiveView(folder.name, recipe.steps, quiet=quiet)
+        held.callback(view.close)
+        audit_engine(recipe, parts, view)
+        open_run(folder, recipe, facts(recipe, parts))
         if not existed:
             held.enter_context(claimed(folder))
-        view = LiveView(folder.name, resolved.steps, quiet=quiet)
-        run = make_run(resolved, folder, parts, status, view)
+        run = make_run(recipe, folder, parts, status, view)
         stop.at_once = False
         with _recording(folder, run, view, status):
             system = make_system(parts, clock)
-            audit_engine(resolved, parts, view)
-            reason = train_loop(system, run, resolved.steps)
-            report_final(resolved, folder, parts, run, system)
+            reason = train_loop(system, run, recipe.steps)
+            report_final(recipe, folder, parts, run, system)
             status.write("finished", reason)
             view.say(f"{folder}: {reason}")
-    return folder
 
 
 def train_run(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Path:

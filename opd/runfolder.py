@@ -35,7 +35,7 @@ def check_run(folder: Path, recipe: Recipe) -> None:
     """Raises ValueError, with the difference, for a folder that holds another recipe's run or no run at all."""
     resolved = folder / "resolved.json"
     if not resolved.is_file():
-        if folder.exists() and (not folder.is_dir() or any(path.name not in LEFTOVERS for path in folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(path.name not in LEFTOVERS and not _is_scratch(path) for path in folder.iterdir())):
             raise ValueError(f"{folder} exists and is no run folder (it has no resolved.json). Give this run another name (name=...).")
         return
     before, dumped = json.loads(resolved.read_text(encoding="utf-8"))["recipe"], recipe.model_dump(mode="json")
@@ -63,14 +63,23 @@ def open_run(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
             )
 
 
+def _is_scratch(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """The folder is this process's alone while inside. Raises ValueError where another process that still lives works in it."""
+    """The folder is this process's alone while inside; what killed writers left half done is removed.
+
+    Raises ValueError where another process that still lives works in it.
+    """
     with (folder / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is working in {folder} (see its status.json); wait for it, or stop it first") from None
+        for path in filter(_is_scratch, folder.iterdir()):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
 
 

@@ -96,6 +96,7 @@ class MathVerifier:
             stderr=subprocess.DEVNULL,
             env=environment,
             bufsize=0,
+            start_new_session=True,  # Ctrl-C in a terminal is for the run, not for its child
         )
         self._child, self._owner = child, os.getpid()
         self._close = weakref.finalize(self, _end, child, os.getpid())

@@ -13,7 +13,7 @@ RECIPE = {
     "method": "hybrid",
     "data": {"task": "expr", "verifier": {"fn": "tests.run.forked:coin"}},
     "group": 4,
-    "steps": 20,
+    "steps": 22,
     "teacher": {"ema": {"rate": 0.3}},
     "optimizer": {"lr": 1e-2, "schedule": "cosine", "warmup_steps": 2},
     "eval": {"every": 3, "num_problems": 4, "final_problems": 4, "final_samples": 2},
@@ -31,6 +31,8 @@ CHAIN = [  # every process goes on from the newest checkpoint; visits are counte
     Fault(phase="learn", visit=2),
     Fault(phase="checkpoint", visit=1, where="middle"),
     Fault(phase="evaluate", visit=1, number=SIGTERM, where="start"),  # of step 3, which is saved; its evaluation is made up for
+    Fault(phase="teacher", visit=2, number=SIGTERM, where="start"),  # the average is in the student's place: it must not be saved as such
+    Fault(phase="prepare", visit=1, number=SIGUSR1, where="start"),
     Fault(phase="sync", visit=3),
     Fault(phase="evaluate", visit=2),
     Fault(phase="learn", visit=2, number=SIGINT, where="start"),
@@ -82,7 +84,7 @@ def test_killed_and_stopped_in_every_phase_the_run_ends_bitwise_as_if_it_had_not
     whole, broken = tmp_path / "runs/whole", tmp_path / "runs/broken"
     for name in ("metrics.jsonl", "eval.jsonl"):
         assert without_times(broken / name) == without_times(whole / name)
-    assert len(without_times(whole / "metrics.jsonl")) == 20
+    assert len(without_times(whole / "metrics.jsonl")) == 22
     assert len({row["reward/mean"] for row in without_times(whole / "metrics.jsonl")}) > 3  # the coin fell both ways
     assert same(saved(broken), saved(whole))
     for pattern in ("samples/*", "generations/*", "model/*", "chosen.json"):
