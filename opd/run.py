@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,8 +126,9 @@ class TrainingRun:
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             s.learner.load(folder / "learner")
-        except (OSError, RuntimeError, EOFError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"checkpoint {folder} cannot be read ({error}); delete that folder to resume from the one before it") from error
+        except (OSError, RuntimeError, EOFError, KeyError, AssertionError, pickle.UnpicklingError, json.JSONDecodeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"checkpoint {folder} cannot be read ({reason}); delete that folder to resume from the one before it") from error
         s.source.load_state(state["source"])
         s.last.update(state["last"])
         self.progress = Progress(**state["progress"])

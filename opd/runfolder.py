@@ -19,7 +19,8 @@ from typing import Any
 from opd.config import Recipe, differences
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "triton", "wandb", "datasets", "math-verify", "opd-train")
-RESULT_KEYS = {"name", "track"}  # what may change between a run and its rerun
+MAY_CHANGE = ("name", "track", "checkpoint.every", "checkpoint.keep", "engine.token_budget", "learner.token_budget", "learner.chunk_bytes")
+"""Keys that a rerun may set differently: they decide what is kept and what fits into memory, not what is learned."""
 INPUTS = {  # what may not
     "data_hash": "the data",
     "model_hash": "the model that it started from, or its teacher",
@@ -38,12 +39,15 @@ def check_run(folder: Path, recipe: Recipe) -> None:
         if folder.exists() and (not folder.is_dir() or any(path.name not in LEFTOVERS and not _is_scratch(path) for path in folder.iterdir())):
             raise ValueError(f"{folder} exists and is no run folder (it has no resolved.json). Give this run another name (name=...).")
         return
-    before, dumped = json.loads(resolved.read_text(encoding="utf-8"))["recipe"], recipe.model_dump(mode="json")
-    changed = differences({k: v for k, v in before.items() if k not in RESULT_KEYS}, {k: v for k, v in dumped.items() if k not in RESULT_KEYS})
+    changed = [change for change in _changes(resolved, recipe) if not change.startswith(MAY_CHANGE)]
     if changed:
         raise ValueError(
             f"{folder} holds a run of another recipe: {'; '.join(changed)}. Give this one its own name (name=...) or delete that folder."
         )
+
+
+def _changes(resolved: Path, recipe: Recipe) -> list[str]:
+    return differences(json.loads(resolved.read_text(encoding="utf-8"))["recipe"], recipe.model_dump(mode="json"))
 
 
 def open_run(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
@@ -61,6 +65,8 @@ def open_run(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
                 f"{folder} cannot go on: {what} changed since the run began ({key}: {before[key]} -> {facts[key]}). "
                 "Put it back, or give a new run its own name (name=...)."
             )
+    if (changed := _changes(resolved, recipe)) != before.get("changed_on_resume", []):
+        write_json(resolved, {**before, "changed_on_resume": changed})
 
 
 def _is_scratch(path: Path) -> bool:
@@ -159,7 +165,7 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> P
         if is_disk_full(error):
             raise ValueError(
                 f"the disk is full: checkpoint of step {step} was not written ({free_mebibytes(folder)} MiB free at {parent}); the last good one "
-                "stays. Free space, or set checkpoint.keep=1, and run the same command again."
+                "stays. Free space (checkpoint.keep=1 needs less), and run the same command again."
             ) from error
         raise
     if target.exists():

@@ -173,7 +173,8 @@ class PolicyLearner:
         self._updater.load(folder)
         if self._shadow is not None:
             self._shadow.tensors = state["ema"]
-        self.version, self._updates, self.token_budget = state["version"], state["updates"], state["token_budget"]
+        self.version, self._updates = state["version"], state["updates"]
+        self.token_budget = min(self.token_budget, state["token_budget"])  # halved before, or lowered by the recipe since
         _set_random_state(torch.load(folder / f"random-{self._updater.rank}.pt", weights_only=True))
 
     def export(self, folder: Path) -> None:

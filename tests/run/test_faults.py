@@ -285,6 +285,19 @@ def test_another_recipe_in_the_same_folder_is_refused_with_the_difference_and_no
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_what_fits_into_memory_and_what_is_kept_may_change_on_a_resume(run):
+    count = once(lambda: os.kill(os.getpid(), signal.SIGTERM), after=16 * 3 + 1)
+    BEHAVIOUR["verdict"] = lambda text: float(count() % 2)
+    assert run()[0] == 0 and status_of()["state"] == "preempted"
+    status, _ = run("learner.token_budget=100", "checkpoint.keep=1", "checkpoint.best=false", "checkpoint.every=1")
+    assert status == 2  # which checkpoint is the result is not a matter of memory
+    status, said = run("learner.token_budget=100", "checkpoint.keep=1", "checkpoint.every=1")
+    assert status == 0 and "resumed after step 3" in said and saved_steps() == [6]
+    assert [row["learner/token_budget"] for row in metrics()] == [16384] * 3 + [100] * 3
+    with open("runs/r/resolved.json") as file:
+        assert "learner.token_budget: 16384 -> 100" in json.load(file)["changed_on_resume"]
+
+
 def test_a_folder_that_is_no_run_is_left_alone(run, tmp_path):
     (tmp_path / "runs/r").mkdir(parents=True)
     (tmp_path / "runs/r/thesis.tex").write_text("chapter 1")
@@ -304,6 +317,17 @@ def test_data_that_changed_under_a_run_are_refused(run, tmp_path):
     assert status == 2 and "the data changed since the run began" in said
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     assert run(*words)[0] == 0 and status_of()["state"] == "finished"
+
+
+@pytest.mark.parametrize("kind", ["torch", "deepspeed"])
+def test_a_checkpoint_that_cannot_be_read_is_refused_rather_than_started_anew(run, tmp_path, kind):
+    assert run(f"learner.kind={kind}", "steps=2")[0] == 0
+    os.remove("runs/r/status.json")
+    folder = tmp_path / "runs/r/checkpoints/step-000002"
+    for path in (folder / "learner").rglob("*.pt"):
+        path.write_bytes(path.read_bytes()[:100].ljust(path.stat().st_size, b"?"))  # the size is right, the content is not
+    status, said = run(f"learner.kind={kind}", "steps=2")
+    assert status == 2 and "step-000002 cannot be read" in said and "delete that folder" in said and len(metrics()) == 2
 
 
 def test_a_damaged_checkpoint_is_left_out(run):
