@@ -21,7 +21,7 @@ from opd.config import Recipe, recipe_hash
 from opd.learner.torch_learner import torch_learner
 from opd.learner.types import Learner, LearnerSettings, OptimizerSettings
 from opd.objective import Objective, Setting, build_objective
-from opd.prompts import PromptStream, check_lengths, read_prompts, shuffled_stream, split_prompts, task_prompts, task_stream
+from opd.prompts import PromptStream, check_dataset_hint, check_lengths, read_prompts, shuffled_stream, split_prompts, task_prompts, task_stream
 from opd.run import NoSink, Sink
 from opd.source import Codec, RolloutSource, SourceSettings, parse_source
 from opd.tasks import HINT_TEMPLATES, TASKS
@@ -88,15 +88,16 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     room_for_views = min([room, *(room_for_prompts(teacher, recipe.sampling.max_tokens, f"signals.{n}") for n, teacher in teachers.items())])
     frozen = [name for name, (kind, _) in choices.items() if kind == "frozen"]
     teachers |= {name: frozen_copy(model) for name in frozen if recipe.model.lora is None}
+    spoken = frozen_copy(model) if is_sharded(recipe) else model  # a sharded student cannot speak: the engine needs a copy
     if recipe.model.lora:
         add_adapters(model, recipe)
     learner, vocab_size = make_learner(recipe, model, tokenizer, ema_rate(choices)), len(tokenizer)
     engine = TorchEngine(
-        model, pad_id=pad_id(tokenizer), token_budget=recipe.engine.token_budget, chunk_bytes=recipe.learner.chunk_bytes, vocab_size=vocab_size
+        spoken, pad_id=pad_id(tokenizer), token_budget=recipe.engine.token_budget, chunk_bytes=recipe.learner.chunk_bytes, vocab_size=vocab_size
     )
     stop_ids = chat.stop_ids(tokenizer, model.generation_config)
     verify = problems.verify if check is None else checked(problems.verify, check)
-    for module in (model, *teachers.values()) if check is not None else ():
+    for module in {model, spoken, *teachers.values()} if check is not None else ():
         module.get_decoder().register_forward_pre_hook(check)
     codec = Codec(encode=encode, tokenize=partial(chat.tokenize, tokenizer), decode=partial(chat.decode, tokenizer), end=stop_ids[0])
     source = RolloutSource(engine, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room))
@@ -133,6 +134,11 @@ def room_for_prompts(model: torch.nn.Module, max_tokens: int, whose: str) -> int
     if room <= 0:
         raise ValueError(f"sampling.max_tokens={max_tokens} leaves no room for a prompt: {whose} has {positions} positions; lower it")
     return room
+
+
+def is_sharded(recipe: Recipe) -> bool:
+    """Whether the learner keeps the student's weights in pieces (ZeRO 3)."""
+    return recipe.learner.zero_stage == 3 and learner_kind(recipe) == "deepspeed"
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -189,17 +195,6 @@ def load_problems(recipe: Recipe, verifier: Callable[..., Any] | None) -> Proble
         corpus=lambda: [m["content"] for p in prompts for m in p.messages] + [h for p in prompts for h in p.hints.values()],
         suite=Path(data.path).stem,
     )
-
-
-def check_dataset_hint(prompts: Sequence[Prompt], hint: str) -> None:
-    """Raises ValueError when the data lacks the answers that rollout.source wants to learn from."""
-    lacking = [prompt for prompt in prompts if not prompt.hints.get(hint)]
-    if lacking:
-        have = ", ".join(sorted({name for prompt in prompts for name in prompt.hints})) or "none"
-        raise ValueError(
-            f"rollout.source learns from {hint!r}, which {len(lacking)} of {len(prompts)} records lack (first: {lacking[0].id!r}); texts in the "
-            f"data: {have}. Name the column with data.columns, e.g. {{{hint}: COLUMN}}, or choose another text"
-        )
 
 
 def student_path(recipe: Recipe) -> str:
@@ -259,7 +254,7 @@ def make_learner(recipe: Recipe, model: torch.nn.Module, tokenizer: PreTrainedTo
     settings = LearnerSettings(
         temperature=recipe.sampling.temperature, token_budget=le.token_budget, packed=le.packed, pad_id=pad_id(tokenizer),
         chunk_bytes=le.chunk_bytes, minibatches=updates.minibatches, epochs=updates.epochs, ema_rate=rate,
-        gradient_checkpointing=recipe.model.gradient_checkpointing,
+        gradient_checkpointing=recipe.model.gradient_checkpointing, merge_adapters=is_sharded(recipe),
     )  # fmt: skip
     vocab_size = len(tokenizer)
     if learner_kind(recipe) == "torch":

@@ -138,6 +138,17 @@ def check_lengths(prompts: Sequence[Prompt], encode: Callable[[Prompt], Sequence
         )
 
 
+def check_dataset_hint(prompts: Sequence[Prompt], hint: str) -> None:
+    """Raises ValueError when the data lacks the answers that rollout.source wants to learn from."""
+    lacking = [prompt for prompt in prompts if not prompt.hints.get(hint)]
+    if lacking:
+        have = ", ".join(sorted({name for prompt in prompts for name in prompt.hints})) or "none"
+        raise ValueError(
+            f"rollout.source learns from {hint!r}, which {len(lacking)} of {len(prompts)} records lack (first: {lacking[0].id!r}); texts in the "
+            f"data: {have}. Name the column with data.columns, e.g. {{{hint}: COLUMN}}, or choose another text"
+        )
+
+
 def _epoch(prompts: Sequence[Prompt], seed: int, epoch: int) -> Iterator[Prompt]:
     order = list(range(len(prompts)))
     random.Random(f"{seed}/{epoch}").shuffle(order)

@@ -1,0 +1,109 @@
+"""Every method file trains on both learners, and the same again across a request to stop and a resume."""
+
+import json
+import os
+import signal
+import zlib
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import opd
+from opd.errors import Preempted
+from opd.overview import recipe_files
+from opd.pretrained import new_config
+from opd.tasks import TASKS
+from opd.tasks.tokenizer import character_tokenizer
+
+torch.set_num_threads(1)
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+SMALL = {"sdpo": {"objective.0.support.student_topk.k": 5}, "hybrid": {"objective.1.support.student_topk.k": 5}}
+JUDGED = []
+
+
+def by_text(prompt, text):
+    """Half of all texts are right; after `stop_after` verdicts somebody asks the run to stop."""
+    JUDGED.append(text)
+    if len(JUDGED) == by_text.stop_after:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return zlib.crc32(text.encode()) % 2 == 0
+
+
+by_text.stop_after = 0
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = character_tokenizer(TASKS["expr"].characters)
+    for name, seed in (("base", 0), ("teacher", 1)):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(new_config(SHAPE, tokenizer)).save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    return tmp_path
+
+
+def train(method, name, **changes):
+    recipe = {
+        "method": method,
+        "model": {"path": "base"},
+        "data": {"task": "expr"},
+        "rollout": {"prompts": 2},
+        "sampling": {"max_tokens": 8},
+        "steps": 3,
+        "optimizer": {"lr": 1e-2},
+        "eval": {"every": 0, "num_problems": 0, "final_problems": 0},
+        "track": {"wandb": "disabled"},
+    }
+    with open("recipe.yaml", "w") as file:
+        yaml.safe_dump(recipe, file)
+    with open(os.path.join(os.path.dirname(opd.__file__), "..", "recipes/methods", f"{method}.yaml")) as file:
+        external = "external" in str(yaml.safe_load(file).get("teacher"))
+    words = {**SMALL.get(method, {}), **({"teacher": {"external": {"path": "teacher"}}} if external else {}), **changes, "name": name}
+    return opd.train("recipe.yaml", words, verifier=by_text, quiet=True)
+
+
+def metrics(folder):
+    with open(folder / "metrics.jsonl") as file:
+        rows = [json.loads(line) for line in file]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "rate/"))} for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["torch", "deepspeed"])
+@pytest.mark.parametrize("method", [path.stem for path in recipe_files("methods")])
+def test_a_method_trains_and_resumes_bitwise(here, method, kind):
+    JUDGED.clear()
+    by_text.stop_after = 0
+    whole = train(method, "whole", **{"learner.kind": kind})
+    by_text.stop_after = len(JUDGED) + len(JUDGED) // 2
+    with pytest.raises(Preempted, match="SIGTERM"):
+        train(method, "broken", **{"learner.kind": kind})
+    by_text.stop_after = 0
+    broken = train(method, "broken", **{"learner.kind": kind})
+    assert metrics(broken) == metrics(whole) and len(metrics(whole)) == 3
+    base, first, second = (load_file(f"{folder}/model.safetensors") for folder in ("base", whole / "model", broken / "model"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(base[name], first[name]) for name in base)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "lora"),
+    [(1, "float32", None), (2, "bfloat16", None), (3, "float32", None), (3, "bfloat16", None), (3, "float32", {"rank": 2})],
+)
+def test_zero_stages_train_and_resume_bitwise_on_one_rank(here, stage, dtype, lora):
+    changes = {"learner.kind": "deepspeed", "learner.zero_stage": stage, "model.dtype": dtype, "model.lora": lora, "teacher": {"ema": {"rate": 0.3}}}
+    JUDGED.clear()
+    by_text.stop_after = 0
+    whole = train("opsd", "whole", **changes)
+    by_text.stop_after = len(JUDGED) + len(JUDGED) // 2
+    with pytest.raises(Preempted, match="SIGTERM"):
+        train("opsd", "broken", **changes)
+    by_text.stop_after = 0
+    assert metrics(train("opsd", "broken", **changes)) == metrics(whole)
+    gaps = [row["engine_gap_nats"] for row in metrics(whole)]
+    assert max(gaps) < (1e-5 if dtype == "float32" else 0.02)  # the engine speaks with the learner's weights, also after updates
