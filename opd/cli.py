@@ -1,5 +1,6 @@
 """The command line: one positional, dotted overrides, no flags."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -36,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         COMMANDS[words[0]](words[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `opd show | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         print(f"opd: {error}", file=sys.stderr)
         return 2
