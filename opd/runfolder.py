@@ -84,6 +84,8 @@ def claimed(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is working in {folder} (see its status.json); wait for it, or stop it first") from None
+        except OSError:  # a file system without locks: nobody can tell
+            pass
         for path in filter(_is_scratch, folder.iterdir()):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
