@@ -18,7 +18,7 @@ from opd_rollout.types import GenerateRequest, Sampling
 
 from opd import chat
 from opd.build import Parts, build_parts, check_tracking, input_facts, open_sink
-from opd.config import Recipe, load_recipe, parse_overrides, parse_recipe, recipe_hash
+from opd.config import load_recipe, parse_overrides, parse_recipe, recipe_hash
 from opd.eval import Codec, EvalResult, EvalSettings, decoding_name, write_evaluation
 from opd.eval import evaluate as evaluate_problems
 from opd.learner.memory import is_out_of_memory
@@ -26,6 +26,7 @@ from opd.live import LiveView, PhaseClock, Status, StopRequest, stop_signals
 from opd.loop import System
 from opd.loop import train as train_loop
 from opd.randomness import seed_generators
+from opd.recipe import Recipe
 from opd.run import Plan, TrainingRun
 from opd.runfolder import check_run, checkpoint_step, checkpoints, claimed, free_mebibytes, is_disk_full, open_run, read_lines, write_json
 from opd.stages import read_stages

@@ -1,52 +1,35 @@
 """From a recipe to a running system: the only module that knows every concrete class."""
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from opd_rollout.torch_engine import TorchEngine
 from opd_rollout.types import Sampling
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from opd import chat, pretrained
-from opd.bpe import train_byte_bpe
-from opd.config import Recipe, recipe_hash
+from opd.config import recipe_hash
 from opd.learner.torch_learner import torch_learner
 from opd.learner.types import Learner, LearnerSettings, OptimizerSettings
 from opd.objective import Objective, Setting, build_objective
-from opd.prompts import PromptStream, check_dataset_hint, check_lengths, read_prompts, shuffled_stream, split_prompts, task_prompts, task_stream
+from opd.problems import Problems, load_problems
+from opd.prompts import check_dataset_hint, check_lengths
+from opd.recipe import Recipe
 from opd.run import NoSink, Sink
 from opd.source import Codec, RolloutSource, SourceSettings, parse_source
-from opd.tasks import HINT_TEMPLATES, TASKS
-from opd.tasks.tokenizer import character_tokenizer
+from opd.student import external_model, load_model, load_tokenizer, pad_id, room_for_prompts, student_path
 from opd.teacher.local import LocalTeacher, frozen_copy
 from opd.teacher.score import SignalScorer, Weights
 from opd.types import Prompt, Verdict, Verifier
-from opd.verify import as_verifier, make_verifier
-from opd.views import TEMPLATES, SignalViews, check_hints, resolve_view
+from opd.views import SignalViews, check_hints, resolve_view
 
 CHECKED_PROMPTS = 32  # of an endless stream, before the run starts; a file is checked whole
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problems:
-    """What the student trains on and is examined on, and who judges. train: all of a file, the first ones of an endless stream."""
-
-    stream: PromptStream
-    train: Sequence[Prompt]
-    dev: Sequence[Prompt]
-    test: Sequence[Prompt]
-    verify: Verifier
-    templates: Mapping[str, str]
-    corpus: Callable[[], Sequence[str]]
-    suite: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,23 +110,9 @@ def checked(verify: Verifier, check: Callable[[], None]) -> Verifier:
     return asked
 
 
-def room_for_prompts(model: torch.nn.Module, max_tokens: int, whose: str) -> int:
-    """Tokens that a model leaves for a prompt. Raises ValueError where there are none."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = 1 << 30 if positions is None else positions - max_tokens
-    if room <= 0:
-        raise ValueError(f"sampling.max_tokens={max_tokens} leaves no room for a prompt: {whose} has {positions} positions; lower it")
-    return room
-
-
 def is_sharded(recipe: Recipe) -> bool:
     """Whether the learner keeps the student's weights in pieces (ZeRO 3)."""
     return recipe.learner.zero_stage == 3 and learner_kind(recipe) == "deepspeed"
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills short rows; never read, so any id serves."""
-    return next((number for number in (tokenizer.pad_token_id, tokenizer.eos_token_id) if number is not None), 0)
 
 
 def objective_of(recipe: Recipe) -> Objective:
@@ -151,88 +120,6 @@ def objective_of(recipe: Recipe) -> Objective:
     share, _hint = parse_source(recipe.rollout.source)
     source = "student" if share == 1 else "dataset" if share == 0 else "mixed"
     return build_objective(recipe.objective, Setting(signals=tuple(recipe.signals), group=recipe.group, source=source))
-
-
-def load_problems(recipe: Recipe, verifier: Callable[..., Any] | None) -> Problems:
-    """Prompts and verifier: an embedded task, or a JSONL file with held-out lines."""
-    data, ev = recipe.data, recipe.eval
-    if bool(data.task) == bool(data.path):
-        raise ValueError("data: give either task (embedded: " + ", ".join(sorted(TASKS)) + ") or path (a JSONL file)")
-    choice = data.verifier if data.verifier != "auto" else ("task" if data.task else "math")
-    verify = as_verifier(verifier) if verifier else make_verifier(choice)
-    if data.task:
-        task = TASKS.get(data.task)
-        level = data.difficulty
-        stream = task_stream(data.task, data.split, recipe.seed, level)
-        assert task is not None
-        return Problems(
-            stream=stream,
-            train=list(islice(task.prompts(data.split, recipe.seed, level or task.difficulties[0]), CHECKED_PROMPTS)),
-            dev=task_prompts(data.task, "dev", ev.num_problems, difficulty=level),
-            test=task_prompts(data.task, "test", ev.final_problems, difficulty=level),
-            verify=verify,
-            templates=HINT_TEMPLATES,
-            corpus=lambda: [task.characters],
-            suite=data.task,
-        )
-    gold = None if verifier or not isinstance(choice, str) else verify
-    prompts = read_prompts(data.path, columns=data.columns, system=data.system, verify=gold)
-    held_out = ev.num_problems + ev.final_problems
-    if data.eval_path:
-        exam = read_prompts(data.eval_path, columns=data.columns, system=data.system, verify=gold)[:held_out]
-    elif held_out:
-        prompts, exam = split_prompts(prompts, min(held_out, max(2, len(prompts) // 5)))
-    else:
-        exam = []
-    num_dev = min(ev.num_problems, len(exam) // 2 if ev.final_problems else len(exam))
-    return Problems(
-        stream=shuffled_stream(prompts, recipe.seed),
-        train=prompts,
-        dev=exam[:num_dev],
-        test=exam[num_dev : num_dev + ev.final_problems],
-        verify=verify,
-        templates=TEMPLATES,
-        corpus=lambda: [m["content"] for p in prompts for m in p.messages] + [h for p in prompts for h in p.hints.values()],
-        suite=Path(data.path).stem,
-    )
-
-
-def student_path(recipe: Recipe) -> str:
-    """Where the student's weights come from: `init` (a run's last or best model) or model.path; "" for a new model."""
-    if not recipe.init:
-        return pretrained.find_model(recipe.model.path) if recipe.model.path else ""
-    folder = Path(recipe.init)
-    status = folder / "status.json"
-    if not status.is_file():
-        raise ValueError(f"init: {folder} is no run folder (no status.json)")
-    if (state := json.loads(status.read_text())["state"]) != "finished":
-        raise ValueError(f"init: run {folder} is {state}; finish it first (opd train with its recipe resumes it)")
-    return pretrained.find_model(str(folder / "model"))
-
-
-def load_tokenizer(recipe: Recipe, problems: Problems) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; for a new model a character tokenizer (embedded task) or a byte-level BPE trained on the data."""
-    path = student_path(recipe)
-    if path:
-        return pretrained.load_tokenizer(path)
-    if recipe.data.task:
-        return character_tokenizer(problems.corpus()[0])
-    return train_byte_bpe(problems.corpus(), recipe.model.vocabulary)
-
-
-def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
-    """The student in its dtype; random weights are drawn from the recipe's seed."""
-    path, m = student_path(recipe), recipe.model
-    options: dict[str, Any] = {"dtype": getattr(torch, m.dtype), "attn_implementation": m.attention}
-    if path and m.init == "pretrained":
-        model = pretrained.load_model(path, **options)
-    else:
-        config = pretrained.load_config(path) if path else pretrained.new_config(m.shape, tokenizer)
-        model = pretrained.new_model(config, recipe.seed, **options)
-    if not path:
-        model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    pretrained.check_rows(model, len(tokenizer), path or "model.shape")
-    return model
 
 
 def add_adapters(model: torch.nn.Module, recipe: Recipe) -> None:
@@ -313,15 +200,6 @@ def make_teacher(kind: str, recipe: Recipe, learner: Learner, module: torch.nn.M
         vocab_size=vocab_size,
     )  # fmt: skip
     return Weights(scores=teacher.scores, head=teacher.head)
-
-
-def external_model(path: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, name: str) -> torch.nn.Module:
-    """Another model as teacher. Raises ValueError unless its tokenizer gives the student's ids (heads may be padded differently)."""
-    found = pretrained.find_model(path)
-    pretrained.check_same_tokens(tokenizer.get_vocab(), pretrained.load_tokenizer(found).get_vocab(), path)
-    model = pretrained.load_model(found, dtype=getattr(torch, recipe.model.dtype), attn_implementation=recipe.model.attention)
-    pretrained.check_rows(model, len(tokenizer), f"signals.{name}: teacher {path!r}")
-    return model
 
 
 def input_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from opd.config import Recipe, find_recipe, load_recipe, read_yaml
+from opd.config import find_recipe, load_recipe, read_yaml
 from opd.overview import recipe_files
+from opd.recipe import Recipe
 
 
 def recipe_reference() -> str:
@@ -20,7 +21,7 @@ def recipe_reference() -> str:
     lines = [
         "# Recipe reference",
         "",
-        "Generated from the types in `opd/config.py` by `python -m opd.reference`. `opd show RECIPE` prints a recipe with every default filled in.",
+        "Generated from the types in `opd/recipe.py` by `python -m opd.reference`. `opd show RECIPE` prints a recipe with every default filled in.",
         "",
     ]
     pending: list[tuple[str, type[BaseModel]]] = [("", Recipe)]

@@ -16,7 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from opd.config import Recipe, differences
+from opd.config import differences
+from opd.recipe import Recipe
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "triton", "wandb", "datasets", "math-verify", "opd-train")
 MAY_CHANGE = ("name", "track", "checkpoint.every", "checkpoint.keep", "engine.token_budget", "learner.token_budget", "learner.chunk_bytes")

@@ -11,7 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opd.config import Recipe, find_recipe, load_recipe, merge, parse_overrides, parse_recipe, read_yaml
+from opd.config import find_recipe, load_recipe, merge, parse_overrides, parse_recipe, read_yaml
+from opd.recipe import Recipe
 
 
 def read_stages(reference: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> list[Recipe]:

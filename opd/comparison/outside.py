@@ -16,12 +16,14 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.callbacks import TrainerCallback
 
 from opd import api, pretrained
-from opd.build import Parts, build_parts, student_path
-from opd.config import Recipe, load_recipe
+from opd.build import Parts, build_parts
+from opd.config import load_recipe
 from opd.eval import write_evaluation
 from opd.live import Status
+from opd.recipe import Recipe
 from opd.runfolder import append_line, open_run
 from opd.source import parse_source
+from opd.student import student_path
 
 
 def train_sft(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Path:

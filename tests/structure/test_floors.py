@@ -14,10 +14,11 @@ PACKAGES = {"opd": ROOT / "opd", "opd_rollout": ROOT / "rollout/opd_rollout", "o
 FLOORS = [  # lowest first; a module may import its own floor and below
     {"opd_kernels"},
     {"opd_rollout"},
-    {"opd.types", "opd.config", "opd.stages", "opd.errors", "opd.choices"},
+    {"opd.types", "opd.recipe", "opd.config", "opd.stages", "opd.errors", "opd.choices"},
     {"opd.objective", "opd.credit", "opd.chat", "opd.views", "opd.verify", "opd.tasks", "opd.bpe"},
     {"opd.accuracy", "opd.teacher", "opd.learner", "opd.prompts", "opd.track", "opd.runfolder", "opd.live", "opd.randomness", "opd.pretrained"},
     {"opd.loop", "opd.eval", "opd.source", "opd.run"},
+    {"opd.problems", "opd.student"},
     {"opd.cli", "opd.build", "opd.comparison", "opd.viewer", "opd.api", "opd.reports", "opd.overview", "opd.reference", "opd"},
 ]
 HOMES = {  # third-party package -> modules that may import it
@@ -26,6 +27,7 @@ HOMES = {  # third-party package -> modules that may import it
     "transformers": {
         "opd.chat",
         "opd.build",
+        "opd.student",
         "opd.pretrained",
         "opd.bpe",
         "opd.learner",

@@ -1,0 +1,214 @@
+"""A recipe as a typed, frozen tree: every key has a default and a description.
+
+A method file (`recipes/methods/`) and a run file (`recipes/runs/`) share this tree; a run names its method and its own keys win.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA_VERSION = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Choice = str | dict[str, Any]
+
+
+class LoRA(_Frozen):
+    """Low-rank adapters through peft; the frozen teacher is then the adapter switched off."""
+
+    rank: Positive = Field(default=16, description="rank of the factors")
+    alpha: float = Field(default=32.0, gt=0, description="scale numerator; the update is alpha / rank times B A")
+    targets: str | list[str] = Field(default="all-linear", description="module names, or all-linear (never the head)")
+
+
+class Model(_Frozen):
+    """The student."""
+
+    path: str = Field(default="", description="Hugging Face folder or hub name; models/<name> inside the package is found too")
+    init: Literal["pretrained", "random"] = Field(default="pretrained", description="random: fresh weights of the architecture in `path` or `shape`")
+    shape: dict[str, Any] = Field(
+        default={}, description="Qwen3 config values for a new model when `path` is empty (hidden_size, num_hidden_layers ...)"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="weights and activations; the head always computes in fp32")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(default="sdpa", description="attention kernel of the Hugging Face model")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    lora: LoRA | None = Field(default=None, description="train low-rank adapters instead of all weights")
+    vocabulary: Positive = Field(
+        default=512, description="size of the byte-level BPE vocabulary trained from the data when the model has no tokenizer"
+    )
+
+
+class Data(_Frozen):
+    """Where prompts come from and who judges the answers."""
+
+    task: str = Field(default="", description="name of an embedded task (expr ...); empty when `path` is given")
+    difficulty: str = Field(default="", description="difficulty setting of the embedded task; empty: its default")
+    split: str = Field(default="train", description="split of the embedded task that training draws from")
+    path: str = Field(default="", description="JSONL file; {question, answer with ####} or columns named below")
+    eval_path: str = Field(default="", description="JSONL file for evaluation; empty: held-out lines of `path`")
+    columns: dict[str, str] = Field(default={}, description="our name -> the file's column, e.g. {prompt: problem, solution: gold}")
+    verifier: Choice = Field(default="auto", description="name in opd.verify, {fn: module:name}, or auto (the task's own, math for JSONL)")
+    system: str = Field(default="", description="system message put before every question")
+    max_prompt_tokens: Positive = Field(
+        default=1024, description="longer prompts are refused, tokens; a view may be as long as the model allows, its hint is shortened beyond that"
+    )
+
+
+class Sampling(_Frozen):
+    """How the student answers during training; the loss uses the same temperature."""
+
+    temperature: float = Field(default=1.0, ge=0, description="softmax temperature of sampling, student and in-process teacher")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus mass")
+    top_k: NonNegative = Field(default=0, description="keep the k most likely tokens; 0 keeps all")
+    max_tokens: Positive = Field(default=64, description="longest completion, tokens")
+
+
+class Rollout(_Frozen):
+    """Who answers and which groups are kept."""
+
+    prompts: Positive = Field(default=32, description="prompts a step")
+    source: Choice = Field(default="student", description="student | {dataset: HINT} | {mixed: {student: share, dataset: HINT}}")
+    filter: Literal["none", "mixed_groups"] = Field(default="none", description="mixed_groups drops groups whose rewards are all equal and refills")
+    max_refill: NonNegative = Field(default=4, description="extra rounds of generation to refill a filtered batch")
+    overlong: Literal["keep", "mask"] = Field(default="keep", description="mask: completions cut at max_tokens leave the loss")
+
+
+class Engine(_Frozen):
+    """What generates."""
+
+    kind: Literal["torch"] = Field(default="torch", description="torch: in process, around the unmodified Hugging Face module")
+    token_budget: Positive = Field(default=32768, description="tokens (rows x longest, cache included) held at once while generating")
+    audit_nats: float = Field(default=0.01, gt=0, description="largest mean |log-prob difference| between engine and learner at start, nats")
+
+
+class EMA(_Frozen):
+    """Exponential moving average of the student: shadow <- (1 - rate) shadow + rate weights, once a rollout step."""
+
+    rate: float = Field(default=0.05, ge=0, le=1)
+
+
+class External(_Frozen):
+    """Another model with the same tokenizer."""
+
+    path: str
+
+
+class Signal(_Frozen):
+    """A scorer: weights plus a view (what it may read before the student's tokens)."""
+
+    weights: Choice = Field(default="frozen", description="live | frozen | {ema: {rate: r}} | {external: {path: p}}")
+    view: Choice = Field(default="plain", description="name in opd.views, or {name: {parameters}}")
+
+
+class Updates(_Frozen):
+    """Optimiser steps on one batch of rollouts."""
+
+    minibatches: Positive = 1
+    epochs: Positive = 1
+
+
+class Optimizer(_Frozen):
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = Field(default=1e-4, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: NonNegative = 0
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = Field(default=1.0, gt=0, description="largest global gradient norm")
+
+
+class Learner(_Frozen):
+    """Who applies the updates."""
+
+    kind: Literal["auto", "torch", "deepspeed"] = Field(default="auto", description="auto: deepspeed where it imports, else torch")
+    token_budget: Positive = Field(default=16384, description="tokens of a micro-batch, padding included")
+    chunk_bytes: Positive = Field(default=64 << 20, description="bytes of logits held at once by the head")
+    packed: bool = Field(default=False, description="packed sequences instead of padded rows")
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=0, description="DeepSpeed ZeRO stage")
+    max_skipped: NonNegative = Field(
+        default=5, description="updates in a row that may be refused for a non-finite loss or gradient before the run stops"
+    )
+
+
+class Budget(_Frozen):
+    """Stop rules; 0 means none. `steps` at top level is always one."""
+
+    generated_tokens: NonNegative = Field(default=0, description="student tokens generated, discarded ones included, evaluation not")
+    seconds: float = Field(default=0.0, ge=0, description="training seconds, evaluation not")
+
+
+class Eval(_Frozen):
+    """Evaluation during (dev) and after (test) training."""
+
+    every: NonNegative = Field(default=20, description="steps between evaluations on the dev split; 0: only before and after")
+    num_problems: NonNegative = Field(default=128, description="problems of the dev split; 0: no evaluation during training")
+    samples: Positive = Field(default=1, description="answers a problem on the dev split at temperature 1")
+    final_problems: NonNegative = Field(default=256, description="problems of the test split; 0: no final evaluation")
+    final_samples: Positive = Field(default=4, description="answers a problem on the test split at each non-zero temperature")
+    temperatures: list[Annotated[float, Field(ge=0)]] = Field(default=[1.0, 0.0], description="decodings of the final evaluation; 0 is greedy")
+    before: bool = Field(default=True, description="evaluate the dev split before the first step")
+
+
+class Checkpoint(_Frozen):
+    """What is kept on disk."""
+
+    every: NonNegative = Field(default=50, description="steps between checkpoints; 0: only at the end")
+    keep: Positive = Field(default=2, description="newest checkpoints kept, besides the best")
+    best: bool = Field(default=True, description="keep the checkpoint with the best dev accuracy and report it on test")
+
+
+class Track(_Frozen):
+    """Logging."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field(default="auto", description="auto: online when logged in, else offline")
+    project: str = "opd"
+    texts: bool = Field(default=True, description="false keeps questions, answers and hints out of W&B")
+    samples_every: NonNegative = Field(default=25, description="steps between sample files for `opd inspect`; 0: only the last step")
+    samples: Positive = Field(default=16, description="rollouts a sample file")
+
+
+class Recipe(_Frozen):
+    """One run: a method, a model, data and hardware."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str = Field(default="", description="run folder under runs/; empty: recipe-method-seed-hash")
+    method: str = Field(default="", description="file of recipes/methods that the other keys refine")
+    paper: str = Field(default="", description="link to the method's source")
+    seed: NonNegative = 0
+    steps: Positive = Field(default=100, description="rollout steps at most")
+    init: str = Field(default="", description="run folder whose final model the student starts from (stages chain this way)")
+    model: Model = Model()
+    data: Data = Data()
+    group: Positive = Field(default=1, description="samples a prompt")
+    rollout: Rollout = Rollout()
+    sampling: Sampling = Sampling()
+    engine: Engine = Engine()
+    teacher: Choice = Field(default="", description="sugar for signals.main.weights")
+    view: Choice = Field(default="", description="sugar for signals.main.view")
+    signals: dict[str, Signal] = Field(default={}, description="named scorers; `teacher` and `view` make the one called main")
+    objective: list[dict[str, Any]] = Field(default=[], description="terms, summed; see docs/concepts.md")
+    updates: Updates = Updates()
+    optimizer: Optimizer = Optimizer()
+    learner: Learner = Learner()
+    budget: Budget = Budget()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    track: Track = Track()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _main_signal(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not (raw.get("teacher") or raw.get("view")):
+            return raw
+        main = {"weights": raw.get("teacher") or "frozen", "view": raw.get("view") or "plain"}
+        declared = raw.get("signals") or {}
+        if "main" in declared and declared["main"] not in (main, {**main, "weights": main["weights"]}):
+            raise ValueError("`teacher`/`view` are sugar for signals.main: give one or the other")
+        return {**raw, "signals": {**declared, "main": main}}
