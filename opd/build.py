@@ -119,7 +119,8 @@ def objective_of(recipe: Recipe) -> Objective:
     """The recipe's objective, judged legal against its signals, group and source."""
     share, _hint = parse_source(recipe.rollout.source)
     source = "student" if share == 1 else "dataset" if share == 0 else "mixed"
-    return build_objective(recipe.objective, Setting(signals=tuple(recipe.signals), group=recipe.group, source=source))
+    setting = Setting(signals=tuple(recipe.signals), group=recipe.group, source=source, max_tokens=recipe.sampling.max_tokens)
+    return build_objective(recipe.objective, setting)
 
 
 def add_adapters(model: torch.nn.Module, recipe: Recipe) -> None:

@@ -1,23 +1,28 @@
 """Numbers that a group of answers, or a teacher, gives to each answer or token: what policy terms use as advantages.
 
-Legend: G answers of one prompt, T completion tokens. Host side, pure; all tensors in and out are detached.
+A policy term's advantage is a chain: a group credit (GroupOutcome) -> [G] first, if any, then token credits (SequenceSignals) -> [T], each
+of which reads what came before as `advantage`. A token credit that reads "batch" gets all answers at once, and a `pool` (see pooling.py).
+
+Legend: G answers of one prompt, T completion tokens, K support size. Host side, pure; all tensors in and out are detached.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from opd_rollout.types import TokenScores
 from torch import Tensor
 
-from opd.choices import NonNegative, Positive, Share, reads
+from opd.choices import Count, InnerShare, NonNegative, Positive, Share, reads
+from opd.pooling import Pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupOutcome:
     """How the G answers to one prompt fared. Where `valid` is false the verifier gave no verdict and the rest means nothing.
 
-    reward [G] float64, correct, valid, truncated [G] bool, length [G] tokens.
+    reward [G] float64 (shaped, where the term shapes it), correct, valid, truncated [G] bool, length [G] tokens.
     """
 
     reward: Tensor
@@ -35,12 +40,18 @@ class GroupOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceSignals:
-    """What is known of one answer's tokens. student_logp [T] nats at rollout weights; scores: signal -> TokenScores; loss_mask [T] bool."""
+    """What is known of one answer's tokens, all at rollout weights.
+
+    student_logp [T] nats; entropy [T] nats, topk_logp [T, K]: of the student, None unless a term asked; scores: signal -> TokenScores;
+    advantage [T]: what the chain gave so far; loss_mask [T] bool.
+    """
 
     student_logp: Tensor
     scores: Mapping[str, TokenScores]
-    group_credit: float
+    advantage: Tensor
     loss_mask: Tensor
+    entropy: Tensor | None = None
+    topk_logp: Tensor | None = None
 
 
 @reads("group")
@@ -62,7 +73,7 @@ def leave_one_out(group: GroupOutcome) -> Tensor:
 
 @reads("group")
 def max_rl(group: GroupOutcome) -> Tensor:
-    """(r - mean) / mean [G], 0 where the mean is 0 (MaxRL)."""
+    """(r - mean) / mean [G], 0 where the mean is 0: for rewards 0 and 1 the gradient of a truncated log-likelihood (MaxRL, arXiv 2602.02710)."""
     reward, count = _judged(group)
     mean = float(reward.mean()) if count else 0.0
     return group_centered(group) / mean if mean else torch.zeros_like(group.reward)
@@ -82,22 +93,74 @@ def _judged(group: GroupOutcome) -> tuple[Tensor, int]:
 def teacher_logratio(
     sequence: SequenceSignals, *, signal: str = "main", discount: Share = 0.0, clip: Positive | None = None, scale: NonNegative = 1.0
 ) -> Tensor:
-    """scale * (log teacher - log student) of the sampled tokens [T], each clamped to +-clip nats, 0 where masked.
+    """The advantage so far + scale * (log teacher - log student) of the sampled tokens [T], each clamped to +-clip nats, 0 where masked.
 
     With `discount` each token also gets the discounted sum of those after it. A single-sample estimate of the negative reverse KL's
     gradient (Thinking Machines, On-Policy Distillation, 2025).
     """
-    ratio = sequence.scores[signal].sampled - sequence.student_logp
+    ratio = _logratio(sequence, signal, sequence.student_logp)
     if clip is not None:
         ratio = ratio.clamp(-clip, clip)
-    ratio = torch.where(sequence.loss_mask, ratio, 0.0) * scale
+    return torch.where(sequence.loss_mask, sequence.advantage + scale * _reward_to_go(ratio, discount), 0.0)
+
+
+def _logratio(sequence: SequenceSignals, signal: str, below: Tensor) -> Tensor:
+    """log of the signal's probability over `below` [T], 0 where masked."""
+    return torch.where(sequence.loss_mask, sequence.scores[signal].sampled - below, 0.0)
+
+
+def _reward_to_go(values: Tensor, discount: float) -> Tensor:
+    """Each entry plus the discounted sum of those after it [T]."""
     if discount == 0.0:
-        return ratio
-    total, out = ratio.new_zeros(()), []
-    for value in reversed(ratio.unbind()):
+        return values
+    total, out = values.new_zeros(()), []
+    for value in reversed(values.unbind()):
         total = value + discount * total
         out.append(total)
-    return torch.where(sequence.loss_mask, torch.stack(out[::-1]), 0.0) if out else ratio
+    return torch.stack(out[::-1]) if out else values
+
+
+@reads("batch")
+def batch_whitened(sequences: Sequence[SequenceSignals], pool: Pool, *, eps: Positive = 1e-8) -> list[Tensor]:
+    """The advantage so far, minus its mean and divided by its unbiased deviation over all loss tokens of the batch (REINFORCE++, 2501.03262).
+
+    Zero where all are equal. Over all ranks, through `pool`.
+    """
+    every = pool(torch.cat([s.advantage[s.loss_mask].double() for s in sequences]) if sequences else torch.zeros(0, dtype=torch.float64))
+    if every.numel() < 2 or every.min() == every.max():
+        return [torch.zeros_like(s.advantage) for s in sequences]
+    mean, deviation = float(every.mean()), float(every.std()) + eps
+    return [torch.where(s.loss_mask, (s.advantage - mean) / deviation, 0.0) for s in sequences]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerFacts:
+    """What a shaping may read of one answer: its length in tokens, its text, and its tokens' log-probs as in SequenceSignals."""
+
+    length: int
+    text: str
+    sequence: SequenceSignals
+
+
+def overlong(answer: AnswerFacts, *, share: InnerShare = 0.2, max_tokens: Count | None = None, factor: Positive = 1.0) -> float:
+    """0 up to (1 - share) max_tokens, from there down linearly to -factor at max_tokens (DAPO's soft punishment, arXiv 2503.14476).
+
+    max_tokens: null takes sampling.max_tokens.
+    """
+    assert max_tokens is not None, "filled in from the recipe when the objective is built"
+    buffer = share * max_tokens
+    return -factor * min(max(answer.length - (max_tokens - buffer), 0.0) / buffer, 1.0)
+
+
+@reads("behaviour_logp")
+def kl_penalty(answer: AnswerFacts, *, coef: NonNegative, signal: str = "reference", kind: Literal["k1", "k2", "k3"] = "k1") -> float:
+    """-coef times the sum over the answer's tokens of an estimate of KL(student || signal), in nats.
+
+    k1, the log-ratio, is the one whose policy gradient is that of the sequence's reverse KL (RLHF's reward; RLOO, arXiv 2402.14740).
+    """
+    gap = -_logratio(answer.sequence, signal, answer.sequence.student_logp).double()
+    estimate = {"k1": gap, "k2": gap.square() / 2, "k3": (-gap).clamp_max(20.0).exp() - 1.0 + gap}[kind]
+    return -coef * float(estimate.sum())
 
 
 CREDITS = {
@@ -107,4 +170,6 @@ CREDITS = {
     "raw_reward": raw_reward,
 }
 
-TOKEN_CREDITS = {"teacher_logratio": teacher_logratio}
+TOKEN_CREDITS = {"teacher_logratio": teacher_logratio, "batch_whitened": batch_whitened}
+
+SHAPINGS = {"overlong": overlong, "kl_penalty": kl_penalty}

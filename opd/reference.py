@@ -1,6 +1,6 @@
-"""Pages that are generated, so that they cannot drift: the recipe reference and the table of methods.
+"""What is generated, so that it cannot drift: the recipe reference, and the table inside the page on methods.
 
-python -m opd.reference      # writes docs/recipe_reference.md and docs/methods_table.md
+python -m opd.reference      # writes docs/recipe_reference.md and the table of docs/methods.md
 """
 
 import types
@@ -47,21 +47,30 @@ def recipe_reference() -> str:
 def methods_table() -> str:
     """Method x building blocks, read from recipes/methods, as Markdown."""
     lines = [
-        "# Methods and their building blocks",
-        "",
-        "Generated from `recipes/methods/*.yaml` by `python -m opd.reference`. `opd show METHOD` prints a method with every default.",
-        "",
         "| method | paper | group | teacher | view | terms: loss · support · weight · route or advantage |",
         "|---|---|---|---|---|---|",
     ]
     for path in recipe_files("methods"):
         recipe, raw = load_recipe(str(path)), read_yaml(find_recipe(path.stem, kind="methods"))
-        signals = "; ".join(_choice(s.weights) for s in recipe.signals.values()) or "–"
-        views = "; ".join(_choice(s.view) for s in recipe.signals.values()) or "–"
+        signals = "; ".join(_named(name, s.weights) for name, s in recipe.signals.items()) or "–"
+        views = "; ".join(_named(name, s.view) for name, s in recipe.signals.items()) or "–"
         terms = "<br>".join(_term(term) for term in recipe.objective)
         paper = f"[link]({raw['paper']})" if raw.get("paper") else "–"
         lines.append(f"| `{path.stem}` | {paper} | {recipe.group} | {_cell(signals)} | {_cell(views)} | {_cell(terms)} |")
     return "\n".join(lines) + "\n"
+
+
+def with_table(page: str) -> str:
+    """The page with the present table between its two markers. Raises ValueError where they are missing."""
+    before, start, rest = page.partition(TABLE_START)
+    _, end, after = rest.partition(TABLE_END)
+    if not start or not end:
+        raise ValueError(f"docs/methods.md needs {TABLE_START} and {TABLE_END} around its table")
+    return f"{before}{start}\n{methods_table()}{end}{after}"
+
+
+def _named(signal: str, choice: Any) -> str:
+    return _choice(choice) if signal == "main" else f"{signal}: {_choice(choice)}"
 
 
 def _term(term: dict[str, Any]) -> str:
@@ -70,7 +79,8 @@ def _term(term: dict[str, Any]) -> str:
     return " · ".join([f"{kind} {_choice(term[kind])}".strip(), *rest])
 
 
-TERM_OPTIONS = ("name", "signal", "support", "target", "weight", "route", "advantage", "reduce", "coef", "allow")
+TERM_OPTIONS = ("name", "signal", "support", "target", "weight", "route", "advantage", "shape", "reduce", "coef", "allow")
+TABLE_START, TABLE_END = "<!-- table: python -m opd.reference -->", "<!-- end of table -->"
 
 
 def _choice(value: Any) -> str:
@@ -120,7 +130,8 @@ def _cell(text: str) -> str:
 def main(folder: Path = Path("docs")) -> None:
     """Write the generated pages."""
     (folder / "recipe_reference.md").write_text(recipe_reference(), encoding="utf-8")
-    (folder / "methods_table.md").write_text(methods_table(), encoding="utf-8")
+    page = folder / "methods.md"
+    page.write_text(with_table(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from opd_kernels import SelectedLogprobs
 from torch import Tensor
 
 from opd.objective.supports import categories
+from opd.objective.surrogates import at_answer_ratio
 from opd.objective.terms import Objective, Term
 from opd.objective.weights import TokenStatistics
 from opd.types import MicroBatch, SignalRows, TokenRows
@@ -25,17 +26,30 @@ def length_field(term: str) -> str:
     return f"length/{term}"
 
 
-def kept_positions(term: Term, position: Tensor, loss_mask: Tensor) -> Tensor:
-    """Loss tokens that the term's gates keep, bool like `position`."""
+def keep_field(term: str) -> str:
+    """Name of the field that says which tokens the term's selections keep."""
+    return f"keep/{term}"
+
+
+def weight_field(term: str) -> str:
+    """Name of the field with the product of the term's weights that were made for the whole batch."""
+    return f"weight/{term}"
+
+
+def kept_tokens(term: Term, position: Tensor, loss_mask: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+    """Loss tokens that the term's gates and selections keep, bool like `position`."""
     for gate in term.gates:
         loss_mask = loss_mask & gate(position)
-    return loss_mask
+    selected = fields.get(keep_field(term.name))
+    return loss_mask if selected is None else loss_mask & (selected > 0)
 
 
 def active_tokens(term: Term, rows: TokenRows) -> Tensor:
     """Tokens that the term learns from [N] bool."""
-    active = kept_positions(term, rows.position, rows.loss_mask) & (rows.route[term.name] > 0)
-    return active & rows.signals[term.signal].available if term.signal else active
+    active = kept_tokens(term, rows.position, rows.loss_mask, rows.fields) & (rows.route[term.name] > 0)
+    for signal in term.signals & rows.signals.keys():
+        active = active & rows.signals[signal].available
+    return active
 
 
 def denominators(objective: Objective, batches: Sequence[MicroBatch], all_reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -55,7 +69,7 @@ def denominators(objective: Objective, batches: Sequence[MicroBatch], all_reduce
 
 
 def _count(term: Term, rows: TokenRows) -> Tensor:
-    counted = active_tokens(term, rows) if term.reduce.over == "routed" else kept_positions(term, rows.position, rows.loss_mask)
+    counted = kept_tokens(term, rows.position, rows.loss_mask, rows.fields) if term.reduce.over == "all" else active_tokens(term, rows)
     if term.reduce.kind == "token_mean":
         return counted.sum(dtype=torch.float64)
     return torch.where(counted, 1.0 / rows.fields[length_field(term.name)].double().clamp_min(1.0), 0.0).sum()
@@ -96,6 +110,8 @@ def token_weight(term: Term, denominators: Mapping[str, float], selected: Select
         factor = factor / rows.fields[length_field(term.name)].to(student_logp).clamp_min(1.0)
     for weight in term.weights:
         factor = factor * weight(now).detach()
+    if term.fields:
+        factor = factor * rows.fields[weight_field(term.name)].to(factor)
     return torch.where(active_tokens(term, rows), factor, 0.0)
 
 
@@ -127,6 +143,8 @@ def _surrogate(term: Term, student_logp: Tensor, rows: TokenRows, active: Tensor
     now = student_logp.detach()
     old_logp = now if rows.old_logp is None else rows.old_logp.to(now)
     advantage = torch.where(active, rows.advantage[term.name].to(now), 0.0)  # a NaN there would pass through a factor of 0
+    if term.scope == "sequence":
+        old_logp = at_answer_ratio(now, old_logp, rows.sequence, rows.loss_mask)
     loss, clipped = term.loss(student_logp, old_logp, advantage)
     columns = {"ratio": (now - old_logp).exp(), "advantage_size": advantage.abs()}
     return loss, columns if clipped is None else columns | {"clip_fraction": clipped.to(now)}

@@ -78,6 +78,14 @@ def k3(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     return ratio.exp() - 1.0 - ratio
 
 
+def k3_with_ratio(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+    """k3 times p / sg[p]: the reverse KL's value *and* expected gradient (DeepSeek-V3.2's and K3++'s correction, arXiv 2604.10674).
+
+    With several updates a batch add `weight: staleness_ratio`: together they are k3 times the live ratio p / p_old.
+    """
+    return (student_logp - student_logp.detach()).exp() * k3(student_logp, teacher_logp)
+
+
 def dense_stop_gradient_reverse_kl() -> Divergence:
     """On the whole vocabulary both forms have the same gradient."""
     return opd_kernels.reverse_kl()
@@ -101,4 +109,4 @@ DENSE: dict[str, Callable[..., Divergence]] = {
     "skew_reverse_kl": opd_kernels.skew_reverse_kl,
 }
 
-ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3, "k3_with_ratio": k3_with_ratio}

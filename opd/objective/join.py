@@ -1,59 +1,122 @@
-"""What is known of each answer, joined into one immutable record: group credit, token credit, routes. Host side, no gradients."""
+"""What is known of each answer, joined into one immutable record: credit, routes, weights of a batch. Host side, no gradients.
+
+Legend: T completion tokens of one answer.
+"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from opd_rollout.types import TokenScores
 from torch import Tensor
 
-from opd.credit import GroupOutcome, SequenceSignals
-from opd.objective.compose import kept_positions, length_field
+from opd.choices import what_it_reads
+from opd.credit import AnswerFacts, GroupOutcome, SequenceSignals
+from opd.objective.compose import keep_field, kept_tokens, length_field, weight_field
 from opd.objective.routes import RouteInput
 from opd.objective.terms import Objective, Term
+from opd.pooling import Pool, alone
 from opd.types import Judged, Prepared, Sample
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Columns:
+    """One term's numbers for every answer, in order; advantages is None for terms without."""
+
+    routes: list[float]
+    advantages: list[Tensor] | None
+    fields: list[dict[str, Tensor]]
+
+
 def join(
-    judged: Sequence[Judged], prepared: Sequence[Prepared | None], scores: Sequence[Mapping[str, TokenScores]], objective: Objective
+    judged: Sequence[Judged],
+    prepared: Sequence[Prepared | None],
+    scores: Sequence[Mapping[str, TokenScores]],
+    objective: Objective,
+    pool: Pool = alone,
 ) -> list[Sample]:
     """One sample an answer, in order. `scores` lacks a signal where the answer has no view for it.
 
     Answers without a verdict (status abstain or error) get no credit, leave their group's baseline, and leave terms with group credit.
+    pool: values of this rank -> of all ranks, for statistics over the batch; called equally often on every rank.
     """
     assert len(judged) == len(prepared) == len(scores), "one entry an answer"
-    outcomes, places = _groups(judged)
-    credits = {(term.name, group): term.credit(outcome) for term in objective.terms if term.credit is not None for group, outcome in outcomes.items()}
+    scores = [{name: _on_host(one) for name, one in by_signal.items()} for by_signal in scores]
+    known = [_signals(*one) for one in zip(judged, prepared, scores, strict=True)]
+    columns = {term.name: _columns(term, judged, known, pool) for term in objective.terms}
     samples = []
     for index, answer in enumerate(judged):
-        group, place = answer.group, places[index]
-        advantage, route, fields = {}, {}, {}
-        for term in objective.terms:
-            given = float(credits[term.name, group][place]) if term.credit is not None else 0.0
-            asked = RouteInput(verdict=answer.verdict, has_view=term.view_signal in scores[index], group=outcomes[group], member=place)
-            route[term.name] = term.route(asked) * _applies(term, answer, scores[index])
-            if term.kind == "surrogate":
-                advantage[term.name] = _advantage(term, answer, prepared[index], scores[index], given)
-            if term.reduce.kind != "token_mean":
-                fields[length_field(term.name)] = _lengths(term, answer)
+        advantage = {name: found.advantages[index] for name, found in columns.items() if found.advantages is not None}
+        route = {name: found.routes[index] for name, found in columns.items()}
+        fields = {name: value for found in columns.values() for name, value in found.fields[index].items()}
         samples.append(Sample(judged=answer, scores=scores[index], advantage=advantage, route=route, prepared=prepared[index], fields=fields))
     return samples
 
 
-def _groups(judged: Sequence[Judged]) -> tuple[dict[int, GroupOutcome], list[int]]:
-    """Outcomes by group number, and each answer's place within its group's tensors."""
-    members: dict[int, list[Judged]] = {}
+def _on_host(scores: TokenScores) -> TokenScores:
+    """All but the hidden states, which stay where the learner reads them."""
+    small = {name: getattr(scores, name).cpu() for name in ("sampled", "ids", "logp", "tail_logp", "entropy")}
+    return replace(scores, **small)
+
+
+def _signals(answer: Judged, prepared: Prepared | None, scores: Mapping[str, TokenScores]) -> SequenceSignals:
+    mask = answer.completion.loss_mask.cpu()
+    return SequenceSignals(
+        student_logp=(answer.completion.logprobs if prepared is None else prepared.old_logp).cpu(),
+        scores=scores,
+        advantage=torch.zeros(mask.shape),
+        loss_mask=mask,
+        entropy=None if prepared is None else prepared.entropy.cpu(),
+        topk_logp=None if prepared is None or prepared.topk_logp is None else prepared.topk_logp.cpu(),
+    )
+
+
+def _columns(term: Term, judged: Sequence[Judged], known: Sequence[SequenceSignals], pool: Pool) -> _Columns:
+    """Routes, then advantages, then the weights that join makes: each may depend on those before."""
+    groups, places = _groups(term, judged, known)
+    plain = {number: group_outcome(answers) for number, (answers, _) in groups.items()}  # routes go by the verifier's rewards
+    outcomes = {number: group_outcome(answers, rewards) for number, (answers, rewards) in groups.items()}
+    routes = []
+    for answer, signals, place in zip(judged, known, places, strict=True):
+        asked = RouteInput(verdict=answer.verdict, has_view=term.view_signal in signals.scores, group=plain[answer.group], member=place)
+        routes.append(term.route(asked) * _applies(term, answer, signals))
+    learned = [index for index, route in enumerate(routes) if route > 0]
+    advantages = None
+    if term.kind == "surrogate":
+        credited = {number: term.credit(outcome) for number, outcome in outcomes.items()} if term.credit is not None else {}
+        given = [float(credited[a.group][place]) if credited else 0.0 for a, place in zip(judged, places, strict=True)]
+        known = [replace(s, advantage=torch.where(s.loss_mask, value, 0.0).float()) for s, value in zip(known, given, strict=True)]
+        known = _chained(term, known, learned, pool)
+        advantages = [signals.advantage for signals in known]
+    return _Columns(routes=routes, advantages=advantages, fields=_fields(term, known, learned, pool))
+
+
+def _groups(
+    term: Term, judged: Sequence[Judged], known: Sequence[SequenceSignals]
+) -> tuple[dict[int, tuple[list[Judged], list[float]]], list[int]]:
+    """(answers, shaped rewards) by group number, and each answer's place within its group's tensors."""
+    members: dict[int, tuple[list[Judged], list[float]]] = {}
     places = []
-    for answer in judged:
-        group = members.setdefault(answer.group, [])
-        places.append(len(group))
-        group.append(answer)
-    return {number: group_outcome(group) for number, group in members.items()}, places
+    for answer, signals in zip(judged, known, strict=True):
+        answers, rewards = members.setdefault(answer.group, ([], []))
+        places.append(len(answers))
+        answers.append(answer)
+        rewards.append(float(answer.verdict.reward) + _shaping(term, answer, signals))
+    return members, places
 
 
-def group_outcome(answers: Sequence[Judged]) -> GroupOutcome:
-    """The outcome of one prompt's answers, in the order given."""
+def _shaping(term: Term, answer: Judged, signals: SequenceSignals) -> float:
+    if not term.shape or not term.signals <= signals.scores.keys():
+        return 0.0
+    facts = AnswerFacts(length=len(answer.completion.token_ids), text=answer.text, sequence=signals)
+    return sum(shaping(facts) for shaping in term.shape)
+
+
+def group_outcome(answers: Sequence[Judged], rewards: Sequence[float] | None = None) -> GroupOutcome:
+    """The outcome of one prompt's answers, in the order given; `rewards` in the place of the verdicts' where a term shapes them."""
+    rewards = [a.verdict.reward for a in answers] if rewards is None else rewards
     return GroupOutcome(
-        reward=torch.tensor([float(a.verdict.reward) for a in answers], dtype=torch.float64),
+        reward=torch.tensor(rewards, dtype=torch.float64),
         correct=torch.tensor([a.verdict.correct for a in answers]),
         valid=torch.tensor([a.verdict.status == "score" for a in answers]),
         length=torch.tensor([len(a.completion.token_ids) for a in answers]),
@@ -61,23 +124,38 @@ def group_outcome(answers: Sequence[Judged]) -> GroupOutcome:
     )
 
 
-def _applies(term: Term, answer: Judged, scores: Mapping[str, TokenScores]) -> bool:
+def _applies(term: Term, answer: Judged, signals: SequenceSignals) -> bool:
     judged = term.credit is None or answer.verdict.status == "score"
-    return judged and term.signals <= scores.keys()
+    return judged and term.signals <= signals.scores.keys()
 
 
-def _advantage(term: Term, answer: Judged, prepared: Prepared | None, scores: Mapping[str, TokenScores], group_credit: float) -> Tensor:
-    mask = answer.completion.loss_mask
-    if term.token_credit is None:
-        return torch.where(mask, group_credit, 0.0).to(torch.float32)
-    if not term.signals <= scores.keys():
-        return torch.zeros(mask.shape)
-    student_logp = answer.completion.logprobs if prepared is None else prepared.old_logp
-    signals = SequenceSignals(student_logp=student_logp, scores=scores, group_credit=group_credit, loss_mask=mask)
-    return term.token_credit(signals)
+def _chained(term: Term, known: Sequence[SequenceSignals], learned: Sequence[int], pool: Pool) -> list[SequenceSignals]:
+    """The answers with the advantages that the term's token credits made of what came before; 0 where the term does not apply."""
+    out = [s if index in set(learned) else replace(s, advantage=torch.zeros(s.loss_mask.shape)) for index, s in enumerate(known)]
+    for function in term.token_credits:
+        chosen = [out[index] for index in learned]
+        found = function(chosen, pool) if "batch" in what_it_reads(function) else [function(one) for one in chosen]
+        for index, advantage in zip(learned, found, strict=True):
+            out[index] = replace(out[index], advantage=advantage.float())
+    return out
 
 
-def _lengths(term: Term, answer: Judged) -> Tensor:
-    mask = answer.completion.loss_mask
-    counted = kept_positions(term, torch.arange(len(mask), device=mask.device), mask).sum()
-    return counted.to(torch.float32).expand(len(mask)).contiguous()
+def _fields(term: Term, known: Sequence[SequenceSignals], learned: Sequence[int], pool: Pool) -> list[dict[str, Tensor]]:
+    """The term's own columns of every answer: weights and selections made for the batch, and how many tokens count."""
+    out: list[dict[str, Tensor]] = [{} for _ in known]
+    gated = [replace(s, loss_mask=kept_tokens(term, torch.arange(len(s.loss_mask)), s.loss_mask, {})) for s in known]
+    weight = [torch.ones(s.loss_mask.shape) for s in known]
+    kept = [s.loss_mask for s in gated]
+    for function in term.fields:
+        for index, value in zip(learned, function([gated[index] for index in learned], pool), strict=True):
+            if value.dtype == torch.bool:
+                kept[index] = kept[index] & value
+            else:
+                weight[index] = weight[index] * value.float()
+    for index, columns in enumerate(out):
+        if term.fields:
+            columns[keep_field(term.name)] = kept[index]
+            columns[weight_field(term.name)] = torch.where(kept[index], weight[index], 0.0)
+        if term.reduce.kind != "token_mean":
+            columns[length_field(term.name)] = kept[index].sum().float().expand(len(kept[index])).contiguous()
+    return out

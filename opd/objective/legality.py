@@ -21,6 +21,7 @@ class Setting:
     group: int | None = None
     source: Literal["student", "dataset", "mixed"] | None = None
     vocabulary: int | None = None
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,8 @@ BIASED = (
     "renormalised_reverse_kl",
     "k1_loss",
     "k3_loss",
+    "k2_reward",
+    "k3_reward",
 )
 
 
@@ -182,12 +185,13 @@ def sampled_estimator(term: Term, setting: Setting) -> Finding | None:
     if not term.support or term.support.kind != "sampled":
         return None
     name = name_of(term.loss) if term.loss else ""
-    if name in ("sampled_reverse_kl", "k2"):
+    if name in ("sampled_reverse_kl", "k2", "k3_with_ratio"):
         return None
     if name == "k1":
         return Finding(reason="k1 as a loss has expected gradient zero: it does nothing but add noise", legal="reference_kl: k2", allow="k1_loss")
     if name == "k3":
-        return Finding(reason="k3 as a loss has the reverse KL's value but the forward KL's gradient", legal="reference_kl: k2", allow="k3_loss")
+        reason = "k3 as a loss has the reverse KL's value but the forward KL's gradient"
+        return Finding(reason=reason, legal="reference_kl: k2 or k3_with_ratio", allow="k3_loss")
     return Finding(
         reason=f"{name} cannot be estimated from the sampled token alone",
         legal="distill: reverse_kl with support: sampled, or support: full | student_topk | teacher_topk",
@@ -200,6 +204,17 @@ def target_on_categories(term: Term, setting: Setting) -> Finding | None:
     return Finding(
         reason=f"the target {name_of(term.target)} mixes two distributions, so it needs categories that sum to one",
         legal="support: student_topk | teacher_topk with tail: bucket or renormalise, or target: teacher",
+    )
+
+
+def penalty_in_the_reward(term: Term, setting: Setting) -> Finding | None:
+    kinds = [kind for kind in (parameters_of(function).get("kind") for function in term.shape) if kind in ("k2", "k3")]
+    if not kinds:
+        return None
+    return Finding(
+        reason=f"{kinds[0]} inside the reward is another objective than the KL: its policy gradient is not that of the reverse KL",
+        legal="kl_penalty: {kind: k1}, or a term reference_kl: k2",
+        allow=f"{kinds[0]}_reward",
     )
 
 
@@ -249,6 +264,7 @@ RULES: tuple[Rule, ...] = (
     renormalised_reverse,
     sampled_estimator,
     target_on_categories,
+    penalty_in_the_reward,
     weight_reads_signal,
     sampled_by_the_policy,
     group_has_siblings,

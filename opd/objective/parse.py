@@ -1,14 +1,17 @@
 """An objective from its recipe form: names resolved, parameters checked, pairs judged legal, all before any work starts."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from opd_kernels import Divergence
 from torch import Tensor
 
-from opd.choices import nearest, parameters_of, resolve, split_choice
-from opd.credit import CREDITS, TOKEN_CREDITS
+from opd.choices import name_of, nearest, parameters_of, resolve, split_choice, what_it_reads
+from opd.credit import CREDITS, SHAPINGS, TOKEN_CREDITS
 from opd.objective.divergences import DENSE, DIVERGENCES, ESTIMATORS, sampled_reverse_kl
+from opd.objective.fields import FIELDS
 from opd.objective.legality import Setting, check_objective, check_term
 from opd.objective.routes import ROUTES
 from opd.objective.schedules import SCHEDULES
@@ -21,7 +24,7 @@ from opd.objective.weights import GATES, WEIGHTS
 COMMON_KEYS = ("name", "signal", "weight", "route", "reduce", "coef", "allow")
 KINDS: Mapping[str, tuple[str, ...]] = {
     "distill": ("support", "target"),
-    "policy": ("advantage",),
+    "policy": ("advantage", "shape"),
     "nll": (),
     "reference_kl": (),
 }
@@ -39,7 +42,7 @@ def build_objective(specs: Sequence[Mapping[str, Any]], setting: Setting | None 
     terms: list[Term] = []
     for index, spec in enumerate(specs):
         where = f"objective.{index}"
-        term = _term(spec, where, taken={term.name for term in terms})
+        term = _filled(_term(spec, where, taken={term.name for term in terms}), setting)
         terms.append(check_term(term, setting, where, spec.get("allow", ())))
     check_objective(terms)
     return Objective(terms=tuple(terms))
@@ -50,7 +53,7 @@ def _term(spec: Mapping[str, Any], where: str, taken: set[str]) -> Term:
     name = str(spec.get("name") or next(n for i in range(1, 99) if (n := kind if i == 1 else f"{kind}_{i}") not in taken))
     if name in taken or not name.isidentifier():
         raise ValueError(f"{where}.name: {name!r} must be a plain word that no other term has")
-    weights, gates = _weights(spec.get("weight", "ones"), f"{where}.weight")
+    weights, gates, fields = _weights(spec.get("weight", "ones"), f"{where}.weight")
     route = "has_view" if kind in ("distill", "reference_kl") else "all"
     reduce = resolve(spec.get("reduce", "token_mean"), REDUCTIONS, f"{where}.reduce")()
     signal = str(spec.get("signal", "reference" if kind == "reference_kl" else "main"))
@@ -61,6 +64,7 @@ def _term(spec: Mapping[str, Any], where: str, taken: set[str]) -> Term:
         view_signal=signal,
         weights=weights,
         gates=gates,
+        fields=fields,
         route=resolve(spec.get("route", route), ROUTES, f"{where}.route"),
         reduce=reduce,
         coef=_schedule(spec.get("coef", 1.0), f"{where}.coef"),
@@ -99,20 +103,50 @@ def _dense(choice: Any, loss: Callable[..., Tensor]) -> Divergence | None:
 def _policy(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
     if "advantage" not in spec:
         raise ValueError(f"{where}: a policy term needs an advantage: {', '.join([*CREDITS, *TOKEN_CREDITS])}")
-    advantage = resolve(spec["advantage"], {**CREDITS, **TOKEN_CREDITS}, f"{where}.advantage")
-    per_token = _is_token_credit(spec["advantage"], advantage)
+    loss = resolve(spec["policy"], SURROGATES, f"{where}.policy")
+    credit, token_credits = _chain(_listed(spec["advantage"]), f"{where}.advantage")
+    shape = tuple(resolve(choice, SHAPINGS, f"{where}.shape") for choice in _listed(spec.get("shape", ())))
+    if shape and credit is None:
+        raise ValueError(f"{where}.shape adds to the reward, which no advantage here reads; put one of {', '.join(CREDITS)} first")
     return {
         "kind": "surrogate",
-        "loss": resolve(spec["policy"], SURROGATES, f"{where}.policy"),
-        "credit": None if per_token else advantage,
-        "token_credit": advantage if per_token else None,
+        "loss": loss,
+        "credit": credit,
+        "token_credits": token_credits,
+        "shape": shape,
+        "scope": "sequence" if "sequence" in what_it_reads(loss) else "token",
     }
 
 
-def _is_token_credit(choice: Any, advantage: Callable[..., Tensor]) -> bool:
-    """A function of one's own fills tokens when it names the signal it reads."""
+def _listed(choices: Any) -> list[Any]:
+    return list(choices) if isinstance(choices, list | tuple) else [choices]
+
+
+def _chain(choices: list[Any], where: str) -> tuple[Callable[..., Tensor] | None, tuple[Callable[..., Any], ...]]:
+    """(group credit or None, token credits): what each answer gets, then what its tokens make of it."""
+    functions = [resolve(choice, {**CREDITS, **TOKEN_CREDITS}, where) for choice in choices]
+    per_token = [_is_token_credit(choice, function) for choice, function in zip(choices, functions, strict=True)]
+    if not functions or not all(per_token[1:]):
+        raise ValueError(f"{where}: an advantage is one of {', '.join(CREDITS)}, then any of {', '.join(TOKEN_CREDITS)}; found {choices!r}")
+    return (None, tuple(functions)) if per_token[0] else (functions[0], tuple(functions[1:]))
+
+
+def _is_token_credit(choice: Any, advantage: Callable[..., Any]) -> bool:
+    """A function of one's own fills tokens when it names the signal it reads, or reads the batch."""
     name, _ = split_choice(choice, "advantage")
-    return name in TOKEN_CREDITS or (name == "fn" and "signal" in parameters_of(advantage))
+    return name in TOKEN_CREDITS or (name == "fn" and ("signal" in parameters_of(advantage) or "batch" in what_it_reads(advantage)))
+
+
+def _filled(term: Term, setting: Setting) -> Term:
+    """Shapings learn the recipe's max_tokens where they leave it open. Raises ValueError where nobody says it."""
+    shape = []
+    for function in term.shape:
+        if "max_tokens" in parameters_of(function) and parameters_of(function)["max_tokens"] is None:
+            if setting.max_tokens is None:
+                raise ValueError(f"term {term.name}: {name_of(function)} needs max_tokens, the longest answer in tokens")
+            function = partial(function, max_tokens=setting.max_tokens)
+        shape.append(function)
+    return replace(term, shape=tuple(shape))
 
 
 def _nll(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -125,14 +159,16 @@ def _reference_kl(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"kind": "divergence", "loss": resolve(spec["reference_kl"], ESTIMATORS, f"{where}.reference_kl"), "support": sampled()}
 
 
-def _weights(choices: Any, where: str) -> tuple[tuple[Callable[..., Tensor], ...], tuple[Callable[..., Tensor], ...]]:
-    weights, gates = [], []
-    for choice in choices if isinstance(choices, list | tuple) else [choices]:
+def _weights(choices: Any, where: str) -> tuple[tuple[Callable[..., Any], ...], ...]:
+    """(weights, gates, fields); a function of one's own that reads "batch" is a field."""
+    weights, gates, fields = [], [], []
+    for choice in _listed(choices):
         name, _ = split_choice(choice, where)
-        function = resolve(choice, {**WEIGHTS, **GATES}, where)
+        function = resolve(choice, {**WEIGHTS, **GATES, **FIELDS}, where)
         if name != "ones":
-            (gates if name in GATES else weights).append(function)
-    return tuple(weights), tuple(gates)
+            kind = gates if name in GATES else fields if name in FIELDS or "batch" in what_it_reads(function) else weights
+            kind.append(function)
+    return tuple(weights), tuple(gates), tuple(fields)
 
 
 def _schedule(choice: Any, where: str) -> Schedule:

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from opd.choices import Positive, Range, reads
+from opd.choices import NonNegative, Positive, Range, reads
 
 LOG_RATIO_LIMIT = 20.0
 
@@ -48,4 +48,40 @@ def ppo_clip(
     return loss, clipped.detach()
 
 
-SURROGATES = {"reinforce": reinforce, "ppo_clip": ppo_clip}
+@reads("old_logp", "sequence")
+def sequence_clip(
+    student_logp: Tensor, old_logp: Tensor, advantage: Tensor, *, low: Annotated[float, Range(0.0, 1.0)] = 3e-4, high: Positive = 4e-4
+) -> tuple[Tensor, Tensor | None]:
+    """ppo_clip with one ratio an answer, the geometric mean of its tokens' (GSPO in its token form, arXiv 2507.18071).
+
+    old_logp comes from `at_answer_ratio`: the value of each token's ratio is the answer's, its gradient that of the token's log-prob.
+    """
+    return ppo_clip(student_logp, old_logp, advantage, low=low, high=high)
+
+
+def at_answer_ratio(student_logp: Tensor, old_logp: Tensor, sequence: Tensor, loss_mask: Tensor) -> Tensor:
+    """Old log-probs [N] under which every token of an answer has the ratio exp(mean over its loss tokens of log p - log p_old).
+
+    student_logp is detached; sequence [N] numbers the answers of a micro-batch, all of whose tokens must be here.
+    """
+    log_ratio = torch.where(loss_mask, student_logp - old_logp, 0.0)
+    answers = int(sequence.max()) + 1 if sequence.numel() else 0
+    total = log_ratio.new_zeros(answers).index_add(0, sequence, log_ratio)
+    count = log_ratio.new_zeros(answers).index_add(0, sequence, loss_mask.to(log_ratio))
+    return student_logp - (total / count.clamp_min(1.0))[sequence]
+
+
+@reads("old_logp")
+def cispo(
+    student_logp: Tensor, old_logp: Tensor, advantage: Tensor, *, low: NonNegative = 1.0, high: NonNegative = 4.0
+) -> tuple[Tensor, Tensor | None]:
+    """Value -w A, gradient -w A grad log p, w = clip(p / p_old, 1 - low, 1 + high) held constant (CISPO, arXiv 2506.13585).
+
+    Clipped tokens still learn. low 1 is no lower bound, high 4 an absolute cap of 5 (ScaleRL, 2510.13786).
+    """
+    r = ratio(student_logp.detach(), old_logp)
+    w = r.clamp(1.0 - low, 1.0 + high)
+    return -w * advantage * (1.0 + student_logp - student_logp.detach()), w != r
+
+
+SURROGATES = {"reinforce": reinforce, "ppo_clip": ppo_clip, "sequence_clip": sequence_clip, "cispo": cispo}

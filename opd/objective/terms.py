@@ -17,6 +17,8 @@ from opd.objective.weights import TokenStatistics
 
 Over = Literal["routed", "all"]
 Schedule = Callable[[int, Mapping[str, float]], float]
+SIGNAL_PARAMETERS = ("signal", "reference")
+"""Parameters of a recipe's functions that hold the name of a signal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +52,11 @@ class Term:
     """One summand. Which functions are set follows from `kind`:
 
     divergence: loss(student_logp, teacher_logp [N, K'] or, on support "sampled", [N]) -> [N]; `dense` is its record for support "full".
-    surrogate: loss(student_logp, old_logp, advantage) -> ([N], clipped); the advantage comes from `credit` or `token_credit`.
+    surrogate: loss(student_logp, old_logp, advantage) -> ([N], clipped); the advantage comes from `credit`, then `token_credits`;
+        `shape` adds to the reward that `credit` reads. scope "sequence": old_logp is then such that the ratio is the answer's.
     nll: loss is unused, the token loss is -log p.
     signal: scores the term reads, None for surrogate and nll. view_signal: whose views the route asks about.
+    weights see one token, gates its position; fields are made for the whole batch before the step (objective/fields.py).
     allow: the biased forms that the recipe runs knowingly.
     """
 
@@ -66,25 +70,32 @@ class Term:
     target: Callable[[Tensor, Tensor], Tensor] | None = None
     weights: tuple[Callable[[TokenStatistics], Tensor], ...] = ()
     gates: tuple[Callable[[Tensor], Tensor], ...] = ()
+    fields: tuple[Callable[..., list[Tensor]], ...] = ()
     route: Callable[[RouteInput], float]
     credit: Callable[..., Tensor] | None = None
-    token_credit: Callable[..., Tensor] | None = None
+    token_credits: tuple[Callable[..., Any], ...] = ()
+    shape: tuple[Callable[..., float], ...] = ()
     reduce: Reduction
     coef: Schedule | float
     scope: Literal["token", "sequence"] = "token"
     allow: tuple[str, ...] = ()
 
     @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """All that a recipe chose for it."""
+        single = (self.loss, self.target, self.credit, self.route)
+        return (*(f for f in single if f is not None), *self.weights, *self.fields, *self.token_credits, *self.shape)
+
+    @property
     def reads(self) -> frozenset[str]:
         """What its functions declared with `opd.choices.reads`."""
-        functions = (self.loss, self.credit, self.token_credit, self.route, *self.weights)
-        return frozenset().union(*(what_it_reads(f) for f in functions if f is not None))
+        return frozenset().union(*map(what_it_reads, self.functions))
 
     @property
     def signals(self) -> frozenset[str]:
-        """Every signal whose scores the term reads."""
-        credited = parameters_of(self.token_credit).get("signal") if self.token_credit else None
-        return frozenset(name for name in (self.signal, credited) if name)
+        """Every signal whose scores the term reads: its own, and those that its functions name in a parameter."""
+        named = (parameters_of(function).get(key) for function in self.functions for key in SIGNAL_PARAMETERS)
+        return frozenset(name for name in (self.signal, *named) if name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

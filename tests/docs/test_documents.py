@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.reference import methods_table, recipe_reference
+from opd.reference import recipe_reference, with_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "kernels").glob("README.md")])
@@ -74,7 +74,14 @@ def test_the_python_example_of_the_readme_runs(workplace: Path, monkeypatch):
 
 def test_generated_pages_are_up_to_date():
     assert (ROOT / "docs/recipe_reference.md").read_text() == recipe_reference(), "run: python -m opd.reference"
-    assert (ROOT / "docs/methods_table.md").read_text() == methods_table(), "run: python -m opd.reference"
+    page = (ROOT / "docs/methods.md").read_text()
+    assert page == with_table(page), "run: python -m opd.reference"
+
+
+def test_every_method_has_a_paragraph_and_every_paragraph_a_method():
+    found = re.findall(r"^\*\*`(\w+)`\*\*", (ROOT / "docs/methods.md").read_text(), flags=re.MULTILINE)
+    methods = sorted(path.stem for path in (ROOT / "recipes/methods").glob("*.yaml"))
+    assert sorted(found) == methods
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -84,7 +84,7 @@ def sequence(teacher, student, mask=None):
     return SequenceSignals(
         student_logp=torch.tensor(student),
         scores={"main": scored(teacher)},
-        group_credit=0.0,
+        advantage=torch.zeros(len(student)),
         loss_mask=torch.ones(len(student), dtype=torch.bool) if mask is None else torch.tensor(mask),
     )
 

@@ -1,5 +1,7 @@
 """Which recipes load: a table of legal pairs, and one of illegal pairs with what the message must say."""
 
+import re
+
 import pytest
 
 from opd.objective import Setting, build_objective
@@ -45,6 +47,14 @@ LEGAL = [
     (distill("jsd"), Setting(signals=("main",), group=1, source="mixed"), ()),
     ({"policy": "reinforce", "advantage": "raw_reward"}, Setting(signals=(), group=1, source="student"), ()),
     (GROUPED, Setting(), ()),
+    ({**GROUPED, "shape": {"overlong": {}}}, Setting(signals=(), group=8, source="student", max_tokens=64), ()),
+    ({**GROUPED, "shape": [{"kl_penalty": {"coef": 0.1, "signal": "main"}}]}, TEACHER, ()),
+    ({**GROUPED, "shape": [{"kl_penalty": {"coef": 0.1, "signal": "main", "kind": "k3"}}], "allow": ["k3_reward"]}, TEACHER, ("k3_reward",)),
+    ({**GROUPED, "policy": "sequence_clip"}, ALONE, ()),
+    ({**GROUPED, "policy": "cispo", "weight": [{"engine_ratio": {"high": 2.0}}, {"top_entropy": {"share": 0.2}}]}, ALONE, ()),
+    ({**GROUPED, "advantage": ["group_centered", "teacher_logratio", "batch_whitened"]}, TEACHER, ()),
+    ({"policy": "reinforce", "advantage": ["raw_reward", "batch_whitened"]}, Setting(signals=(), group=1, source="student"), ()),
+    ({"reference_kl": "k3_with_ratio", "signal": "main", "weight": "staleness_ratio"}, TEACHER, ()),
 ]
 
 
@@ -92,6 +102,9 @@ ILLEGAL = [
     (distill("reverse_kl", "sampled"), MIXED, "an estimate over sampled tokens", "distill on full", None),
     ({"policy": "reinforce", "advantage": "raw_reward"}, DATA, "an estimate over sampled tokens", "nll", None),
     ({**GROUPED, "weight": "teacher_confidence"}, TEACHER, "no signal", "student_confidence", None),
+    ({**GROUPED, "shape": {"kl_penalty": {"coef": 0.1}}}, TEACHER, "does not declare the signal 'reference'", "signals:", None),
+    ({**GROUPED, "shape": {"kl_penalty": {"coef": 0.1, "signal": "main", "kind": "k2"}}}, TEACHER, "inside the reward", "kind: k1", "k2_reward"),
+    ({**GROUPED, "shape": {"kl_penalty": {"coef": 0.1, "signal": "main", "kind": "k3"}}}, TEACHER, "inside the reward", "k2", "k3_reward"),
     (distill({"fn": "opd.objective.divergences:k2"}), TEACHER, "named divergences only", "student_topk", None),
 ]
 
@@ -111,6 +124,24 @@ def test_what_has_no_override_stays_illegal_whatever_is_allowed(spec, setting, r
     everything = ["truncated_reverse_kl", "truncated_forward_kl", "renormalised_reverse_kl", "k1_loss", "k3_loss"]
     with pytest.raises(ValueError, match="Legal: "):
         build_objective([{**spec, "allow": everything}], setting)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({**GROUPED, "advantage": ["teacher_logratio", "group_centered"]}, "an advantage is one of group_centered"),
+        ({**GROUPED, "advantage": []}, "an advantage is one of"),
+        ({**GROUPED, "advantage": "teacher_logratio", "shape": {"overlong": {}}}, "which no advantage here reads"),
+        ({**GROUPED, "shape": {"overlong": {}}}, "overlong needs max_tokens"),
+        ({**GROUPED, "shape": {"overlong": {"share": 1.5}}}, "share is 1.5"),
+        ({**GROUPED, "shape": "overlng"}, "did you mean 'overlong'"),
+        ({"nll": {}, "shape": "overlong"}, "unknown key 'shape'"),
+        ({**GROUPED, "weight": {"top_entropy": {"share": 2}}}, "share is 2"),
+    ],
+)
+def test_what_a_policy_term_cannot_be_made_of(spec, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_objective([spec], TEACHER)
 
 
 def test_one_signal_has_one_set_of_ids():
