@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from opd_kernels import PAD_LOGP
-from opd_rollout.layout import TokenLayout, lay_out, split_by_budget
+from opd_rollout.layout import PASS_TOKENS, TokenLayout, lay_out, split_by_budget
 from opd_rollout.types import TokenScores
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def pack(
     samples = [sample for sample in samples if sample.judged.completion.token_ids]
     lengths = [len(sample.judged.prompt_ids) + len(sample.judged.completion.token_ids) for sample in samples]
     batches = []
-    for members in split_by_budget(lengths, token_budget):
+    for members in split_by_budget(lengths, token_budget, pass_tokens=None if packed else PASS_TOKENS):
         chosen = [samples[index] for index in members]
         sequences = [(sample.judged.prompt_ids, sample.judged.completion.token_ids) for sample in chosen]
         layout = lay_out(sequences, pad_id=pad_id, packed=packed)

@@ -3,9 +3,9 @@
 Legend: R rows, S tokens a row, N completion tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -83,22 +83,50 @@ def to_device(layout: TokenLayout, device: torch.device) -> TokenLayout:
     return TokenLayout(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()})
 
 
-def split_by_budget(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+PASS_TOKENS = 128
+"""What a forward pass costs beyond its tokens, counted in tokens: a padded batch is cut where that saves more padding than this."""
+
+
+def split_by_budget(lengths: Sequence[int], token_budget: int, *, pass_tokens: int | None = None) -> list[list[int]]:
     """Indices of sequences grouped into batches whose padded size (rows x longest, in tokens) stays within the budget.
 
     Deterministic: sequences are taken from the longest to the shortest, equal lengths in the given order. A sequence longer than the
-    budget stands alone. Raises ValueError for a budget below 1.
+    budget stands alone. With `pass_tokens` (the cost of one more batch) the cuts minimise padded tokens + pass_tokens x batches;
+    without, there are as few batches as the budget allows. Raises ValueError for a budget below 1.
 
     Example: lengths [3, 9, 4, 4], budget 9 -> [[1], [2, 3], [0]].
     """
     if token_budget < 1:
         raise ValueError(f"token_budget is {token_budget}; it must be at least 1")
-    batches: list[list[int]] = []
-    rows_left = 0
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if rows_left == 0:
-            batches.append([])
-            rows_left = max(1, token_budget // max(1, lengths[index]))
-        batches[-1].append(index)
-        rows_left -= 1
-    return batches
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    ends = [len(order)] if pass_tokens is None else _cheapest_cuts([lengths[index] for index in order], token_budget, pass_tokens)
+    return [batch for start, end in pairwise([0, *ends]) for batch in _filled(order[start:end], lengths, token_budget)]
+
+
+def _filled(order: Sequence[int], lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    start = 0
+    while start < len(order):
+        rows = max(1, token_budget // max(1, lengths[order[start]]))
+        yield list(order[start : start + rows])
+        start += rows
+
+
+def _cheapest_cuts(falling: Sequence[int], token_budget: int, pass_tokens: int) -> list[int]:
+    """Where to cut lengths in falling order: ends of the segments that cost least, a segment being padded to its first length."""
+    starts = [0, *(index for index in range(1, len(falling)) if falling[index] < falling[index - 1])]
+    if len(starts) < 2:
+        return [len(falling)]
+    begin, longest = torch.tensor(starts), torch.tensor([max(1, falling[index]) for index in starts])
+    rows_a_pass = (token_budget // longest).clamp_min(1)
+    best, came_from = torch.zeros(len(starts) + 1, dtype=torch.int64), [0]
+    for segment, end in enumerate([*starts[1:], len(falling)], start=1):
+        rows = end - begin[:segment]
+        passes = (rows + rows_a_pass[:segment] - 1) // rows_a_pass[:segment]
+        cost = best[:segment] + rows * longest[:segment] + pass_tokens * passes
+        came_from.append(int(cost.argmin()))
+        best[segment] = cost[came_from[-1]]
+    ends, segment = [], len(starts)
+    while segment:
+        ends.append(len(falling) if segment == len(starts) else starts[segment])
+        segment = came_from[segment]
+    return ends[::-1]

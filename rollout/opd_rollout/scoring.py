@@ -13,7 +13,7 @@ from opd_kernels import Head, HeadView, selected_logprobs, topk_logprobs
 from torch import Tensor, nn
 
 from opd_rollout.backbone import evaluating, hidden_states
-from opd_rollout.layout import lay_out, split_by_budget, to_device
+from opd_rollout.layout import PASS_TOKENS, lay_out, split_by_budget, to_device
 from opd_rollout.types import ScoreRequest, TokenScores
 
 
@@ -40,7 +40,7 @@ def score_tokens(
         for kind in sorted({_kind(request) for request in requests}):
             alike = [index for index, request in enumerate(requests) if _kind(request) == kind]
             lengths = [len(requests[index].context_ids) + len(requests[index].completion_ids) for index in alike]
-            for batch in split_by_budget(lengths, token_budget):
+            for batch in split_by_budget(lengths, token_budget, pass_tokens=None if packed else PASS_TOKENS):
                 members = [alike[position] for position in batch]
                 pieces = _score_batch(
                     model, head, [requests[index] for index in members], temperature=temperature, chunk_bytes=chunk_bytes, packed=packed
