@@ -15,19 +15,20 @@ from transformers import PreTrainedTokenizerBase
 
 from opd import chat, pretrained
 from opd.config import recipe_hash
+from opd.contexts import SignalViews, check_hints
 from opd.learner.torch_learner import torch_learner
 from opd.learner.types import Learner, LearnerSettings, OptimizerSettings
 from opd.objective import Objective, Setting, build_objective
 from opd.problems import Problems, load_problems
 from opd.prompts import check_dataset_hint, check_lengths
-from opd.recipe import Recipe
+from opd.recipe import EMA, Recipe
 from opd.run import NoSink, Sink
 from opd.source import Codec, RolloutSource, SourceSettings, parse_source
 from opd.student import external_model, load_model, load_tokenizer, pad_id, room_for_prompts, student_path
 from opd.teacher.local import LocalTeacher, frozen_copy
 from opd.teacher.score import SignalScorer, Weights
 from opd.types import Prompt, Verdict, Verifier
-from opd.views import SignalViews, check_hints, resolve_view
+from opd.views import resolve_view
 
 CHECKED_PROMPTS = 32  # of an endless stream, before the run starts; a file is checked whole
 
@@ -74,7 +75,7 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     spoken = frozen_copy(model) if is_sharded(recipe) else model  # a sharded student cannot speak: the engine needs a copy
     if recipe.model.lora:
         add_adapters(model, recipe)
-    learner, vocab_size = make_learner(recipe, model, tokenizer, ema_rate(choices)), len(tokenizer)
+    learner, vocab_size = make_learner(recipe, model, tokenizer, average_of(choices)), len(tokenizer)
     engine = TorchEngine(
         spoken, pad_id=pad_id(tokenizer), token_budget=recipe.engine.token_budget, chunk_bytes=recipe.learner.chunk_bytes, vocab_size=vocab_size
     )
@@ -132,7 +133,7 @@ def add_adapters(model: torch.nn.Module, recipe: Recipe) -> None:
     add_lora(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=recipe.seed)
 
 
-def make_learner(recipe: Recipe, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rate: float | None) -> Learner:
+def make_learner(recipe: Recipe, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, average: EMA | None) -> Learner:
     """The learner that the recipe names; "auto" is deepspeed where it imports."""
     o, le, updates = recipe.optimizer, recipe.learner, recipe.updates
     optimizer = OptimizerSettings(
@@ -141,7 +142,8 @@ def make_learner(recipe: Recipe, model: torch.nn.Module, tokenizer: PreTrainedTo
     )  # fmt: skip
     settings = LearnerSettings(
         temperature=recipe.sampling.temperature, token_budget=le.token_budget, packed=le.packed, pad_id=pad_id(tokenizer),
-        chunk_bytes=le.chunk_bytes, minibatches=updates.minibatches, epochs=updates.epochs, ema_rate=rate,
+        chunk_bytes=le.chunk_bytes, minibatches=updates.minibatches, epochs=updates.epochs,
+        ema_rate=average and average.rate, ema_every=average.every if average else 1,
         gradient_checkpointing=recipe.model.gradient_checkpointing, merge_adapters=is_sharded(recipe),
     )  # fmt: skip
     vocab_size = len(tokenizer)
@@ -165,16 +167,18 @@ def learner_kind(recipe: Recipe) -> str:
 
 def parse_weights(name: str, choice: Any) -> tuple[str, Any]:
     """(kind, value) of a signal's weights: live, frozen, ema with its rate, external with its path. Raises ValueError for anything else."""
-    forms = "live | frozen | {ema: {rate: 0.05}} | {external: {path: FOLDER}}"
+    forms = "live | frozen | {ema: {rate: 0.05, every: 1}} | {external: {path: FOLDER}}"
     kind, given = (choice, {}) if isinstance(choice, str) else next(iter(choice.items())) if len(choice) == 1 else ("", None)
     given = given or {}
     if kind in ("live", "frozen") and not given:
         return kind, None
-    if kind == "ema" and isinstance(given, Mapping) and set(given) <= {"rate"}:
-        rate = given.get("rate", 0.05)
-        if isinstance(rate, int | float) and not isinstance(rate, bool) and 0 <= rate <= 1:
-            return kind, float(rate)
-        raise ValueError(f"signals.{name}.weights: the EMA rate is {rate!r}; it must be a number from 0 (never moves) to 1 (the live weights)")
+    if kind == "ema" and isinstance(given, Mapping) and set(given) <= {"rate", "every"}:
+        rate, every = given.get("rate", 0.05), given.get("every", 1)
+        if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 <= rate <= 1:
+            raise ValueError(f"signals.{name}.weights: the EMA rate is {rate!r}; it must be a number from 0 (never moves) to 1 (the live weights)")
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"signals.{name}.weights: the EMA moves every {every!r} rollout steps; it must be a whole number of at least 1")
+        return kind, EMA(rate=rate, every=every)
     if kind == "external" and isinstance(given, Mapping) and set(given) <= {"path"}:
         if isinstance(given.get("path"), str) and given["path"]:
             return kind, given["path"]
@@ -182,12 +186,13 @@ def parse_weights(name: str, choice: Any) -> tuple[str, Any]:
     raise ValueError(f"signals.{name}.weights is {choice!r}; write {forms}")
 
 
-def ema_rate(choices: Mapping[str, tuple[str, Any]]) -> float | None:
-    """The rate of the recipe's averaged teacher, None without one. Raises ValueError for two different rates."""
-    rates = {value for kind, value in choices.values() if kind == "ema"}
-    if len(rates) > 1:
-        raise ValueError(f"signals use several EMA rates ({', '.join(map(str, sorted(rates)))}); the learner keeps one average")
-    return rates.pop() if rates else None
+def average_of(choices: Mapping[str, tuple[str, Any]]) -> EMA | None:
+    """How the recipe's averaged teacher moves, None without one. Raises ValueError for two different averages."""
+    averages = {value for kind, value in choices.values() if kind == "ema"}
+    if len(averages) > 1:
+        found = ", ".join(sorted(f"rate {a.rate} every {a.every}" for a in averages))
+        raise ValueError(f"signals use several EMA rates or periods ({found}); the learner keeps one average")
+    return averages.pop() if averages else None
 
 
 def make_teacher(kind: str, recipe: Recipe, learner: Learner, module: torch.nn.Module | None, vocab_size: int) -> Weights:

@@ -88,9 +88,13 @@ class Engine(_Frozen):
 
 
 class EMA(_Frozen):
-    """Exponential moving average of the student: shadow <- (1 - rate) shadow + rate weights, once a rollout step."""
+    """Exponential moving average of the student: shadow <- (1 - rate) shadow + rate weights, every so many rollout steps.
+
+    Rate 1 is a copy of the student that is at most `every` steps old.
+    """
 
     rate: float = Field(default=0.05, ge=0, le=1)
+    every: Positive = 1
 
 
 class External(_Frozen):
@@ -102,7 +106,7 @@ class External(_Frozen):
 class Signal(_Frozen):
     """A scorer: weights plus a view (what it may read before the student's tokens)."""
 
-    weights: Choice = Field(default="frozen", description="live | frozen | {ema: {rate: r}} | {external: {path: p}}")
+    weights: Choice = Field(default="frozen", description="live | frozen | {ema: {rate: r, every: steps}} | {external: {path: p}}")
     view: Choice = Field(default="plain", description="name in opd.views, or {name: {parameters}}")
 
 

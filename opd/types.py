@@ -45,7 +45,10 @@ Verifier = Callable[[Prompt, str], Verdict]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """One completion, its text and verdict; `group` numbers the prompt within the step, `member` the sample within its group."""
+    """One completion, its text and verdict; `group` numbers the prompt within the step, `member` the sample within its group.
+
+    notes: what writers wrote about it, by name. marks: tokens that a writer pointed at [T] bool, by name.
+    """
 
     prompt: Prompt
     prompt_ids: tuple[int, ...]
@@ -54,6 +57,8 @@ class Judged:
     verdict: Verdict
     group: int
     member: int
+    notes: Mapping[str, str] = field(default_factory=dict)
+    marks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +66,14 @@ class View:
     """What a teacher reads before the student's tokens: `messages` with the hint already in its place.
 
     kind: the hint's name. question: index of the message that holds the question. hint: the privileged text, the only part truncation may shorten.
+    opening: text that already stands in the assistant's turn, before the student's tokens.
     """
 
     messages: tuple[Message, ...]
     kind: str
     hint: str = ""
     question: int = -1
+    opening: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

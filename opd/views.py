@@ -1,23 +1,21 @@
 """What a teacher reads before the student's tokens and the student does not: small pure functions from an answer and its group to a View.
 
 A view is the student's own conversation with the last user message rewritten by a template: a plain text with {hint} and {question}.
+Rendering to token ids is in opd/contexts.py.
 Templates come from the embedded task (its base was trained on them) or, for real text, from TEMPLATES below; a recipe may write its own.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from opd_rollout.types import Completion
+from opd.choices import Share, nearest, parameters_of, resolve, split_choice
+from opd.types import Judged, View
+from opd.verify.answers import final_answer
 
-from opd import chat
-from opd.choices import nearest, parameters_of, resolve, split_choice
-from opd.types import Judged, Meter, Prompt, Verdict, View
-
-_SLOT = re.compile(r"\{(hint|question)\}")
+_SLOT = re.compile(r"\{(hint|question|feedback)\}")
+_SEGMENT_END = re.compile(r"(?<=[\n;])|(?<=[.!?])(?=[ \t])")
 _THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 TEMPLATES: dict[str, str] = {
@@ -33,18 +31,32 @@ TEMPLATES: dict[str, str] = {
     ),
     "facts": "{question}\n\nUseful facts:\n{hint}",
     "answer": "{question}\n\nThe final answer is known to be {hint}. Show the steps that lead to it.",
+    "solution_and_feedback": (  # arXiv:2601.20802: both blocks, then the request
+        "{question}\n\nA correct attempt at this question:\n{hint}\n\nFeedback on an earlier, failed attempt:\n{feedback}\n\n"
+        "Solve the original question correctly."
+    ),
+    "partial_solution": (
+        "{question}\n\nThe beginning of a reference solution, and its final answer:\n{hint}\n\n"
+        "Now solve the problem yourself, step by step, without mentioning this."
+    ),
+    "instruction": "{question}\n\n{hint}",
+    "note": "{question}\n\nA remark on an earlier attempt:\n{hint}\n\nSolve the original question correctly.",
 }
-_FALLBACK = {"peer_success": "solution", "demonstration": "solution"}
+_FALLBACK = {"peer_success": "solution", "demonstration": "solution", "partial_solution": "solution", "wrong_answer": "answer", "note": "feedback"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewInput:
-    """What a view may look at. group: all answers to the same prompt, this one included. hint_characters: longest hint that still fits."""
+    """What a view may look at. group: all answers to the same prompt, this one included. hint_characters: longest hint that still fits.
+
+    controls: the values that the recipe's controllers give at this step, by name.
+    """
 
     judged: Judged
     group: Sequence[Judged]
     templates: Mapping[str, str]
     hint_characters: int | None = None
+    controls: Mapping[str, float] = field(default_factory=dict)
 
 
 ViewFunction = Callable[[ViewInput], View | None]
@@ -57,16 +69,6 @@ class ViewSpec:
     view: ViewFunction
     templates: Mapping[str, str]
     thinking: bool | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ViewCounts:
-    """How many answers had a view, had nothing to show, had their hint shortened, or lost their view because it could not fit."""
-
-    shown: int
-    absent: int
-    shortened: int
-    dropped: int
 
 
 def plain(seen: ViewInput) -> View:
@@ -83,6 +85,23 @@ def hint(seen: ViewInput, *, name: str, template: str = "") -> View | None:
 def solution(seen: ViewInput, *, template: str = "") -> View | None:
     """The reference solution."""
     return hint(seen, name="solution", template=template)
+
+
+def partial_solution(seen: ViewInput, *, share: Share | str, answer: bool = True, template: str = "") -> View | None:
+    """The first floor(share x segments) segments of the reference solution, then the final answer unless all are shown or `answer` is false.
+
+    share: a number, or the name of a controller (ATESD, arXiv 2605.11458; AVSD's partial view without the answer, 2605.20643).
+    """
+    prompt = seen.judged.prompt
+    parts = segments(prompt.hints.get("solution", ""))
+    shown = int((seen.controls[share] if isinstance(share, str) else share) * len(parts) + 1e-9)
+    lines = ["".join(parts[:shown]).rstrip(), (prompt.hints.get("answer") or prompt.answer or "") if answer and shown < len(parts) else ""]
+    return place(seen, "partial_solution", "\n".join(line for line in lines if line) if parts else "", template)
+
+
+def segments(text: str) -> list[str]:
+    """The text cut after every line, semicolon and sentence; joined they are the text."""
+    return [part for part in _SEGMENT_END.split(text) if part]
 
 
 def facts(seen: ViewInput, *, template: str = "") -> View | None:
@@ -104,20 +123,85 @@ def demonstration(seen: ViewInput, *, template: str = "") -> View | None:
 
 def peer_success(seen: ViewInput, *, own: bool = False, template: str = "") -> View | None:
     """The group's first correct answer, thoughts removed; own: this answer may be the one shown."""
+    return place(seen, "peer_success", _peer_text(seen, own), template)
+
+
+def _peer_text(seen: ViewInput, own: bool) -> str:
     for peer in seen.group:
         if peer.verdict.status == "score" and peer.verdict.correct and (own or peer.member != seen.judged.member):
-            return place(seen, "peer_success", _THOUGHT.sub("", peer.text).strip(), template)
-    return None
+            return _THOUGHT.sub("", peer.text).strip()
+    return ""
 
 
-def feedback(seen: ViewInput, *, solution: Literal["none", "peer_success"] = "none", own: bool = False, template: str = "") -> View | None:
-    """The verifier's feedback on this answer; solution "peer_success": a correct sibling's answer instead, where the group has one."""
-    shown = peer_success(seen, own=own) if solution == "peer_success" else None
+def feedback(
+    seen: ViewInput,
+    *,
+    solution: Literal["none", "peer_success"] = "none",
+    own: bool = False,
+    together: bool = False,
+    template: str = "",
+) -> View | None:
+    """The verifier's feedback on this answer; solution "peer_success": a correct sibling's answer instead, where the group has one.
+
+    together: the sibling's answer and the feedback, where there are both (SDPO, arXiv 2601.20802).
+    """
     verdict = seen.judged.verdict
-    return shown or place(seen, "feedback", verdict.feedback if verdict.status == "score" else "", template)
+    said = verdict.feedback if verdict.status == "score" else ""
+    peer = _peer_text(seen, own) if solution == "peer_success" else ""
+    if not peer or (together and not said.strip()):
+        return place(seen, "peer_success", peer) or place(seen, "feedback", said, template)
+    if not together:
+        return place(seen, "peer_success", peer)
+    if "solution_and_feedback" in seen.templates:
+        return place(seen, "solution_and_feedback", peer, feedback=said)
+    inner = place(seen, "peer_success", peer)  # a task whose base reads one hint at a time: the feedback is put before the other
+    if inner is None:
+        return None
+    outer = _SLOT.sub(
+        lambda slot: {"hint": said, "question": inner.messages[inner.question]["content"]}[slot.group(1)],
+        template_for(seen.templates, "feedback", template),
+    )
+    messages = list(inner.messages)
+    messages[inner.question] = {**messages[inner.question], "content": outer}
+    return View(messages=tuple(messages), kind="solution_and_feedback", hint=inner.hint, question=inner.question)
 
 
-def place(seen: ViewInput, kind: str, text: str, template: str = "") -> View | None:
+def wrong_answer(seen: ViewInput, *, template: str = "") -> View | None:
+    """The final answer of the group's wrong answer with the lowest reward, shown in the form of the view `answer` (CEPO, arXiv 2605.19436)."""
+    wrong = [peer for peer in seen.group if peer.verdict.status == "score" and not peer.verdict.correct]
+    if not wrong:
+        return None
+    worst = min(wrong, key=lambda peer: peer.verdict.reward)
+    return place(seen, "wrong_answer", final_answer(worst.prompt, worst.text), template)
+
+
+def revision(
+    seen: ViewInput,
+    *,
+    right: str = "Let me rephrase the above solution.",
+    wrong: str = "Wait, this response is wrong. Let me correct it.",
+    between: str = "\n\n",
+) -> View | None:
+    """The student's conversation with this very answer and a phrase of the verdict already in the assistant's turn (SD-Zero, arXiv 2604.12002)."""
+    verdict, index = seen.judged.verdict, _question_index(seen)
+    text = seen.judged.text if seen.hint_characters is None else seen.judged.text[: seen.hint_characters]
+    if verdict.status != "score" or not text.strip():
+        return None
+    opening = between.join((text, right if verdict.correct else wrong, ""))
+    return View(messages=seen.judged.prompt.messages, kind="revision", hint=text, question=index, opening=opening)
+
+
+def instruction(seen: ViewInput, *, text: str, template: str = "") -> View | None:
+    """A fixed request after the question, e.g. to be brief (OPSDC, arXiv 2603.05433)."""
+    return place(seen, "instruction", text, template)
+
+
+def note(seen: ViewInput, *, name: str, template: str = "") -> View | None:
+    """What a writer of the recipe wrote about this answer (`writers:`)."""
+    return place(seen, "note", seen.judged.notes.get(name, ""), template)
+
+
+def place(seen: ViewInput, kind: str, text: str, template: str = "", feedback: str = "") -> View | None:
     """The view that shows `text`, at most `hint_characters` of it; None when nothing is left to show.
 
     Views of one's own end with this call.
@@ -127,7 +211,7 @@ def place(seen: ViewInput, kind: str, text: str, template: str = "") -> View | N
         return None
     index = _question_index(seen)
     messages = list(seen.judged.prompt.messages)
-    slots = {"hint": shown, "question": messages[index]["content"]}
+    slots = {"hint": shown, "question": messages[index]["content"], "feedback": feedback}
     content = _SLOT.sub(lambda slot: slots[slot.group(1)], template_for(seen.templates, kind, template))
     messages[index] = {**messages[index], "content": content}
     return View(messages=tuple(messages), kind=kind, hint=shown, question=index)
@@ -164,103 +248,11 @@ def resolve_view(choice: Any, templates: Mapping[str, str] = TEMPLATES, *, think
     function = resolve(choice, VIEWS, "view")
     given = parameters_of(function)
     name, _ = split_choice(choice, "view")
-    if name not in ("fn", "plain"):
-        template_for(templates, str(given.get("name", name)), str(given.get("template", "")))
+    if name not in ("fn", "plain", "revision"):
+        template_for(templates, name if name == "note" else str(given.get("name", name)), str(given.get("template", "")))
     if name == "feedback" and given["solution"] != "none":
         template_for(templates, str(given["solution"]))
     return ViewSpec(view=function, templates=templates, thinking=thinking)
-
-
-def render_views(
-    tokenizer: chat.Tokenizer, judged: Sequence[Judged], spec: ViewSpec, max_context_tokens: int
-) -> tuple[list[tuple[int, ...] | None], ViewCounts]:
-    """The context ids of every answer's view (None where there is none), and counts.
-
-    Only the hint is shortened, from its end, to fit `max_context_tokens`; a view that does not fit without it is dropped.
-    Raises ValueError when the assistant's turn opens differently in different views.
-    """
-    prefix = chat.assistant_prefix(tokenizer, thinking=spec.thinking)
-    groups: dict[int, list[Judged]] = defaultdict(list)
-    for item in judged:
-        groups[item.group].append(item)
-    contexts: list[tuple[int, ...] | None] = []
-    absent = shortened = 0
-    for item in judged:
-        seen = ViewInput(judged=item, group=groups[item.group], templates=spec.templates)
-        view = spec.view(seen)
-        ids = None if view is None else chat.render(tokenizer, view.messages, thinking=spec.thinking)
-        absent += view is None
-        if view is not None and ids is not None and len(ids) > max_context_tokens:
-            ids = _shorten(tokenizer, spec, seen, len(view.hint), max_context_tokens)
-            shortened += ids is not None
-        if ids is not None:
-            _check_prefix(ids, prefix, item.prompt_ids)
-        contexts.append(ids)
-    shown = sum(ids is not None for ids in contexts)
-    return contexts, ViewCounts(shown=shown, absent=absent, shortened=shortened, dropped=len(judged) - shown - absent)
-
-
-class SignalViews:
-    """Every signal's contexts of a step's answers (opd.loop.Viewer), and the counts of the last call."""
-
-    def __init__(self, tokenizer: chat.Tokenizer, specs: Mapping[str, ViewSpec], max_context_tokens: int) -> None:
-        self._tokenizer, self._specs, self._max_context_tokens = tokenizer, dict(specs), max_context_tokens
-        self._meters: dict[str, Meter] = {}
-
-    def __call__(self, judged: Sequence[Judged]) -> dict[str, list[tuple[int, ...] | None]]:
-        contexts = {}
-        for name, spec in self._specs.items():
-            contexts[name], counts = render_views(self._tokenizer, judged, spec, self._max_context_tokens)
-            for what in ("shortened", "dropped"):
-                self._meters[f"views/{name}_{what}"] = Meter(sum=float(getattr(counts, what)), count=float(len(judged)))
-        return contexts
-
-    def meters(self) -> Mapping[str, Meter]:
-        """Shares of answers whose hint was shortened, or whose view was dropped because it did not fit."""
-        return self._meters
-
-
-def check_hints(name: str, spec: ViewSpec, prompts: Sequence[Prompt]) -> None:
-    """Raises ValueError when a view that reads hints finds none in any of these prompts: its teacher would never see anything."""
-    function = getattr(spec.view, "func", spec.view)
-    if function not in (hint, solution, facts, answer, demonstration) or not prompts:
-        return
-    blank = Completion(
-        token_ids=(), logprobs=torch.zeros(0), loss_mask=torch.zeros(0, dtype=torch.bool), source="", temperature=1.0, finish="stop", versions=()
-    )
-    for prompt in prompts:
-        judged = Judged(prompt=prompt, prompt_ids=(), completion=blank, text="", verdict=Verdict(), group=0, member=0)
-        if spec.view(ViewInput(judged=judged, group=[judged], templates=spec.templates)) is not None:
-            return
-    known = sorted({known for prompt in prompts for known in prompt.hints}) or ["none"]
-    raise ValueError(
-        f"signals.{name}.view: no prompt of the data has what the view {function.__name__!r} shows; hints in the data: {', '.join(known)}. "
-        "Choose a view of one of them, or name the column with data.columns, e.g. {solution: COLUMN}"
-    )
-
-
-def _shorten(
-    tokenizer: chat.Tokenizer, spec: ViewSpec, seen: ViewInput, hint_characters: int, max_context_tokens: int
-) -> tuple[int, ...] | None:
-    fits, best = 0, None
-    while hint_characters - fits > 1:
-        middle = (fits + hint_characters) // 2
-        view = spec.view(replace(seen, hint_characters=middle))
-        ids = None if view is None else chat.render(tokenizer, view.messages, thinking=spec.thinking)
-        if ids is None or len(ids) <= max_context_tokens:
-            fits, best = middle, ids if ids is not None else best
-        else:
-            hint_characters = middle
-    return best
-
-
-def _check_prefix(ids: tuple[int, ...], prefix: tuple[int, ...], prompt_ids: tuple[int, ...]) -> None:
-    for name, context in (("view", ids), ("student's prompt", prompt_ids)):
-        if context[len(context) - len(prefix) :] != prefix:
-            raise ValueError(
-                f"the {name} does not end with the assistant's opening {list(prefix)}: "
-                "student and views need one chat template and one thinking mode"
-            )
 
 
 def _question_index(seen: ViewInput) -> int:
@@ -278,6 +270,11 @@ VIEWS: dict[str, Callable[..., View | None]] = {
     "feedback": feedback,
     "demonstration": demonstration,
     "peer_success": peer_success,
+    "partial_solution": partial_solution,
+    "wrong_answer": wrong_answer,
+    "revision": revision,
+    "instruction": instruction,
+    "note": note,
     "hint": hint,
     "plain": plain,
 }

@@ -133,7 +133,8 @@ class PolicyLearner:
                 update = self._update(chosen, objective, heads)
                 add_meters(found, update.meters)
                 reasons += [update.skipped] if update.skipped else []
-        if self._shadow is not None and len(reasons) < count * self.settings.epochs:
+        due = (self.version + 1) % self.settings.ema_every == 0
+        if self._shadow is not None and due and len(reasons) < count * self.settings.epochs:
             self._shadow.tick(self._updater.masters())
         self.version += 1
         found["updates/skipped"] = Meter(sum=float(len(reasons)), count=1.0)

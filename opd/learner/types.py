@@ -43,7 +43,8 @@ class LearnerSettings:
 
     temperature: of the student's distribution (the sampling temperature). token_budget: tokens of a micro-batch, padding included.
     packed: packed rows instead of padded ones. chunk_bytes: scratch of the head; None lets the kernels choose. minibatches, epochs:
-    optimiser steps on one batch of rollouts. ema_rate: shadow <- (1 - rate) shadow + rate weights once a rollout step; None keeps none.
+    optimiser steps on one batch of rollouts. ema_rate: shadow <- (1 - rate) shadow + rate weights every ema_every rollout steps (rate 1: a
+    copy that old); None keeps none.
     merge_adapters: `weights` sends LoRA merged into Hugging Face names (an engine with a module of its own); otherwise the module's own
     parameters (an engine that shares it).
     """
@@ -57,6 +58,7 @@ class LearnerSettings:
     epochs: int = 1
     merge_adapters: bool = False
     ema_rate: float | None = None
+    ema_every: int = 1
     gradient_checkpointing: bool = False
 
 

@@ -10,13 +10,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opd import chat
 from opd.bpe import train_byte_bpe
+from opd.contexts import render_views
 from opd.prompts import read_prompts, shuffled_stream, task_stream
 from opd.source import Codec, RolloutSource, SourceSettings
 from opd.tasks import HINT_TEMPLATES, TASKS
 from opd.tasks.tokenizer import character_tokenizer
 from opd.types import Judged
 from opd.verify import make_verifier
-from opd.views import TEMPLATES, render_views, resolve_view
+from opd.views import TEMPLATES, resolve_view
 
 SAMPLE = Path(__file__).parent / "gsm8k_like.jsonl"
 

@@ -6,8 +6,9 @@ from opd_rollout.types import Completion
 
 from opd import chat
 from opd.bpe import train_byte_bpe
+from opd.contexts import ViewCounts, render_views
 from opd.types import Judged, Prompt, Verdict
-from opd.views import TEMPLATES, ViewCounts, ViewInput, render_views, resolve_view
+from opd.views import TEMPLATES, ViewInput, resolve_view, segments
 
 TASK_TEMPLATES = {
     "solution": "S{hint}\n{question}",
@@ -127,6 +128,75 @@ def test_feedback_and_its_solution():
     assert view_of("feedback", crashed) is None, "an exception's text is no feedback"
 
 
+def test_feedback_and_a_siblings_solution_together():
+    wrong, right = answered("x", verdict=WRONG, member=0), answered("good", member=1)
+    both = {"feedback": {"solution": "peer_success", "together": True}}
+    shown = view_of(both, wrong, [wrong, right], TEMPLATES)
+    text = TEMPLATES["solution_and_feedback"].replace("{hint}", "good").replace("{feedback}", "step 2 is wrong").replace("{question}", "1+1+1?")
+    assert (content(shown), shown.hint) == (text, "good")
+    assert content(view_of(both, wrong, [wrong, right])) == "Wstep 2 is wrong\nSgood\n1+1+1?"
+    assert content(view_of(both, wrong, [wrong])) == "Wstep 2 is wrong\n1+1+1?"
+    silent = answered("x", verdict=Verdict(), member=0)
+    assert content(view_of(both, silent, [silent, right])) == "Sgood\n1+1+1?"
+    assert view_of(both, right, [wrong, right]) is None
+
+
+def test_segments_join_to_the_text_and_end_where_a_reader_stops():
+    text = "First 1.5 is said. Then?\nx=2;y=3;"
+    assert segments(text) == ["First 1.5 is said.", " Then?\n", "x=2;", "y=3;"]
+    assert "".join(segments(text)) == text and segments("") == []
+
+
+@pytest.mark.parametrize(
+    ("choice", "shown"),
+    [
+        ({"share": 0.0}, "9"),
+        ({"share": 0.5}, "a;b;\n9"),
+        ({"share": 0.74}, "a;b;\n9"),
+        ({"share": 1.0}, "a;b;c;9"),
+        ({"share": 0.5, "answer": False}, "a;b;"),
+    ],
+)
+def test_partial_solution_by_hand(choice, shown):
+    judged = answered(hints={"solution": "a;b;c;9", "answer": "9"})
+    assert content(view_of({"partial_solution": choice}, judged)) == f"S{shown}\n1+1+1?"
+
+
+def test_partial_solution_takes_its_share_from_a_controller():
+    judged = answered(hints={"solution": "a;b;c;9", "answer": "9"})
+    spec = resolve_view({"partial_solution": {"share": "exposure"}}, TASK_TEMPLATES)
+    seen = ViewInput(judged=judged, group=[judged], templates=TASK_TEMPLATES, controls={"exposure": 0.25})
+    assert content(spec.view(seen)) == "Sa;\n9\n1+1+1?"
+    assert view_of({"partial_solution": {"share": 0.5}}, answered(hints={"answer": "9"})) is None, "no solution, no view"
+
+
+def test_wrong_answer_is_the_worst_siblings_last_word_in_the_form_of_the_right_one():
+    bad, worse = (answered(text, verdict=Verdict(reward=reward), member=m) for m, (text, reward) in enumerate((("so 4", 0.2), ("so 7", -1.0))))
+    broken, right = answered("so 8", verdict=Verdict(status="error", reward=-5.0), member=2), answered("so 3", member=3)
+    assert content(view_of("wrong_answer", right, [bad, worse, broken, right])) == "A7\n1+1+1?"
+    assert content(view_of("answer", right)) == "A3\n1+1+1?"
+    assert view_of("wrong_answer", right, [broken, right]) is None
+
+
+def test_revision_puts_the_attempt_and_the_verdict_into_the_assistants_turn():
+    phrases = {"right": "ok", "wrong": "no", "between": "|"}
+    for verdict, phrase in ((WRONG, "no"), (Verdict(reward=1.0, correct=True), "ok")):
+        judged = answered("1+1=2;3", verdict=verdict)
+        [ids], counts = render_views(TOKENIZER, [judged], resolve_view({"revision": phrases}, TASK_TEMPLATES), 100)
+        assert ids == judged.prompt_ids + chat.tokenize(TOKENIZER, f"1+1=2;3|{phrase}|") and counts.shown == 1
+        [short], counts = render_views(TOKENIZER, [judged], resolve_view({"revision": phrases}, TASK_TEMPLATES), len(ids) - 1)
+        assert counts.shortened == 1 and len(short) < len(ids), "the first copy is shortened, the scored one never"
+        assert TOKENIZER.decode(short).endswith(f"|{phrase}|")
+    assert view_of("revision", answered("x", verdict=Verdict(status="abstain"))) is None
+
+
+def test_instruction_and_note():
+    assert content(view_of({"instruction": {"text": "Be brief."}}, answered(), templates=TEMPLATES)) == "1+1+1?\n\nBe brief."
+    noted = replace(answered("x"), notes={"critique": "step 2"})
+    assert content(view_of({"note": {"name": "critique"}}, noted)) == "Wstep 2\n1+1+1?"
+    assert view_of({"note": {"name": "other"}}, noted) is None
+
+
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
@@ -136,6 +206,8 @@ def test_feedback_and_its_solution():
         ({"solution": {"template": "only {hint}"}}, "lacks {question}"),
         ({"hint": {"name": "picture"}}, "no template 'picture'"),
         ("hint", "needs name"),
+        ({"partial_solution": {"share": 1.5}}, "share is 1.5; it must be a number at least 0 and at most 1 or a text"),
+        ("instruction", "needs text"),
         ({"feedback": {"solution": "peers"}}, "must be none | peer_success"),
     ],
 )

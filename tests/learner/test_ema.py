@@ -55,6 +55,18 @@ def test_one_tick_a_rollout_step_whatever_the_number_of_updates(learner):
     assert torch.allclose(found, expected, atol=1e-6) and not torch.allclose(found, after_two[name], atol=1e-3)
 
 
+def test_an_average_of_rate_one_every_two_steps_is_a_copy_that_is_renewed_every_other_step():
+    learner = LEARNERS["torch"](tiny_model(), optimizer(), settings(ema_rate=1.0, ema_every=2))
+    name, seen = "model.layers.0.mlp.up_proj.weight", [weights_of(learner)]
+    for step in range(4):
+        train(learner, cases.NLL, 1)
+        seen.append(weights_of(learner))
+        copied = seen[(step + 1) // 2 * 2][name]
+        assert torch.equal(learner._shadow.tensors[f"model.{name}"], copied)
+    assert not torch.equal(seen[2][name], seen[4][name])
+    learner.close()
+
+
 def test_the_averaged_teacher_scores_like_a_model_with_those_weights_and_the_student_is_untouched(learner):
     train(learner, cases.NLL, 2)
     before = weights_of(learner)

@@ -23,7 +23,11 @@ from opd.tasks.tokenizer import character_tokenizer
 
 torch.set_num_threads(1)
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-SMALL = {"sdpo": {"objective.0.support.student_topk.k": 5}, "hybrid": {"objective.1.support.student_topk.k": 5}}
+SMALL = {
+    "opsd_topk": {"objective.0.support.teacher_topk.k": 5},
+    "sdpo": {"objective.0.support.student_topk.k": 5},
+    "hybrid": {"objective.1.support.student_topk.k": 5},
+}
 JUDGED = []
 
 

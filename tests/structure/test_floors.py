@@ -15,7 +15,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below
     {"opd_kernels"},
     {"opd_rollout"},
     {"opd.types", "opd.recipe", "opd.config", "opd.stages", "opd.errors", "opd.choices", "opd.pooling"},
-    {"opd.objective", "opd.credit", "opd.chat", "opd.views", "opd.verify", "opd.tasks", "opd.bpe"},
+    {"opd.objective", "opd.credit", "opd.chat", "opd.views", "opd.contexts", "opd.verify", "opd.tasks", "opd.bpe"},
     {"opd.accuracy", "opd.teacher", "opd.learner", "opd.prompts", "opd.track", "opd.runfolder", "opd.live", "opd.randomness", "opd.pretrained"},
     {"opd.loop", "opd.eval", "opd.source", "opd.run"},
     {"opd.problems", "opd.student"},

@@ -1,0 +1,124 @@
+"""Views as token ids: rendered by the chat template, shortened to fit, counted."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from opd_rollout.types import Completion
+
+from opd import chat
+from opd.types import Judged, Meter, Prompt, Verdict, View
+from opd.views import ViewInput, ViewSpec, answer, demonstration, facts, hint, partial_solution, solution
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewCounts:
+    """How many answers had a view, had nothing to show, had their hint shortened, or lost their view because it could not fit."""
+
+    shown: int
+    absent: int
+    shortened: int
+    dropped: int
+
+
+def render_views(
+    tokenizer: chat.Tokenizer,
+    judged: Sequence[Judged],
+    spec: ViewSpec,
+    max_context_tokens: int,
+    controls: Mapping[str, float] | None = None,
+) -> tuple[list[tuple[int, ...] | None], ViewCounts]:
+    """The context ids of every answer's view (None where there is none), and counts.
+
+    Only the hint is shortened, from its end, to fit `max_context_tokens`; a view that does not fit without it is dropped.
+    Raises ValueError when the assistant's turn opens differently in different views.
+    """
+    prefix = chat.assistant_prefix(tokenizer, thinking=spec.thinking)
+    groups: dict[int, list[Judged]] = defaultdict(list)
+    for item in judged:
+        groups[item.group].append(item)
+    contexts: list[tuple[int, ...] | None] = []
+    absent = shortened = 0
+    for item in judged:
+        seen = ViewInput(judged=item, group=groups[item.group], templates=spec.templates, controls=controls or {})
+        view = spec.view(seen)
+        absent += view is None
+        opened = None if view is None else _render(tokenizer, spec, view)
+        if view is not None and opened is not None and sum(map(len, opened)) > max_context_tokens:
+            opened = _shorten(tokenizer, spec, seen, len(view.hint), max_context_tokens)
+            shortened += opened is not None
+        if opened is not None:
+            _check_prefix(opened[0], prefix, item.prompt_ids)
+        contexts.append(None if opened is None else opened[0] + opened[1])
+    shown = sum(ids is not None for ids in contexts)
+    return contexts, ViewCounts(shown=shown, absent=absent, shortened=shortened, dropped=len(judged) - shown - absent)
+
+
+class SignalViews:
+    """Every signal's contexts of a step's answers (opd.loop.Viewer), and the counts of the last call."""
+
+    def __init__(self, tokenizer: chat.Tokenizer, specs: Mapping[str, ViewSpec], max_context_tokens: int) -> None:
+        self._tokenizer, self._specs, self._max_context_tokens = tokenizer, dict(specs), max_context_tokens
+        self._meters: dict[str, Meter] = {}
+
+    def __call__(self, judged: Sequence[Judged]) -> dict[str, list[tuple[int, ...] | None]]:
+        contexts = {}
+        for name, spec in self._specs.items():
+            contexts[name], counts = render_views(self._tokenizer, judged, spec, self._max_context_tokens)
+            for what in ("shortened", "dropped"):
+                self._meters[f"views/{name}_{what}"] = Meter(sum=float(getattr(counts, what)), count=float(len(judged)))
+        return contexts
+
+    def meters(self) -> Mapping[str, Meter]:
+        """Shares of answers whose hint was shortened, or whose view was dropped because it did not fit."""
+        return self._meters
+
+
+def check_hints(name: str, spec: ViewSpec, prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError when a view that reads hints finds none in any of these prompts: its teacher would never see anything."""
+    function = getattr(spec.view, "func", spec.view)
+    if function not in (hint, solution, partial_solution, facts, answer, demonstration) or not prompts:
+        return
+    blank = Completion(
+        token_ids=(), logprobs=torch.zeros(0), loss_mask=torch.zeros(0, dtype=torch.bool), source="", temperature=1.0, finish="stop", versions=()
+    )
+    for prompt in prompts:
+        judged = Judged(prompt=prompt, prompt_ids=(), completion=blank, text="", verdict=Verdict(), group=0, member=0)
+        if spec.view(ViewInput(judged=judged, group=[judged], templates=spec.templates, controls=defaultdict(float))) is not None:
+            return
+    known = sorted({known for prompt in prompts for known in prompt.hints}) or ["none"]
+    raise ValueError(
+        f"signals.{name}.view: no prompt of the data has what the view {function.__name__!r} shows; hints in the data: {', '.join(known)}. "
+        "Choose a view of one of them, or name the column with data.columns, e.g. {solution: COLUMN}"
+    )
+
+
+Opened = tuple[tuple[int, ...], tuple[int, ...]]
+"""Ids up to the assistant's turn, and of what already stands in it."""
+
+
+def _render(tokenizer: chat.Tokenizer, spec: ViewSpec, view: View) -> Opened:
+    return chat.render(tokenizer, view.messages, thinking=spec.thinking), chat.tokenize(tokenizer, view.opening) if view.opening else ()
+
+
+def _shorten(tokenizer: chat.Tokenizer, spec: ViewSpec, seen: ViewInput, hint_characters: int, max_context_tokens: int) -> Opened | None:
+    fits, best = 0, None
+    while hint_characters - fits > 1:
+        middle = (fits + hint_characters) // 2
+        view = spec.view(replace(seen, hint_characters=middle))
+        opened = None if view is None else _render(tokenizer, spec, view)
+        if opened is None or sum(map(len, opened)) <= max_context_tokens:
+            fits, best = middle, opened if opened is not None else best
+        else:
+            hint_characters = middle
+    return best
+
+
+def _check_prefix(ids: tuple[int, ...], prefix: tuple[int, ...], prompt_ids: tuple[int, ...]) -> None:
+    for name, context in (("view", ids), ("student's prompt", prompt_ids)):
+        if context[len(context) - len(prefix) :] != prefix:
+            raise ValueError(
+                f"the {name} does not end with the assistant's opening {list(prefix)}: "
+                "student and views need one chat template and one thinking mode"
+            )
