@@ -12,16 +12,19 @@ from opd.choices import nearest, resolve, split_choice
 from opd.tasks import TASKS
 from opd.types import Prompt, Verdict, Verifier
 from opd.verify.answers import final_answer
+from opd.verify.code import code_verdict, gold_tests_problem, require_isolation
 from opd.verify.math import MathVerifier, math_verdict
-from opd.verify.simple import choice_verdict, exact_verdict
+from opd.verify.simple import choice_verdict, exact_verdict, json_verdict, regex_verdict
 
 __all__ = ["VERIFIERS", "MathVerifier", "as_verifier", "final_answer", "gold_problem", "judge", "make_verifier"]
 
 
 def make_verifier(choice: Any) -> Verifier:
     """The verifier that a recipe names: a name, {name: {parameter: value}} or {fn: module:function}. Raises ValueError with the fix."""
-    verifier = resolve(choice, VERIFIERS, "data.verifier")
-    return as_verifier(verifier) if split_choice(choice, "data.verifier")[0] == "fn" else verifier
+    verifier, name = resolve(choice, VERIFIERS, "data.verifier"), split_choice(choice, "data.verifier")[0]
+    if name in REQUIRES:
+        REQUIRES[name]()
+    return as_verifier(verifier) if name == "fn" else verifier
 
 
 def as_verifier(function: Callable[..., Any], *, correct_at: float = 1.0) -> Verifier:
@@ -64,9 +67,11 @@ def judge(verify: Verifier, prompt: Prompt, text: str) -> Verdict:
 
 
 def gold_problem(verify: Verifier, prompt: Prompt) -> str:
-    """Why a verifier does not accept the gold answer itself; "" when it does. For verifiers that judge a bare answer."""
+    """Why a verifier does not accept the gold answer itself; "" when it does. For verifiers that judge a bare answer, and for tests."""
     if not prompt.answer:
         return "there is no gold answer"
+    if getattr(verify, "func", verify) is code_verdict:
+        return gold_tests_problem(prompt)
     verdict = judge(verify, prompt, f"#### {prompt.answer}")
     if verdict.correct and verdict.status == "score":
         return ""
@@ -89,4 +94,10 @@ VERIFIERS: dict[str, Callable[..., Verdict]] = {
     "choice": choice_verdict,
     "math": math_verdict,
     "gsm8k": math_verdict,
+    "json": json_verdict,
+    "regex": regex_verdict,
+    "code": code_verdict,
 }
+
+REQUIRES: dict[str, Callable[[], None]] = {"code": require_isolation}
+"""What must hold on this machine before a verifier may serve; raises ValueError."""

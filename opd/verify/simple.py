@@ -1,10 +1,14 @@
-"""Verifiers that compare text: exact answers and multiple choice."""
+"""Verifiers that compare text: exact answers, multiple choice, JSON, patterns."""
 
+import json
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from opd.types import Prompt, Verdict
 from opd.verify.answers import marked_answer
 
+_OPENING = re.compile(r"[{\[]")
 _LETTER = re.compile(r"(?<![A-Za-z])\(?([A-Z])\)?(?![A-Za-z])")
 
 
@@ -26,6 +30,54 @@ def choice_verdict(prompt: Prompt, text: str, *, letters: str = "ABCDE") -> Verd
         return Verdict(status="abstain", feedback="no gold answer")
     found = [letter for letter in _LETTER.findall(marked_answer(text) or text) if letter in letters]
     return _compare(found[-1] if found else "", prompt.answer.strip().strip("()."))
+
+
+def json_verdict(prompt: Prompt, text: str, *, keys: Sequence[str] = ()) -> Verdict:
+    """Right when the last JSON object or array of the text equals the gold one, key order aside; with `keys`, in those keys.
+
+    parts: json (1 where any was found), keys (share of the gold object's keys that agree).
+    """
+    if prompt.answer is None:
+        return Verdict(status="abstain", feedback="no gold answer")
+    try:
+        gold = json.loads(prompt.answer)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"prompt {prompt.id!r}: the gold answer is no JSON ({error.msg})") from None
+    found = _last_json(text)
+    if found is None:
+        return Verdict(feedback="No JSON was found.", parts={"json": 0.0, "keys": 0.0})
+    wanted = [*keys] or list(gold) if isinstance(gold, dict) else []
+    agree = [isinstance(found, dict) and key in found and found[key] == gold.get(key) for key in wanted]
+    correct = all(agree) and (bool(keys) or found == gold)
+    wrong = [key for key, same in zip(wanted, agree, strict=True) if not same]
+    feedback = "" if correct else f"Wrong or missing: {', '.join(wrong)}." if wrong else "The JSON differs from the right one."
+    return Verdict(
+        reward=float(correct), correct=correct, feedback=feedback, parts={"json": 1.0, "keys": sum(agree) / len(agree) if agree else float(correct)}
+    )
+
+
+def regex_verdict(prompt: Prompt, text: str, *, pattern: str, ignore_case: bool = False) -> Verdict:
+    """Right when the pattern's last match in the text (its first group, if it has one) equals the gold answer up to white space."""
+    if prompt.answer is None:
+        return Verdict(status="abstain", feedback="no gold answer")
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"data.verifier.regex.pattern {pattern!r} is no regular expression: {error}") from None
+    matches = list(compiled.finditer(text))
+    found = (matches[-1].group(1 if compiled.groups else 0) or "") if matches else ""
+    return _compare(_plain(found, ignore_case), _plain(prompt.answer, ignore_case))
+
+
+def _last_json(text: str) -> Any:
+    """The last complete object or array that is not part of another one; None without any."""
+    decoder, found, at = json.JSONDecoder(), None, 0
+    while (match := _OPENING.search(text, at)) is not None:
+        try:
+            found, at = decoder.raw_decode(text, match.start())
+        except (json.JSONDecodeError, RecursionError):
+            at = match.end()
+    return found
 
 
 def _compare(answer: str, gold: str) -> Verdict:
