@@ -19,8 +19,11 @@ from opd_rollout.types import GenerateRequest, Sampling
 from opd import chat
 from opd.build import Parts, build_parts, check_tracking, input_facts, open_sink
 from opd.config import load_recipe, parse_overrides, parse_recipe, recipe_hash
+from opd.errors import Paused
 from opd.eval import Codec, EvalResult, EvalSettings, decoding_name, write_evaluation
 from opd.eval import evaluate as evaluate_problems
+from opd.guard import parse_rules
+from opd.guarding import RunGuard
 from opd.learner.memory import is_out_of_memory
 from opd.live import LiveView, PhaseClock, Status, StopRequest, stop_signals
 from opd.loop import System
@@ -176,10 +179,10 @@ def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Status, view: L
         budget_seconds=recipe.budget.seconds,
     )  # fmt: skip
 
-    def evaluate_dev(step: int, engine: Engine) -> float:
+    def evaluate_dev(step: int, engine: Engine) -> Mapping[str, Any]:
         result = examine(recipe, parts, engine, "dev", parts.problems.dev, 1.0, ev.samples, step)
         write_evaluation(folder, result)
-        return float(result.row["avg@k"])
+        return result.row
 
     return TrainingRun(
         folder,
@@ -192,7 +195,17 @@ def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Status, view: L
             write_samples, tokenizer=parts.tokenizer, num_samples=tr.samples, texts_in_table=tr.texts, contexts=parts.views, readers=readers(parts)
         ),
         save_tokenizer=parts.tokenizer.save_pretrained,
+        guard=make_guard(recipe),
     )
+
+
+def make_guard(recipe: Recipe) -> RunGuard | None:
+    """The recipe's guard rails; None where all are off."""
+    g = recipe.guard
+    rules = parse_rules(g.action, g.rules)
+    if not rules:
+        return None
+    return RunGuard(rules, answers=g.answers, ngram=g.ngram, rate_factor=g.rate_factor, max_roll_backs=g.max_roll_backs)
 
 
 def readers(parts: Parts) -> Readers:
@@ -282,7 +295,8 @@ def _recording(folder: Path, run: TrainingRun, view: LiveView, status: Status) -
         failed = False
     except KeyboardInterrupt as stopped:
         failed = False
-        status.write("preempted", str(stopped) or "interrupted twice: what was not saved will be done again")
+        state = "paused" if isinstance(stopped, Paused) else "preempted"
+        status.write(state, str(stopped) or "interrupted twice: what was not saved will be done again")
         raise
     except BaseException as error:
         with contextlib.suppress(OSError):  # on a full disk the first error is the one to report

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from opd import chat, pretrained
 from opd.config import recipe_hash
 from opd.contexts import SignalViews, check_hints
+from opd.guard import parse_rules
 from opd.learner.torch_learner import torch_learner
 from opd.learner.types import Learner, LearnerSettings, OptimizerSettings
 from opd.objective import Objective, Setting, build_objective
@@ -56,6 +57,7 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     """
     if recipe.sampling.temperature == 0:
         raise ValueError("sampling.temperature is 0: there is nothing to learn from greedy answers; greedy evaluation is eval.temperatures=[0]")
+    parse_rules(recipe.guard.action, recipe.guard.rules)
     objective, choices = objective_of(recipe), {name: parse_weights(name, signal.weights) for name, signal in recipe.signals.items()}
     problems = load_problems(recipe, verifier)
     share, dataset_hint = parse_source(recipe.rollout.source)

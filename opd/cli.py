@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from opd.config import describe, find_recipe, parse_overrides
-from opd.errors import Preempted, TooManySkipped
+from opd.errors import NotReproduced, Paused, Preempted, TooManySkipped
 from opd.overview import overview
 from opd.stages import read_stages
 
@@ -16,6 +16,8 @@ USAGE = """usage: opd COMMAND [NAME] [key=value ...]
   compare COMPARISON   several arms x seeds under one budget -> runs/<name>/report.html
   eval    MODEL_OR_RUN avg@k, pass@k, maj@k with standard errors
   inspect RUN          token-level viewer -> <run>/inspect.html
+  bundle  RUN step=N   one step's rollouts, scores and weights in a file -> <run>/bundles/
+  replay  BUNDLE       that step again, bit by bit; with objective=... another objective on the same rollouts
   show    [RECIPE]     the recipe with every default filled in; alone: lists recipes, methods and runs
 
 examples: opd train recipes/runs/opsd_expr.yaml optimizer.lr=3e-4 seed=1
@@ -24,7 +26,8 @@ examples: opd train recipes/runs/opsd_expr.yaml optimizer.lr=3e-4 seed=1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; exit status 2 for a mistake in the input, 1 for a run that failed, 130 for Ctrl-C, 0 otherwise.
+    """Run a command; exit status 2 for a mistake in the input, 1 for a run that failed, 3 for one that a guard rail paused, 130 for
+    Ctrl-C, 0 otherwise.
 
     A run that was stopped by SIGTERM or SIGUSR1 is no failure: its state is saved, and the status is 0.
     """
@@ -43,10 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         print(f"opd: {error}", file=sys.stderr)
         return 2
+    except Paused as paused:
+        print(f"opd: paused by {paused}. The state is saved: look (opd inspect), then the same command goes on", file=sys.stderr)
+        return 3
     except Preempted as stopped:
         print(f"opd: {stopped}: everything up to the last whole step is saved; run the same command to go on", file=sys.stderr)
         return 130 if "Ctrl-C" in str(stopped) else 0
-    except TooManySkipped as failed:
+    except (TooManySkipped, NotReproduced) as failed:
         print(f"opd: {failed}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -72,6 +78,14 @@ def _inspect(words: Sequence[str]) -> None:
     print(import_module("opd.reports").inspect(_name(words, "inspect RUN")))
 
 
+def _bundle(words: Sequence[str]) -> None:
+    print(import_module("opd.replay").bundle(_name(words, "bundle RUN step=N"), parse_overrides(words[1:])))
+
+
+def _replay(words: Sequence[str]) -> None:
+    print(import_module("opd.replay").replay_and_report(_name(words, "replay BUNDLE"), parse_overrides(words[1:])))
+
+
 def _show(words: Sequence[str]) -> None:
     if not words:
         print(overview())
@@ -92,6 +106,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "compare": _compare,
     "eval": _eval,
     "inspect": _inspect,
+    "bundle": _bundle,
+    "replay": _replay,
     "show": _show,
 }
 

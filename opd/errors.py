@@ -1,9 +1,17 @@
-"""The two ways in which a run ends early without anybody having made a mistake in the input."""
+"""What ends a command without anybody having made a mistake in the input."""
 
 
 class Preempted(KeyboardInterrupt):
     """Somebody asked the run to stop; raised only where nothing is lost. Not an Exception: no verifier or worker may swallow it."""
 
 
+class Paused(Preempted):
+    """A guard rail asked for a look; the state is saved, and the same command goes on."""
+
+
 class TooManySkipped(Exception):
     """Updates were refused several times in a row; the last good checkpoint stays."""
+
+
+class NotReproduced(Exception):
+    """A replay of a recorded step gave other bits than the record."""

@@ -168,6 +168,21 @@ class Checkpoint(_Frozen):
     best: bool = Field(default=True, description="keep the checkpoint with the best dev accuracy and report it on test")
 
 
+class Guard(_Frozen):
+    """Rules that watch the run for collapse, leaks, style drift and reward hacking; see docs/guard_rails.md."""
+
+    action: Literal["off", "warn", "pause", "roll_back"] = Field(
+        default="warn",
+        description="what a rule does unless `rules` says otherwise: warn; pause (save and stop); roll_back (the weights of the last good "
+        "checkpoint, the questions that come next)",
+    )
+    rules: dict[str, Choice | bool] = Field(default={}, description="rule -> action, or {action: pause, parameter: value}; off switches it off")
+    answers: Positive = Field(default=64, description="answers a step, in whole groups, that the rules on texts read")
+    ngram: Positive = Field(default=8, description="tokens in a row, taken from a teacher's view, that count as a leak")
+    rate_factor: float = Field(default=0.5, gt=0, le=1, description="multiplies the learning rate at every roll back")
+    max_roll_backs: NonNegative = Field(default=2, description="after so many the next alarm pauses")
+
+
 class Track(_Frozen):
     """Logging."""
 
@@ -204,6 +219,7 @@ class Recipe(_Frozen):
     budget: Budget = Budget()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     track: Track = Track()
 
     @model_validator(mode="before")

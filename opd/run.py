@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ class Sink(Protocol):
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
 
+    def alert(self, title: str, text: str) -> None: ...
+
     def finish(self, failed: bool) -> None: ...
 
 
@@ -40,6 +43,8 @@ class NoSink:
     def log(self, row: Mapping[str, float], step: int) -> None: ...
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
+
+    def alert(self, title: str, text: str) -> None: ...
 
     def finish(self, failed: bool) -> None: ...
 
@@ -70,6 +75,7 @@ class Progress:
     evaluated_step: int | None = None
     skipped_in_a_row: int = 0
     saved_step: int | None = None
+    guard: dict[str, Any] = field(default_factory=dict)  # see opd.guarding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +87,41 @@ class Cut:
     generators: Mapping[str, Any]
 
 
+def read_checkpoint(folder: Path, s: System) -> dict[str, Any]:
+    """Bring learner, student, source, metrics and generators to where a checkpoint was taken; returns the rest of its state.
+
+    Raises ValueError where its files cannot be read.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        s.learner.load(folder / "learner")
+    except (OSError, RuntimeError, EOFError, KeyError, AssertionError, pickle.UnpicklingError, json.JSONDecodeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"checkpoint {folder} cannot be read ({reason}); delete that folder to resume from the one before it") from error
+    s.source.load_state(state["source"])
+    s.last.update(state["last"])
+    s.student.load_weights(s.learner.weights(s.learner.version))
+    set_generator_state(state["generators"])
+    return state
+
+
+class Guard(Protocol):
+    """Watches the run and may act on it; see opd.guarding."""
+
+    def restore(self, run: "TrainingRun", s: System) -> None: ...
+
+    def vitals(self, samples: Sequence[Sample], s: System) -> Mapping[str, float]: ...
+
+    def evaluated(self, row: Mapping[str, Any]) -> None: ...
+
+    def judge(self, row: Mapping[str, Any], s: System, run: "TrainingRun") -> None: ...
+
+
 class TrainingRun:
     """Implements opd.loop.Run over a folder.
 
-    `evaluate_dev(step, engine)` returns accuracy; `write_samples(path, step, samples)` returns table rows; `save_tokenizer(folder)` completes
-    a checkpoint's model/.
+    `evaluate_dev(step, engine)` returns the line of eval.jsonl; `write_samples(path, step, samples)` returns table rows;
+    `save_tokenizer(folder)` completes a checkpoint's model/.
     """
 
     def __init__(
@@ -96,11 +132,13 @@ class TrainingRun:
         status: Status,
         view: LiveView,
         open_sink: Callable[[str], Sink],
-        evaluate_dev: Callable[[int, Engine], float] | None,
+        evaluate_dev: Callable[[int, Engine], Mapping[str, Any]] | None,
         write_samples: Callable[[Path, int, Sequence[Sample]], Sequence[Sequence[Any]]],
         save_tokenizer: Callable[[Path], None],
+        guard: Guard | None = None,
     ) -> None:
         self.folder, self.plan, self.status, self.view = folder, plan, status, view
+        self.guard = guard
         self.progress, self.sink, self._cut = Progress(), NoSink(), Cut(source={}, last={}, generators={})
         self._open_sink, self._evaluate_dev, self._write_samples, self._save_tokenizer = open_sink, evaluate_dev, write_samples, save_tokenizer
 
@@ -112,28 +150,22 @@ class TrainingRun:
         step = self._load(found[-1], s) if found else 0
         evaluated = self.progress.evaluated_step
         keep_lines(self.folder / "metrics.jsonl", lambda row: row["step"] <= step and bool(found))
+        keep_lines(self.folder / "guard.jsonl", lambda row: row["step"] <= step and bool(found))
         keep_lines(self.folder / "eval.jsonl", lambda row: bool(found) and (row["step"] < step or row["step"] == evaluated or row["split"] == "test"))
         tracking = self.folder / "tracking.json"
         self.sink = self._open_sink(json.loads(tracking.read_text())["run_id"] if tracking.is_file() else "")
         if self.sink.run_id:
             write_json(tracking, {"run_id": self.sink.run_id})
+        if self.guard:
+            self.guard.restore(self, s)
         self._remember(s)
         self.status.step(step)
         self.view.start_at(step)
         return step
 
     def _load(self, folder: Path, s: System) -> int:
-        try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            s.learner.load(folder / "learner")
-        except (OSError, RuntimeError, EOFError, KeyError, AssertionError, pickle.UnpicklingError, json.JSONDecodeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"checkpoint {folder} cannot be read ({reason}); delete that folder to resume from the one before it") from error
-        s.source.load_state(state["source"])
-        s.last.update(state["last"])
+        state = read_checkpoint(folder, s)
         self.progress = Progress(**state["progress"])
-        s.student.load_weights(s.learner.weights(s.learner.version))
-        set_generator_state(state["generators"])
         self.view.say(f"resumed after step {checkpoint_step(folder)} from {folder}")
         return checkpoint_step(folder)
 
@@ -156,8 +188,9 @@ class TrainingRun:
         """Accuracy on the dev split; a new best is remembered and checkpointed."""
         assert self._evaluate_dev is not None
         with s.clock("evaluate"):
-            accuracy = self._evaluate_dev(step, s.student)
+            row = self._evaluate_dev(step, s.student)
         s.clock.seconds()  # evaluation does not count as training time
+        accuracy = float(row["avg@k"])
         self.progress.evaluated_step = step
         s.last["eval/dev"] = accuracy
         self.sink.log({"eval/dev": accuracy}, step)
@@ -165,6 +198,8 @@ class TrainingRun:
             self.progress.best, self.progress.best_step = accuracy, step
         if self.progress.saved_step == step:
             self.progress.saved_step = None  # a checkpoint from before this evaluation does not know of it
+        if self.guard:
+            self.guard.evaluated(row)
         self._remember(s)
 
     def record(self, report: StepReport, samples: Sequence[Sample], s: System) -> None:
@@ -182,6 +217,10 @@ class TrainingRun:
         row = {**means, **totals, **{f"seconds/{phase}": value for phase, value in report.seconds.items()}, "seconds/step": taken}
         generated = report.meters.get("tokens/student")
         row["rate/tokens"] = generated.sum / taken if generated and taken else 0.0
+        if self.guard:
+            started = time.perf_counter()  # not the clock: nothing may stop the run between the step and its record
+            row |= self.guard.vitals(samples, s)
+            row["seconds/guard"] = time.perf_counter() - started
         append_line(self.folder / "metrics.jsonl", {"step": step, "version": report.version, "skipped": report.skipped, **row})
         self.sink.log(row, step)
         self._remember(s)
@@ -193,6 +232,11 @@ class TrainingRun:
             if rows:
                 self.sink.table("samples", SAMPLE_COLUMNS, rows, step)
         self._count_skipped(report)
+        if self.guard:
+            with s.clock("guard"):  # a phase in which stopping is safe
+                self.guard.judge({"step": step, **row}, s, self)
+            s.clock.seconds()
+            self._remember(s)
 
     def _count_skipped(self, report: StepReport) -> None:
         if not report.skipped:

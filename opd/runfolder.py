@@ -20,7 +20,7 @@ from opd.config import differences
 from opd.recipe import Recipe
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "triton", "wandb", "datasets", "math-verify", "opd-train")
-MAY_CHANGE = ("name", "track", "checkpoint.every", "checkpoint.keep", "engine.token_budget", "learner.token_budget", "learner.chunk_bytes")
+MAY_CHANGE = ("name", "track", "guard", "checkpoint.every", "checkpoint.keep", "engine.token_budget", "learner.token_budget", "learner.chunk_bytes")
 """Keys that a rerun may set differently: they decide what is kept and what fits into memory, not what is learned."""
 INPUTS = {  # what may not
     "data_hash": "the data",

@@ -29,6 +29,9 @@ class WandbSink:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         self._run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])}, step=step)
 
+    def alert(self, title: str, text: str) -> None:
+        self._run.alert(title=title, text=text, level=wandb.AlertLevel.WARN)
+
     def finish(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
 

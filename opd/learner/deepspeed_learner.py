@@ -139,6 +139,14 @@ class DeepSpeedUpdater:
         with deepspeed.zero.GatheredParameters(chosen, modifier_rank=0 if write else None):
             yield
 
+    def state(self) -> dict[str, Any]:
+        if self.stage:
+            raise ValueError(f"the optimiser is in ZeRO-{self.stage} pieces, which only a checkpoint can hold; use learner.zero_stage=0")
+        return {"masters": dict(self._own), "optimizer": self.module.optimizer.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        raise ValueError("the DeepSpeed learner goes on from its own checkpoints only; use learner.kind=torch")
+
     def save(self, folder: Path) -> None:
         self.module.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
 

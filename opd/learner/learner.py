@@ -47,12 +47,12 @@ class _Update:
 class PolicyLearner:
     """Implements opd.learner.types.Learner over an Updater. Made by `torch_learner` and `deepspeed_learner`.
 
-    token_budget starts at the settings' and is halved when memory runs out.
+    token_budget starts at the settings' and is halved when memory runs out. rate_scale multiplies the learning rate; who sets it keeps it.
     """
 
     def __init__(self, policy: Policy, updater: Updater, optimizer: OptimizerSettings, settings: LearnerSettings) -> None:
         self.policy, self.settings = policy, settings
-        self.version = 0
+        self.version, self.rate_scale = 0, 1.0
         self.token_budget = settings.token_budget
         self._updater, self._optimizer = updater, optimizer
         self._updates = 0
@@ -153,6 +153,21 @@ class PolicyLearner:
                 named = [(name, tensor.clone()) for name, tensor in named]
         return ModuleWeights(version=version, named=tuple(named))
 
+    def state(self) -> dict[str, Any]:
+        """Everything that the next update depends on besides the frozen weights, as plain values and tensors (not copies).
+
+        Raises ValueError for a learner whose optimiser is in pieces.
+        """
+        average = None if self._shadow is None else self._shadow.tensors
+        return {"version": self.version, "updates": self._updates, "token_budget": self.token_budget, "ema": average, **self._updater.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`, which may be another learner's. Raises ValueError where the learner cannot."""
+        self._updater.load_state(state)
+        if self._shadow is not None and state["ema"] is not None:
+            self._shadow.tensors = {name: tensor.clone() for name, tensor in state["ema"].items()}
+        self.version, self._updates, self.token_budget = state["version"], state["updates"], state["token_budget"]
+
     def save(self, folder: Path) -> None:
         """Everything that a resume needs to go on bitwise. Collective; the folder is complete on return."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +247,7 @@ class PolicyLearner:
             replays += 1
             self.token_budget = halved(self.token_budget, samples)
             logger.warning("out of memory: micro-batches of at most %d tokens from now on; the minibatch is replayed", self.token_budget)
-        lr = learning_rate(self._optimizer, self._updates)
+        lr = self.rate_scale * learning_rate(self._optimizer, self._updates)
         applied, norm = updater.apply(lr)
         self._updates += 1
         self._seconds["update"] += time.perf_counter() - done

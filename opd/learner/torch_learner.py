@@ -1,6 +1,6 @@
 """The plain learner: one process, one device, torch's own AdamW. The reference for the others."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,13 +70,19 @@ class TorchUpdater:
     def whole_weights(self, parameters: Sequence[nn.Parameter] | None = None, *, write: bool = False) -> Iterator[None]:
         yield
 
+    def state(self) -> dict[str, Any]:
+        return {"masters": dict(self._masters), "optimizer": self._optimizer.state_dict()}
+
     def save(self, folder: Path) -> None:
-        torch.save({"masters": dict(self._masters), "optimizer": self._optimizer.state_dict()}, folder / "optimizer.pt")
+        torch.save(self.state(), folder / "optimizer.pt")
 
     def load(self, folder: Path) -> None:
         if not (folder / "optimizer.pt").is_file():
             raise ValueError(f"{folder} holds no checkpoint of the torch learner; resume with the learner.kind that wrote it")
-        state = torch.load(folder / "optimizer.pt", map_location=self.module.head.weight.device, weights_only=True)
+        self.load_state(torch.load(folder / "optimizer.pt", map_location=self.module.head.weight.device, weights_only=True))
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state` of any learner whose optimiser is torch's."""
         with torch.no_grad():
             for name, master in self._masters.items():
                 master.copy_(state["masters"][name])

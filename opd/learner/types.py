@@ -63,9 +63,13 @@ class LearnerSettings:
 
 
 class Learner(Protocol):
-    """The student in training. `version` counts rollout steps; every rank of a distributed learner calls the same methods in turn."""
+    """The student in training. `version` counts rollout steps; every rank of a distributed learner calls the same methods in turn.
+
+    rate_scale multiplies the learning rate, 1.0 at first; whoever sets it keeps it over a resume.
+    """
 
     version: int
+    rate_scale: float
 
     def prepare(self, judged: Sequence[Judged], needs: Needs) -> list[Prepared | None]: ...
 
@@ -126,6 +130,12 @@ class Updater(Protocol):
     def whole_weights(self, parameters: Sequence[nn.Parameter] | None = None, *, write: bool = False) -> AbstractContextManager[None]:
         """These parameters (None: all) are whole on every rank while inside; with `write` what all ranks alike put there stays. Collective."""
         ...
+
+    def state(self) -> dict[str, Any]:
+        """Masters and optimiser as torch has them; ValueError where they are not whole."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
 
     def save(self, folder: Path) -> None: ...
 

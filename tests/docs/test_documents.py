@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.reference import recipe_reference, with_table
+from opd.reference import guard_rails, recipe_reference, with_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "kernels").glob("README.md")])
@@ -76,6 +76,7 @@ def test_generated_pages_are_up_to_date():
     assert (ROOT / "docs/recipe_reference.md").read_text() == recipe_reference(), "run: python -m opd.reference"
     page = (ROOT / "docs/methods.md").read_text()
     assert page == with_table(page), "run: python -m opd.reference"
+    assert (ROOT / "docs/guard_rails.md").read_text() == guard_rails(), "run: python -m opd.reference"
 
 
 def test_every_method_has_a_paragraph_and_every_paragraph_a_method():

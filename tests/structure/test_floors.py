@@ -15,11 +15,14 @@ FLOORS = [  # lowest first; a module may import its own floor and below
     {"opd_kernels"},
     {"opd_rollout"},
     {"opd.types", "opd.recipe", "opd.config", "opd.stages", "opd.errors", "opd.choices", "opd.pooling"},
-    {"opd.objective", "opd.credit", "opd.chat", "opd.views", "opd.contexts", "opd.verify", "opd.tasks", "opd.bpe"},
-    {"opd.accuracy", "opd.teacher", "opd.learner", "opd.prompts", "opd.track", "opd.runfolder", "opd.live", "opd.randomness", "opd.pretrained"},
-    {"opd.loop", "opd.eval", "opd.source", "opd.run"},
+    {"opd.objective", "opd.credit", "opd.chat", "opd.views", "opd.contexts", "opd.verify", "opd.tasks", "opd.bpe", "opd.token_class"},
+    {
+        *("opd.accuracy", "opd.teacher", "opd.learner", "opd.prompts", "opd.track", "opd.runfolder", "opd.live", "opd.randomness"),
+        *("opd.pretrained", "opd.guard", "opd.vitals"),
+    },
+    {"opd.loop", "opd.eval", "opd.source", "opd.run", "opd.guarding", "opd.bundle"},
     {"opd.problems", "opd.student"},
-    {"opd.cli", "opd.build", "opd.comparison", "opd.viewer", "opd.api", "opd.reports", "opd.overview", "opd.reference", "opd"},
+    {"opd.cli", "opd.build", "opd.comparison", "opd.viewer", "opd.api", "opd.reports", "opd.overview", "opd.reference", "opd.replay", "opd"},
 ]
 HOMES = {  # third-party package -> modules that may import it
     "triton": {"opd_kernels.row_kernels", "opd_kernels.triton"},
