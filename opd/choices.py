@@ -89,18 +89,28 @@ def split_choice(choice: Any, where: str) -> tuple[str, dict[str, Any]]:
     raise ValueError(f"{where}: {choice!r} is not a choice; write a name, {{name: {{parameter: value}}}} or {{fn: module:function}}")
 
 
-def resolve(choice: Any, table: Mapping[str, Callable[..., Any]], where: str) -> Callable[..., Any]:
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """A parameter that a schedule sets before each step."""
+
+    schedule: Callable[..., Any]
+
+
+def resolve(
+    choice: Any, table: Mapping[str, Callable[..., Any]], where: str, schedules: Mapping[str, Callable[..., Any]] | None = None
+) -> Callable[..., Any]:
     """The function that a choice names, its parameters checked and bound with their defaults.
 
+    schedules: names that may stand for a number among the parameters, {name: {parameters}}; such a parameter is bound as Scheduled.
     Raises ValueError for an unknown name or parameter (with the nearest valid one), a missing one, or a value of the wrong type or range.
     """
     name, parameters = split_choice(choice, where)
     if name == "fn":
         path = parameters.pop("fn")
-        return _bind(_import(path, where), parameters, f"{where}: {path}")
+        return _bind(_import(path, where), parameters, f"{where}: {path}", schedules or {})
     if name not in table:
         raise ValueError(f"{where}: unknown name {name!r}{nearest(name, table)}; valid: {', '.join(sorted(table))}")
-    return _bind(table[name], parameters, f"{where}: {name}")
+    return _bind(table[name], parameters, f"{where}: {name}", schedules or {})
 
 
 def _import(path: Any, where: str) -> Callable[..., Any]:
@@ -128,7 +138,7 @@ def _working_directory_importable() -> Iterator[None]:
         sys.path.remove(here)
 
 
-def _bind(function: Callable[..., Any], given: Mapping[str, Any], where: str) -> Callable[..., Any]:
+def _bind(function: Callable[..., Any], given: Mapping[str, Any], where: str, schedules: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     signature = inspect.signature(function)
     accepted = {name: p for name, p in signature.parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
     hints = get_type_hints(function, include_extras=True)
@@ -136,13 +146,23 @@ def _bind(function: Callable[..., Any], given: Mapping[str, Any], where: str) ->
         if name not in accepted:
             valid = f"valid: {', '.join(accepted)}" if accepted else "it takes none"
             raise ValueError(f"{where}: unknown parameter {name!r}{nearest(name, accepted)}; {valid}")
-        _check_value(value, hints.get(name, Any), f"{where}.{name}")
+        if isinstance(value, Mapping) and schedules and _fits(1.0, _kind_of(hints.get(name, Any))):
+            given = {**given, name: Scheduled(resolve(value, schedules, f"{where}.{name}"))}
+        else:
+            _check_value(value, hints.get(name, Any), f"{where}.{name}")
     missing = [name for name, p in accepted.items() if p.default is p.empty and name not in given]
     if missing:
         raise ValueError(f"{where}: needs {', '.join(missing)}")
     if not accepted:
         return function
     return partial(function, **{name: given.get(name, p.default) for name, p in accepted.items()})
+
+
+def _kind_of(hint: Any) -> Any:
+    """The type behind limits and options: float where a number may stand."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [get_args(option)[0] if get_origin(option) is Annotated else option for option in options]
+    return float if float in kinds else kinds[0]
 
 
 def _check_value(value: Any, hint: Any, where: str) -> None:

@@ -6,6 +6,7 @@ of which reads what came before as `advantage`. A token credit that reads "batch
 Legend: G answers of one prompt, T completion tokens, K support size. Host side, pure; all tensors in and out are detached.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -91,16 +92,24 @@ def _judged(group: GroupOutcome) -> tuple[Tensor, int]:
 
 @reads("behaviour_logp")
 def teacher_logratio(
-    sequence: SequenceSignals, *, signal: str = "main", discount: Share = 0.0, clip: Positive | None = None, scale: NonNegative = 1.0
+    sequence: SequenceSignals,
+    *,
+    signal: str = "main",
+    discount: Share = 0.0,
+    clip: Positive | None = None,
+    mixture: InnerShare | None = None,
+    scale: NonNegative = 1.0,
 ) -> Tensor:
     """The advantage so far + scale * (log teacher - log student) of the sampled tokens [T], each clamped to +-clip nats, 0 where masked.
 
-    With `discount` each token also gets the discounted sum of those after it. A single-sample estimate of the negative reverse KL's
-    gradient (Thinking Machines, On-Policy Distillation, 2025).
+    With `discount` each token also gets the discounted sum of those after it; with `mixture` m the ratio is at least log(m) / (1 - m)
+    (REOPOLD, arXiv 2603.11137). A single-sample estimate of the negative reverse KL's gradient (Thinking Machines, 2025).
     """
     ratio = _logratio(sequence, signal, sequence.student_logp)
     if clip is not None:
         ratio = ratio.clamp(-clip, clip)
+    if mixture is not None:
+        ratio = ratio.clamp_min(math.log(mixture) / (1.0 - mixture))
     return torch.where(sequence.loss_mask, sequence.advantage + scale * _reward_to_go(ratio, discount), 0.0)
 
 
@@ -111,13 +120,60 @@ def _logratio(sequence: SequenceSignals, signal: str, below: Tensor) -> Tensor:
 
 def _reward_to_go(values: Tensor, discount: float) -> Tensor:
     """Each entry plus the discounted sum of those after it [T]."""
-    if discount == 0.0:
-        return values
+    return values if discount == 0.0 else _discounted(values, discount)
+
+
+def _discounted(values: Tensor, discount: float) -> Tensor:
     total, out = values.new_zeros(()), []
     for value in reversed(values.unbind()):
         total = value + discount * total
         out.append(total)
     return torch.stack(out[::-1]) if out else values
+
+
+@reads("behaviour_logp")
+def future_logratio(
+    sequence: SequenceSignals,
+    *,
+    signal: str = "main",
+    discount: Share = 1.0,
+    own: bool = False,
+    normalise: Literal["length", "discounts", "none"] = "length",
+    clip: Positive | None = None,
+) -> Tensor:
+    """The advantage so far + the (discounted) sum of log teacher - log student over the tokens *after* each [T] (MiniLLM, 2306.08543).
+
+    own: each token's own log-ratio too, as in the authors' code. normalise: divided by the number of tokens summed, or by the sum of their
+    discounts. For a term beside the exact reverse KL, which already holds each token's own part.
+    """
+    ratio = _logratio(sequence, signal, sequence.student_logp)
+    ratio = ratio if clip is None else ratio.clamp(-clip, clip)
+    mask = sequence.loss_mask
+    total, ones = _discounted(ratio, discount), torch.where(mask, 1.0, 0.0).to(ratio)
+    counts = _discounted(ones, discount if normalise == "discounts" else 1.0)
+    if not own:
+        total, counts = total - ratio, counts - ones
+    if normalise != "none":
+        total = torch.where(counts > 0, total / counts.clamp_min(1e-12), 0.0)
+    return torch.where(mask, sequence.advantage + total, 0.0)
+
+
+@reads("behaviour_logp")
+def extrapolated_logratio(sequence: SequenceSignals, *, signal: str = "main", reference: str = "reference", scale: Positive = 1.25) -> Tensor:
+    """The advantage so far + scale * (log teacher - log reference) - (log student - log reference) [T] (G-OPD, arXiv 2602.12125).
+
+    The teacher's reward against a reference, weighed against staying near it: scale 1 is teacher_logratio, above 1 goes beyond the teacher.
+    """
+    reward = _logratio(sequence, signal, sequence.scores[reference].sampled)
+    stay = -_logratio(sequence, reference, sequence.student_logp)
+    return torch.where(sequence.loss_mask, sequence.advantage + scale * reward - stay, 0.0)
+
+
+def early_tokens_first(sequence: SequenceSignals, *, gamma: NonNegative = 0.5) -> Tensor:
+    """The advantage so far times 1 + gamma (1 - share of the answer's |advantage| that lies before the token) [T] (IW-OPD, 2606.22600)."""
+    size = torch.where(sequence.loss_mask, sequence.advantage.abs(), 0.0)
+    before = size.cumsum(0) - size
+    return sequence.advantage * (1.0 + gamma * (1.0 - before / size.sum().clamp_min(1e-8)))
 
 
 @reads("batch")
@@ -170,6 +226,12 @@ CREDITS = {
     "raw_reward": raw_reward,
 }
 
-TOKEN_CREDITS = {"teacher_logratio": teacher_logratio, "batch_whitened": batch_whitened}
+TOKEN_CREDITS = {
+    "teacher_logratio": teacher_logratio,
+    "future_logratio": future_logratio,
+    "extrapolated_logratio": extrapolated_logratio,
+    "early_tokens_first": early_tokens_first,
+    "batch_whitened": batch_whitened,
+}
 
 SHAPINGS = {"overlong": overlong, "kl_penalty": kl_penalty}

@@ -80,18 +80,19 @@ class System:
 
 def train_step(step: int, s: System) -> tuple[StepReport, list[Sample]]:
     """One round of the method: returns what it did and the samples it learned from."""
+    objective = s.objective.at(step, s.last)  # every schedule as the number that it gives now
     with s.clock("rollout"):
         judged = s.source.collect(step)  # the student answers, the verifier judges (filter, refill and mixtures live here)
     with s.clock("views"):
         views = s.view(judged)  # what each signal may see and the student may not
     with s.clock("prepare"):
-        prepared = s.learner.prepare(judged, s.objective.needs)  # only what a term asks for: old log-probs, student top-k, entropy
+        prepared = s.learner.prepare(judged, objective.needs)  # only what a term asks for: old log-probs, student top-k, entropy
     with s.clock("teacher"):
         scores = s.teachers.score(judged, views, prepared)  # every signal's log-probs of the student's own tokens
     with s.clock("join"):
-        samples = join(judged, prepared, scores, s.objective)  # credit, routes and scores: one immutable record an answer
+        samples = join(judged, prepared, scores, objective)  # credit, routes and scores: one immutable record an answer
     with s.clock("learn"):
-        report = s.learner.step(samples, s.objective.at(step, s.last), s.teachers.heads())
+        report = s.learner.step(samples, objective, s.teachers.heads())
     with s.clock("sync"):
         s.student.load_weights(s.learner.weights(s.learner.version))  # the new student speaks next
     meters = {**s.source.meters(), **s.view.meters(), **s.teachers.meters(), **report.meters}

@@ -139,6 +139,7 @@ class PolicyLearner:
         self.version += 1
         found["updates/skipped"] = Meter(sum=float(len(reasons)), count=1.0)
         found["learner/token_budget"] = Meter(sum=float(self.token_budget), count=1.0)
+        found |= {name: Meter(sum=value, count=1.0) for name, value in objective.scheduled.items()}
         found |= {f"seconds/learn/{phase}": Meter(sum=value, count=1.0) for phase, value in self._seconds.items()}
         return StepReport(step=self.version - 1, version=self.version, meters=found, skipped="; ".join(sorted(set(reasons))))
 

@@ -11,7 +11,8 @@ import torch
 from opd_kernels import SelectedLogprobs
 from torch import Tensor
 
-from opd.objective.supports import categories
+from opd.choices import parameters_of
+from opd.objective.supports import Categories, categories
 from opd.objective.surrogates import at_answer_ratio
 from opd.objective.terms import Objective, Term
 from opd.objective.weights import TokenStatistics
@@ -70,9 +71,10 @@ def denominators(objective: Objective, batches: Sequence[MicroBatch], all_reduce
 
 def _count(term: Term, rows: TokenRows) -> Tensor:
     counted = kept_tokens(term, rows.position, rows.loss_mask, rows.fields) if term.reduce.over == "all" else active_tokens(term, rows)
-    if term.reduce.kind == "token_mean":
-        return counted.sum(dtype=torch.float64)
-    return torch.where(counted, 1.0 / rows.fields[length_field(term.name)].double().clamp_min(1.0), 0.0).sum()
+    share = rows.route[term.name].double() if term.reduce.over == "weight" else torch.ones_like(counted, dtype=torch.float64)
+    if term.reduce.kind != "token_mean":
+        share = share / rows.fields[length_field(term.name)].double().clamp_min(1.0)
+    return torch.where(counted, share, 0.0).sum()
 
 
 def token_loss(
@@ -122,6 +124,9 @@ def _term_loss(
     student_logp = selected.logp[:, 0]
     if term.kind == "nll":
         return -student_logp, {}
+    if term.kind == "entropy":
+        assert selected.entropy is not None, "the learner asks the kernel for the entropy"
+        return selected.entropy, {}
     if term.kind == "surrogate":
         return _surrogate(term, student_logp, rows, active)
     assert term.signal and term.support, "a divergence has a signal and a support"
@@ -133,9 +138,17 @@ def _term_loss(
         teacher_logp = torch.where(signal.available, signal.sampled.to(student_logp), student_logp.detach())
         return term.loss(student_logp, teacher_logp), {}
     on = categories(term.support, selected, rows, signal)
-    teacher_logp = on.teacher if term.target is None else term.target(on.student.detach(), on.teacher)
+    teacher_logp = on.teacher if term.target is None else _target(term, on, selected, rows)
     tails = {"tail_mass/student": on.student_tail.exp(), "tail_mass/teacher": on.teacher_tail.exp()}
     return term.loss(on.student, teacher_logp), tails
+
+
+def _target(term: Term, on: Categories, selected: SelectedLogprobs, rows: TokenRows) -> Tensor:
+    assert term.target and term.support, "only a divergence on a support has a target"
+    reference = parameters_of(term.target).get("reference")
+    if reference is None:
+        return term.target(on.student.detach(), on.teacher)
+    return term.target(on.student.detach(), on.teacher, categories(term.support, selected, rows, rows.signals[reference]).teacher)
 
 
 def _surrogate(term: Term, student_logp: Tensor, rows: TokenRows, active: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import opd_kernels
 import torch
-from opd_kernels import Divergence
+from opd_kernels import PAD_LOGP, Divergence
 from torch import Tensor
 
 from opd.choices import InnerShare, NonNegative
@@ -46,6 +46,28 @@ def skew_forward_kl(student_logp: Tensor, teacher_logp: Tensor, *, alpha: InnerS
 def skew_reverse_kl(student_logp: Tensor, teacher_logp: Tensor, *, alpha: InnerShare, entry_clip: NonNegative | None = None) -> Tensor:
     """KL(p || alpha p + (1 - alpha) q) [N] nats (DistiLLM, arXiv 2402.03898)."""
     return _total(student_logp.exp() * (student_logp - _mixture(student_logp, teacher_logp, alpha)), entry_clip)
+
+
+def held_skew_reverse_kl(student_logp: Tensor, teacher_logp: Tensor, *, alpha: InnerShare) -> Tensor:
+    """skew_reverse_kl whose mixture is a constant: the same value, another gradient (DistiLLM-2 on the student's answers, 2503.07067)."""
+    return (student_logp.exp() * (student_logp - _mixture(student_logp.detach(), teacher_logp, alpha))).sum(-1)
+
+
+def expected_advantage(student_logp: Tensor, advantage: Tensor) -> Tensor:
+    """-sum of p A [N] over candidate tokens, A in the teacher's place (target: log_ratio); linear in p, so it needs an anchor beside it."""
+    return -(student_logp.exp() * advantage).sum(-1)
+
+
+def plackett_luce(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+    """-log probability [N] under the student's logits of the teacher's order of the candidates (TSD-KD, arXiv 2603.13260).
+
+    sum over ranks j of log(sum over l at or after j of exp z_l) - z_j. Only differences of logits matter, so log-probs serve.
+    """
+    order = teacher_logp.argsort(dim=-1, descending=True, stable=True)
+    ranked = student_logp.gather(-1, order)
+    real = ranked > PAD_LOGP / 2
+    after = torch.where(real, ranked, PAD_LOGP).flip(-1).logcumsumexp(-1).flip(-1)
+    return torch.where(real, after - ranked, 0.0).sum(-1)
 
 
 def _mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
@@ -98,6 +120,9 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "jsd": jsd,
     "skew_forward_kl": skew_forward_kl,
     "skew_reverse_kl": skew_reverse_kl,
+    "held_skew_reverse_kl": held_skew_reverse_kl,
+    "expected_advantage": expected_advantage,
+    "plackett_luce": plackett_luce,
 }
 
 DENSE: dict[str, Callable[..., Divergence]] = {

@@ -5,22 +5,19 @@ A function gets the answers that its term learns from, and a pool for statistics
 denominator, as those that a gate drops. They share the recipe key `weight`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from opd_rollout.types import TokenScores
 from torch import Tensor
 
-from opd.choices import Range, reads
+from opd.choices import NonNegative, Positive, Range, reads
 from opd.credit import SequenceSignals
+from opd.objective.targets import MINIMUM_STEP
 from opd.pooling import Pool
 
 TopShare = Annotated[float, Range(0.0, 1.0)]
-
-
-def per_answer(function: Callable[..., Tensor], answers: Sequence[SequenceSignals], **parameters: Any) -> list[Tensor]:
-    """The function at each answer."""
-    return [function(answer, **parameters) for answer in answers]
 
 
 def largest(scores: Sequence[Tensor], masks: Sequence[Tensor], share: float, pool: Pool) -> list[Tensor]:
@@ -39,9 +36,91 @@ def top_entropy(answers: Sequence[SequenceSignals], pool: Pool, *, share: TopSha
     return largest([_entropy(answer) for answer in answers], [answer.loss_mask for answer in answers], share, pool)
 
 
+@reads("entropy")
+def opener(answers: Sequence[SequenceSignals], pool: Pool, *, share: TopShare = 0.1) -> list[Tensor]:
+    """Only an answer's first tokens, up to the one at which `share` of its summed student entropy is reached (TSD-KD, arXiv 2603.13260)."""
+    return [_opens(answer, share) for answer in answers]
+
+
+def _opens(answer: SequenceSignals, share: float) -> Tensor:
+    entropy = torch.where(answer.loss_mask, _entropy(answer), 0.0).double()
+    before = entropy.cumsum(0) - entropy
+    return answer.loss_mask & (before < share * entropy.sum())
+
+
+@reads("entropy", "shared_ids")
+def soft_or(
+    answers: Sequence[SequenceSignals], pool: Pool, *, share: TopShare = 0.5, signal: str = "main", outliers: TopShare = 0.02
+) -> list[Tensor]:
+    """Only the `share` of the batch's tokens with the largest h + d - h d (TIP, arXiv 2604.14084).
+
+    h: the student's entropy, its top `outliers` cut off, d: KL(student || teacher) on the student's top-k and the rest; each is put on 0 to 1
+    between its least and largest value in the batch.
+    """
+    masks = [answer.loss_mask for answer in answers]
+    h = _unit([_entropy(answer) for answer in answers], masks, pool, outliers)
+    d = _unit([_shared_reverse_kl(answer, signal) for answer in answers], masks, pool, 0.0)
+    return largest([a + b - a * b for a, b in zip(h, d, strict=True)], masks, share, pool)
+
+
+def _unit(values: Sequence[Tensor], masks: Sequence[Tensor], pool: Pool, outliers: float) -> list[Tensor]:
+    """(value - least) / (largest - least) over the batch, the top `outliers` of the values held at what then is the largest."""
+    every = pool(torch.cat([v[m].double() for v, m in zip(values, masks, strict=True)]) if values else torch.zeros(0, dtype=torch.float64))
+    if not every.numel():
+        return [torch.zeros_like(value).double() for value in values]
+    low, high = float(every.min()), float(every.quantile(1.0 - outliers) if outliers else every.max())
+    return [((value.double() - low) / max(high - low, 1e-12)).clamp(0.0, 1.0) for value in values]
+
+
+def _shared_reverse_kl(answer: SequenceSignals, signal: str) -> Tensor:
+    """KL(student || signal) [T] on the ids at which both were scored and one category for the rest."""
+    scores = answer.scores[signal]
+    assert answer.topk_logp is not None and answer.topk_logp.shape == scores.logp.shape, "legality asks for support student_topk"
+    lp, lq = answer.topk_logp.double(), scores.logp.double()
+    inside = torch.where(scores.ids >= 0, lp.exp() * (lp - lq), 0.0).sum(-1)
+    tail = torch.log1p(-lp.exp().sum(-1).clamp_max(1.0 - 1e-12))
+    return inside + tail.exp() * (tail - scores.tail_logp.double())
+
+
+def batch_confidence(answers: Sequence[SequenceSignals], pool: Pool, *, signal: str = "main", beta: NonNegative = 1.0) -> list[Tensor]:
+    """exp(-beta H) of the signal's entropy H in nats, divided by its mean over the term's tokens of the batch (SRPO, arXiv 2604.02288)."""
+    raw = [(-beta * answer.scores[signal].entropy.double()).exp() for answer in answers]
+    every = pool(torch.cat([r[answer.loss_mask] for r, answer in zip(raw, answers, strict=True)]) if raw else torch.zeros(0, dtype=torch.float64))
+    return [r / every.mean() for r in raw] if every.numel() else raw
+
+
+@reads("shared_ids")
+def extrapolation_budget(
+    answers: Sequence[SequenceSignals],
+    pool: Pool,
+    *,
+    signal: str = "main",
+    reference: str = "reference",
+    scale: Positive = 15.0,
+    beta: Positive = 0.1,
+) -> list[Tensor]:
+    """beta / a, a as in the target `extrapolate`: what is extrapolated far weighs little (AlignDistil, arXiv 2503.02832).
+
+    Both signals must be scored at the same ids; the distance is taken there and on one category for the rest.
+    """
+    return [beta / _step_size(answer.scores[signal], answer.scores[reference], scale) for answer in answers]
+
+
+def _step_size(one: TokenScores, other: TokenScores, scale: float) -> Tensor:
+    assert torch.equal(one.ids, other.ids), "legality asks for support student_topk on both"
+    inside = torch.where(one.ids >= 0, (one.logp.double().exp() - other.logp.double().exp()).abs(), 0.0).sum(-1)
+    return scale * (inside + (one.tail_logp.double().exp() - other.tail_logp.double().exp()).abs()) + MINIMUM_STEP
+
+
 def _entropy(answer: SequenceSignals) -> Tensor:
     assert answer.entropy is not None, "the learner prepares the entropy when `needs.entropy` is set"
     return answer.entropy
 
 
-FIELDS = {"top_entropy": top_entropy}
+FIELDS = {
+    "top_entropy": top_entropy,
+    "opener": opener,
+    "soft_or": soft_or,
+    "batch_confidence": batch_confidence,
+    "extrapolation_budget": extrapolation_budget,
+}

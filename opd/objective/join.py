@@ -76,9 +76,18 @@ def _columns(term: Term, judged: Sequence[Judged], known: Sequence[SequenceSigna
     groups, places = _groups(term, judged, known)
     plain = {number: group_outcome(answers) for number, (answers, _) in groups.items()}  # routes go by the verifier's rewards
     outcomes = {number: group_outcome(answers, rewards) for number, (answers, rewards) in groups.items()}
+    likelihoods = _likelihoods(term, judged, known)
     routes = []
     for answer, signals, place in zip(judged, known, places, strict=True):
-        asked = RouteInput(verdict=answer.verdict, has_view=term.view_signal in signals.scores, group=plain[answer.group], member=place)
+        asked = RouteInput(
+            verdict=answer.verdict,
+            has_view=term.view_signal in signals.scores,
+            group=plain[answer.group],
+            member=place,
+            source=answer.completion.source,
+            domain=answer.prompt.domain,
+            **likelihoods.get(answer.group, {}),
+        )
         routes.append(term.route(asked) * _applies(term, answer, signals))
     learned = [index for index, route in enumerate(routes) if route > 0]
     advantages = None
@@ -103,6 +112,19 @@ def _groups(
         answers.append(answer)
         rewards.append(float(answer.verdict.reward) + _shaping(term, answer, signals))
     return members, places
+
+
+def _likelihoods(term: Term, judged: Sequence[Judged], known: Sequence[SequenceSignals]) -> dict[int, dict[str, Tensor]]:
+    """Mean log-probs a loss token of each group's answers, by group number; nothing unless the route reads them."""
+    if "likelihood" not in what_it_reads(term.route):
+        return {}
+    found: dict[int, dict[str, list[Tensor]]] = {}
+    for answer, signals in zip(judged, known, strict=True):
+        scores = signals.scores.get(term.view_signal)
+        means = found.setdefault(answer.group, {"student_logp": [], "signal_logp": []})
+        means["student_logp"].append(signals.student_logp[signals.loss_mask].double().mean())
+        means["signal_logp"].append(torch.tensor(torch.nan).double() if scores is None else scores.sampled[signals.loss_mask].double().mean())
+    return {group: {name: torch.stack(values) for name, values in means.items()} for group, means in found.items()}
 
 
 def _shaping(term: Term, answer: Judged, signals: SequenceSignals) -> float:

@@ -109,7 +109,8 @@ def signal_declared(term: Term, setting: Setting) -> Finding | None:
 
 
 def route_sees_a_view(term: Term, setting: Setting) -> Finding | None:
-    if not name_of(term.route).endswith("view") or setting.signals is None or term.view_signal in setting.signals:
+    asks = name_of(term.route).endswith("view") or name_of(term.route) == "wrong_by_teacher_perplexity"
+    if not asks or setting.signals is None or term.view_signal in setting.signals:
         return None
     return Finding(
         reason=f"routes by the views of the signal {term.view_signal!r}, which the recipe does not declare",
@@ -159,6 +160,8 @@ def dropped_tail(term: Term, setting: Setting) -> Finding | None:
     name = name_of(term.loss) if term.loss else ""
     if name == "stop_gradient_reverse_kl" and term.support.kind == "student_topk":
         return None
+    if name in ("plackett_luce", "expected_advantage"):  # an order of candidates; an advantage that is zero elsewhere
+        return None
     known = {"stop_gradient_reverse_kl": "reverse_kl"}.get(name, name)
     return Finding(
         reason=(
@@ -199,12 +202,40 @@ def sampled_estimator(term: Term, setting: Setting) -> Finding | None:
 
 
 def target_on_categories(term: Term, setting: Setting) -> Finding | None:
-    if term.target is None or (term.support and term.support.sparse and term.support.tail != "drop"):
+    if term.target is None or name_of(term.target) == "log_ratio" or (term.support and term.support.sparse and term.support.tail != "drop"):
         return None
     return Finding(
         reason=f"the target {name_of(term.target)} mixes two distributions, so it needs categories that sum to one",
         legal="support: student_topk | teacher_topk with tail: bucket or renormalise, or target: teacher",
     )
+
+
+def linear_needs_an_advantage(term: Term, setting: Setting) -> Finding | None:
+    linear = term.loss is not None and name_of(term.loss) == "expected_advantage"
+    ratio = term.target is not None and name_of(term.target) == "log_ratio"
+    if linear == ratio:
+        return None
+    return Finding(
+        reason="expected_advantage is linear in the student's probabilities and takes a log-ratio of two signals, which is no distribution",
+        legal="distill: expected_advantage with target: {log_ratio: {reference: ...}}, or another divergence with another target",
+    )
+
+
+def one_set_of_ids(term: Term, setting: Setting) -> Finding | None:
+    """What compares two scorings token by token needs them at the same ids, and only the student's top-k is the same for all."""
+    shared = "shared_ids" in term.reads or len(term.supported_signals) > 1
+    if not shared or (term.support is not None and term.support.kind == "student_topk"):
+        return None
+    return Finding(
+        reason="compares several scorings at the same vocabulary entries, which only the student's top-k offers to all signals",
+        legal="support: {student_topk: {k: 64, tail: bucket}}",
+    )
+
+
+def ranking_needs_candidates(term: Term, setting: Setting) -> Finding | None:
+    if term.loss is None or name_of(term.loss) != "plackett_luce" or (term.support and term.support.sparse and term.support.tail == "drop"):
+        return None
+    return Finding(reason="plackett_luce orders candidate tokens, and the rest of the vocabulary is none", legal="a top-k support with tail: drop")
 
 
 def penalty_in_the_reward(term: Term, setting: Setting) -> Finding | None:
@@ -228,7 +259,7 @@ def weight_reads_signal(term: Term, setting: Setting) -> Finding | None:
 
 
 def sampled_by_the_policy(term: Term, setting: Setting) -> Finding | None:
-    if setting.source in (None, "student"):
+    if setting.source in (None, "student") or (setting.source == "mixed" and name_of(term.route) == "from_student"):
         return None
     sampled = term.kind == "surrogate" or (term.support is not None and term.support.kind == "sampled")
     ratio = term.reads & {"old_logp", "behaviour_logp"}
@@ -239,7 +270,10 @@ def sampled_by_the_policy(term: Term, setting: Setting) -> Finding | None:
             f"answers from the source {setting.source!r} carry no log-probs of a policy that sampled them, so "
             f"{'a ratio' if ratio else 'an estimate over sampled tokens'} means nothing on them"
         ),
-        legal="rollout.source: student; or nll, or distill on full | student_topk | teacher_topk without a ratio weight",
+        legal=(
+            "rollout.source: student; route: from_student where the source is mixed; or nll, or distill on full | student_topk | teacher_topk "
+            "without a ratio weight"
+        ),
     )
 
 
@@ -264,6 +298,9 @@ RULES: tuple[Rule, ...] = (
     renormalised_reverse,
     sampled_estimator,
     target_on_categories,
+    linear_needs_an_advantage,
+    one_set_of_ids,
+    ranking_needs_candidates,
     penalty_in_the_reward,
     weight_reads_signal,
     sampled_by_the_policy,

@@ -8,7 +8,7 @@ from typing import Any
 from opd_kernels import Divergence
 from torch import Tensor
 
-from opd.choices import name_of, nearest, parameters_of, resolve, split_choice, what_it_reads
+from opd.choices import Scheduled, name_of, nearest, parameters_of, resolve, split_choice, what_it_reads
 from opd.credit import CREDITS, SHAPINGS, TOKEN_CREDITS
 from opd.objective.divergences import DENSE, DIVERGENCES, ESTIMATORS, sampled_reverse_kl
 from opd.objective.fields import FIELDS
@@ -26,6 +26,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "distill": ("support", "target"),
     "policy": ("advantage", "shape"),
     "nll": (),
+    "student_entropy": (),
     "reference_kl": (),
 }
 
@@ -57,7 +58,7 @@ def _term(spec: Mapping[str, Any], where: str, taken: set[str]) -> Term:
     route = "has_view" if kind in ("distill", "reference_kl") else "all"
     reduce = resolve(spec.get("reduce", "token_mean"), REDUCTIONS, f"{where}.reduce")()
     signal = str(spec.get("signal", "reference" if kind == "reference_kl" else "main"))
-    make = {"distill": _distill, "policy": _policy, "nll": _nll, "reference_kl": _reference_kl}[kind]
+    make = {"distill": _distill, "policy": _policy, "nll": _nll, "student_entropy": _entropy, "reference_kl": _reference_kl}[kind]
     return Term(
         name=name,
         signal=signal if kind in ("distill", "reference_kl") else None,
@@ -65,7 +66,7 @@ def _term(spec: Mapping[str, Any], where: str, taken: set[str]) -> Term:
         weights=weights,
         gates=gates,
         fields=fields,
-        route=resolve(spec.get("route", route), ROUTES, f"{where}.route"),
+        route=resolve(spec.get("route", route), ROUTES, f"{where}.route", SCHEDULES),
         reduce=reduce,
         coef=_schedule(spec.get("coef", 1.0), f"{where}.coef"),
         **make(spec, where),
@@ -87,8 +88,8 @@ def _kind(spec: Mapping[str, Any], where: str) -> str:
 
 def _distill(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
     support: Support = resolve(spec.get("support", "full"), SUPPORTS, f"{where}.support")()
-    loss = resolve(spec["distill"], DIVERGENCES, f"{where}.distill")
-    target = resolve(spec["target"], TARGETS, f"{where}.target") if spec.get("target", "teacher") != "teacher" else None
+    loss = resolve(spec["distill"], DIVERGENCES, f"{where}.distill", SCHEDULES)
+    target = resolve(spec["target"], TARGETS, f"{where}.target", SCHEDULES) if spec.get("target", "teacher") != "teacher" else None
     dense = _dense(spec["distill"], loss) if support.kind == "full" else None
     if support.kind == "sampled" and split_choice(spec["distill"], where) == ("reverse_kl", {}):
         loss = sampled_reverse_kl
@@ -97,15 +98,17 @@ def _distill(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _dense(choice: Any, loss: Callable[..., Tensor]) -> Divergence | None:
     name, _ = split_choice(choice, "distill")
+    if name in DENSE and any(isinstance(value, Scheduled) for value in parameters_of(loss).values()):
+        raise ValueError(f"distill: {name}: a parameter on support full cannot change while training; schedule coef, or use a top-k support")
     return DENSE[name](**parameters_of(loss)) if name in DENSE else None
 
 
 def _policy(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
     if "advantage" not in spec:
         raise ValueError(f"{where}: a policy term needs an advantage: {', '.join([*CREDITS, *TOKEN_CREDITS])}")
-    loss = resolve(spec["policy"], SURROGATES, f"{where}.policy")
+    loss = resolve(spec["policy"], SURROGATES, f"{where}.policy", SCHEDULES)
     credit, token_credits = _chain(_listed(spec["advantage"]), f"{where}.advantage")
-    shape = tuple(resolve(choice, SHAPINGS, f"{where}.shape") for choice in _listed(spec.get("shape", ())))
+    shape = tuple(resolve(choice, SHAPINGS, f"{where}.shape", SCHEDULES) for choice in _listed(spec.get("shape", ())))
     if shape and credit is None:
         raise ValueError(f"{where}.shape adds to the reward, which no advantage here reads; put one of {', '.join(CREDITS)} first")
     return {
@@ -124,7 +127,7 @@ def _listed(choices: Any) -> list[Any]:
 
 def _chain(choices: list[Any], where: str) -> tuple[Callable[..., Tensor] | None, tuple[Callable[..., Any], ...]]:
     """(group credit or None, token credits): what each answer gets, then what its tokens make of it."""
-    functions = [resolve(choice, {**CREDITS, **TOKEN_CREDITS}, where) for choice in choices]
+    functions = [resolve(choice, {**CREDITS, **TOKEN_CREDITS}, where, SCHEDULES) for choice in choices]
     per_token = [_is_token_credit(choice, function) for choice, function in zip(choices, functions, strict=True)]
     if not functions or not all(per_token[1:]):
         raise ValueError(f"{where}: an advantage is one of {', '.join(CREDITS)}, then any of {', '.join(TOKEN_CREDITS)}; found {choices!r}")
@@ -155,8 +158,14 @@ def _nll(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"kind": "nll", "loss": None}
 
 
+def _entropy(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if spec["student_entropy"]:
+        raise ValueError(f"{where}.student_entropy takes no parameters; write student_entropy: {{}}, with a negative coef to raise it")
+    return {"kind": "entropy", "loss": None}
+
+
 def _reference_kl(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {"kind": "divergence", "loss": resolve(spec["reference_kl"], ESTIMATORS, f"{where}.reference_kl"), "support": sampled()}
+    return {"kind": "divergence", "loss": resolve(spec["reference_kl"], ESTIMATORS, f"{where}.reference_kl", SCHEDULES), "support": sampled()}
 
 
 def _weights(choices: Any, where: str) -> tuple[tuple[Callable[..., Any], ...], ...]:
@@ -164,7 +173,7 @@ def _weights(choices: Any, where: str) -> tuple[tuple[Callable[..., Any], ...], 
     weights, gates, fields = [], [], []
     for choice in _listed(choices):
         name, _ = split_choice(choice, where)
-        function = resolve(choice, {**WEIGHTS, **GATES, **FIELDS}, where)
+        function = resolve(choice, {**WEIGHTS, **GATES, **FIELDS}, where, SCHEDULES)
         if name != "ones":
             kind = gates if name in GATES else fields if name in FIELDS or "batch" in what_it_reads(function) else weights
             kind.append(function)

@@ -1,20 +1,32 @@
 """Which answers a term learns from, and how much: (RouteInput) -> factor, 0 leaves the answer out of the term and of its denominator."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
-from opd.choices import NonNegative, reads
+import torch
+from torch import Tensor
+
+from opd.choices import NonNegative, Positive, reads
 from opd.credit import GroupOutcome
 from opd.types import Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteInput:
-    """One answer: its verdict, whether the term's signal has a view of it, and its place in its group."""
+    """One answer: its verdict, whether the term's signal has a view of it, who wrote it, its prompt's domain, and its place in its group.
+
+    student_logp, signal_logp [G]: mean log-prob a token of the group's answers under the student and under the term's signal (NaN where it
+    has no view), for routes that read "likelihood", else empty.
+    """
 
     verdict: Verdict
     has_view: bool
     group: GroupOutcome
     member: int
+    source: str = "student"
+    domain: str = ""
+    student_logp: Tensor = field(default_factory=lambda: torch.zeros(0))
+    signal_logp: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 def everything(answer: RouteInput) -> float:
@@ -63,6 +75,43 @@ def pass_rate_bump(answer: RouteInput, *, a: NonNegative = 1.0, b: NonNegative =
     return rate**a * (1.0 - rate) ** b
 
 
+def from_student(answer: RouteInput) -> float:
+    """Answers that the student sampled."""
+    return float(answer.source != "dataset")
+
+
+def from_dataset(answer: RouteInput) -> float:
+    """Answers that came with the data."""
+    return float(answer.source == "dataset")
+
+
+@reads("group", "likelihood", "behaviour_logp")
+def correct_by_student_perplexity(answer: RouteInput, *, tau: Positive = 1.0, favour: Literal["high", "low"] = "high") -> float:
+    """Right answers, those that the student finds unlikely first (SCOPE eq. 4, arXiv 2604.10688): perplexity^(1 / tau), mean 1 in the group.
+
+    favour "low" is the sign of the authors' released code.
+    """
+    if not correct(answer):
+        return 0.0
+    sign = -1.0 if favour == "high" else 1.0
+    return _share(sign * answer.student_logp / tau, answer.group.valid & answer.group.correct, answer.member)
+
+
+@reads("group", "likelihood", "behaviour_logp")
+def wrong_by_teacher_perplexity(answer: RouteInput, *, tau: Positive = 1.0) -> float:
+    """Wrong answers, those that the teacher finds likely first (SCOPE eq. 5): teacher perplexity^(-1 / tau), mean 1 in the group."""
+    if not wrong(answer) or not has_view(answer):
+        return 0.0
+    chosen = answer.group.valid & ~answer.group.correct & ~answer.signal_logp.isnan()
+    return _share(answer.signal_logp / tau, chosen, answer.member)
+
+
+def _share(score: Tensor, chosen: Tensor, member: int) -> float:
+    """Softmax of the scores over the chosen members, times their number."""
+    weights = torch.where(chosen, score.double(), -torch.inf).softmax(0) * chosen.sum()
+    return float(weights[member])
+
+
 ROUTES = {
     "all": everything,
     "has_view": has_view,
@@ -73,4 +122,8 @@ ROUTES = {
     "mixed_groups": mixed_groups,
     "all_failed": all_failed,
     "pass_rate_bump": pass_rate_bump,
+    "from_student": from_student,
+    "from_dataset": from_dataset,
+    "correct_by_student_perplexity": correct_by_student_perplexity,
+    "wrong_by_teacher_perplexity": wrong_by_teacher_perplexity,
 }

@@ -1,8 +1,13 @@
-"""What the student is pulled towards on a support: the teacher, or something between the two. Constant; [N, K] log-probs."""
+"""What the student is pulled towards on a support: the teacher, or something made of it. Constant; log-probs [N, K] on the same categories.
+
+(student_logp, teacher_logp) -> [N, K]; a target with a parameter `reference`, the name of a second signal, gets that one's log-probs third.
+"""
 
 from torch import Tensor
 
-from opd.choices import Share
+from opd.choices import Positive, Share
+
+MINIMUM_STEP = 1e-3
 
 
 def teacher(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
@@ -15,4 +20,18 @@ def geometric(student_logp: Tensor, teacher_logp: Tensor, *, share: Share) -> Te
     return ((1.0 - share) * student_logp + share * teacher_logp).log_softmax(-1)
 
 
-TARGETS = {"teacher": teacher, "geometric": geometric}
+def extrapolate(
+    student_logp: Tensor, teacher_logp: Tensor, reference_logp: Tensor, *, reference: str = "reference", scale: Positive = 15.0
+) -> Tensor:
+    """softmax(log teacher + a (log teacher - log reference)), a = scale * sum of |teacher - reference| + 0.001 (AlignDistil, 2503.02832)."""
+    distance = (teacher_logp.exp() - reference_logp.exp()).abs().sum(-1, keepdim=True)
+    step = scale * distance + MINIMUM_STEP
+    return (teacher_logp + step * (teacher_logp - reference_logp)).log_softmax(-1)
+
+
+def log_ratio(student_logp: Tensor, teacher_logp: Tensor, reference_logp: Tensor, *, reference: str = "reference") -> Tensor:
+    """log teacher - log reference: no distribution, but what `expected_advantage` takes in a teacher's place (ADPA, arXiv 2502.17927)."""
+    return teacher_logp - reference_logp
+
+
+TARGETS = {"teacher": teacher, "geometric": geometric, "extrapolate": extrapolate, "log_ratio": log_ratio}

@@ -5,18 +5,19 @@ term = coef(step) x route[answer] x weight[token] x loss[token], summed over tok
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from opd_kernels import Divergence
 from torch import Tensor
 
-from opd.choices import Positive, parameters_of, what_it_reads
+from opd.choices import Positive, Scheduled, name_of, parameters_of, what_it_reads
 from opd.objective.routes import RouteInput
 from opd.objective.supports import Support
 from opd.objective.weights import TokenStatistics
 
-Over = Literal["routed", "all"]
-Schedule = Callable[[int, Mapping[str, float]], float]
+Over = Literal["routed", "all", "weight"]
+Schedule = Callable[..., Any]
 SIGNAL_PARAMETERS = ("signal", "reference")
 """Parameters of a recipe's functions that hold the name of a signal."""
 
@@ -27,7 +28,8 @@ class Reduction:
 
     token_mean: tokens. sequence_mean: each token by its answer's tokens, the sum by answers. constant: answers x length.
     Tokens count when in the loss mask and not dropped by a gate, answers when they have such a token; over "routed" only where the term
-    applies (route above 0, signal available), over "all" everywhere: terms that split a batch then share one denominator.
+    applies (route above 0, signal available), over "all" everywhere: terms that split a batch then share one denominator; over "weight" as
+    over "routed", each by its route's factor.
     """
 
     kind: Literal["token_mean", "sequence_mean", "constant"]
@@ -54,14 +56,14 @@ class Term:
     divergence: loss(student_logp, teacher_logp [N, K'] or, on support "sampled", [N]) -> [N]; `dense` is its record for support "full".
     surrogate: loss(student_logp, old_logp, advantage) -> ([N], clipped); the advantage comes from `credit`, then `token_credits`;
         `shape` adds to the reward that `credit` reads. scope "sequence": old_logp is then such that the ratio is the answer's.
-    nll: loss is unused, the token loss is -log p.
+    nll: loss is unused, the token loss is -log p. entropy: neither; it is the student's entropy over the whole vocabulary.
     signal: scores the term reads, None for surrogate and nll. view_signal: whose views the route asks about.
     weights see one token, gates its position; fields are made for the whole batch before the step (objective/fields.py).
     allow: the biased forms that the recipe runs knowingly.
     """
 
     name: str
-    kind: Literal["divergence", "surrogate", "nll"]
+    kind: Literal["divergence", "surrogate", "nll", "entropy"]
     loss: Callable[..., Any] | None
     signal: str | None = None
     view_signal: str = "main"
@@ -92,10 +94,16 @@ class Term:
         return frozenset().union(*map(what_it_reads, self.functions))
 
     @property
+    def supported_signals(self) -> tuple[str, ...]:
+        """The signals that must be scored on its support: its own, and its target's reference."""
+        second = parameters_of(self.target).get("reference") if self.target else None
+        return tuple(name for name in (self.signal, second) if name)
+
+    @property
     def signals(self) -> frozenset[str]:
         """Every signal whose scores the term reads: its own, and those that its functions name in a parameter."""
         named = (parameters_of(function).get(key) for function in self.functions for key in SIGNAL_PARAMETERS)
-        return frozenset(name for name in (self.signal, *named) if name)
+        return frozenset(name for name in (self.signal, *named) if isinstance(name, str) and name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,14 +135,16 @@ class Needs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """The sum of its terms."""
+    """The sum of its terms. scheduled: what the schedules gave at this step and remember, by metric name; filled in by `at`."""
 
     terms: tuple[Term, ...] = field(default=())
+    scheduled: Mapping[str, float] = field(default_factory=dict)
 
     def at(self, step: int, metrics: Mapping[str, float]) -> "Objective":
-        """The same objective with every coefficient as the number that its schedule gives now."""
-        numbers = (term.coef(step, metrics) if callable(term.coef) else term.coef for term in self.terms)
-        return Objective(terms=tuple(replace(term, coef=number) for term, number in zip(self.terms, numbers, strict=True)))
+        """The same objective with every schedule as the number that it gives now."""
+        found: dict[str, float] = {}
+        terms = tuple(_at(term, step, metrics, found) for term in self.terms)
+        return Objective(terms=terms, scheduled=found)
 
     @property
     def allowed(self) -> tuple[str, ...]:
@@ -147,7 +157,7 @@ class Objective:
         full_terms = tuple(term for term in self.terms if term.support and term.support.kind == "full")
         return Needs(
             old_logp="old_logp" in reads,
-            entropy="entropy" in reads,
+            entropy="entropy" in reads or any(term.kind == "entropy" for term in self.terms),
             student_topk=max((t.support.k for t in self.terms if t.support and t.support.kind == "student_topk"), default=0),
             signals={name: self._signal_needs(name) for name in sorted(set().union(*(term.signals for term in self.terms)))},
             separable=not full_terms and all(term.scope == "token" for term in self.terms),
@@ -155,12 +165,46 @@ class Objective:
         )
 
     def _signal_needs(self, signal: str) -> SignalNeeds:
-        supports = [term.support for term in self.terms if term.signal == signal and term.support]
+        supports = [term.support for term in self.terms if signal in term.supported_signals and term.support]
         return SignalNeeds(
             k=max((s.k for s in supports if s.kind == "teacher_topk"), default=0),
             student_support=any(s.kind == "student_topk" for s in supports),
             hidden=any(s.kind == "full" for s in supports),
         )
+
+
+def _at(term: Term, step: int, metrics: Mapping[str, float], found: dict[str, float]) -> Term:
+    def bound(function: Callable[..., Any] | None) -> Any:
+        if function is None or not any(isinstance(value, Scheduled) for value in parameters_of(function).values()):
+            return function
+        numbers = {
+            name: _value(value.schedule, f"{term.name}/{name_of(function)}.{name}", step, metrics, found)
+            for name, value in parameters_of(function).items()
+            if isinstance(value, Scheduled)
+        }
+        return partial(function, **numbers)
+
+    coef = _value(term.coef, f"{term.name}/coef", step, metrics, found) if callable(term.coef) else term.coef
+    single = {name: bound(getattr(term, name)) for name in ("loss", "target", "credit", "route")}
+    several = {name: tuple(map(bound, getattr(term, name))) for name in ("weights", "gates", "fields", "token_credits", "shape")}
+    return replace(term, coef=coef, **single, **several)
+
+
+def _value(schedule: Schedule, place: str, step: int, metrics: Mapping[str, float], found: dict[str, float]) -> float:
+    """What the schedule gives; also noted in `found`, with what it remembers, unless it is constant."""
+    prefix = f"schedule/{place}"
+    if "state" not in what_it_reads(schedule):
+        value = float(schedule(step, metrics))
+        if name_of(schedule) != "constant":
+            found[prefix] = value
+        return value
+    own = {name.removeprefix(f"{prefix}/"): value for name, value in metrics.items() if name.startswith(f"{prefix}/")}
+    if prefix in metrics:
+        own["value"] = metrics[prefix]
+    state = schedule(step, metrics, own)
+    found[prefix] = state["value"]
+    found.update({f"{prefix}/{name}": value for name, value in state.items() if name != "value"})
+    return state["value"]
 
 
 REDUCTIONS = {"token_mean": token_mean, "sequence_mean": sequence_mean, "constant": constant}

@@ -61,6 +61,20 @@ def teacher_confidence(now: TokenStatistics, *, beta: NonNegative = 1.0) -> Tens
     return (-beta * now.signal.entropy.to(now.student_logp)).exp()
 
 
+@reads("signal")
+def teacher_entropy_above(now: TokenStatistics, *, threshold: NonNegative = 0.8) -> Tensor:
+    """1 where the teacher's entropy in nats exceeds the threshold, else 0 (Entropy-Aware OPD, arXiv 2603.07079)."""
+    assert now.signal is not None, "legality admits this weight only on terms with a signal"
+    return (now.signal.entropy.to(now.student_logp) > threshold).to(now.student_logp)
+
+
+@reads("signal", "entropy")
+def confidence_gap(now: TokenStatistics, *, scale: Positive = 1.0) -> Tensor:
+    """sigmoid((H_student - H_teacher) / scale): more where the teacher is surer than the student (TSD-KD, arXiv 2603.13260)."""
+    assert now.signal is not None and now.entropy is not None, "declared with reads"
+    return ((now.entropy - now.signal.entropy.to(now.entropy)) / scale).sigmoid()
+
+
 @reads("entropy")
 def student_confidence(now: TokenStatistics, *, beta: NonNegative = 1.0) -> Tensor:
     """exp(-beta H) of the student's entropy H in nats."""
@@ -85,6 +99,8 @@ WEIGHTS = {
     "sampler_ratio": sampler_ratio,
     "teacher_confidence": teacher_confidence,
     "student_confidence": student_confidence,
+    "teacher_entropy_above": teacher_entropy_above,
+    "confidence_gap": confidence_gap,
 }
 
 GATES = {"skip_first": skip_first, "prefix": prefix}

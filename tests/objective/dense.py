@@ -56,7 +56,7 @@ class Batch:
         for index, (length, reward) in enumerate(zip(lengths, rewards, strict=True)):
             old = rand(length)
             tokens = torch.multinomial(old.softmax(-1), 1, generator=g)[:, 0]
-            teachers = {name: rand(length) for name in signals}
+            teachers = {name: 2.0 * rand(length) for name in signals}
             now, engine = old + drift * rand(length), old + 1.2 * rand(length)
             answers.append(Answer(index * groups // len(lengths), reward, tokens, now, old, engine, teachers))
         return Batch(answers)
@@ -97,8 +97,8 @@ class Batch:
 
     def run(self, objective, step=0, last=None, together=False):
         """(loss, [gradient in each answer's `now` logits], samples): one micro-batch an answer, or all in one."""
-        samples = self.samples(objective)
         objective = objective.at(step, last or {})
+        samples = self.samples(objective)
         options = {"signals": objective.needs.signals, "token_budget": 10**6, "packed": True, "temperature": 1.0, "pad_id": 0}
         if together:
             batches = pack(samples, **options)

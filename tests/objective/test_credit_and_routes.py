@@ -1,22 +1,39 @@
 """Group credit, token credit and routes by hand; answers without a verdict count nowhere."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from opd_rollout.types import TokenScores
 
-from opd.credit import CREDITS, GroupOutcome, SequenceSignals, group_centered, leave_one_out, max_rl, raw_reward, teacher_logratio
+from opd.credit import (
+    CREDITS,
+    GroupOutcome,
+    SequenceSignals,
+    early_tokens_first,
+    extrapolated_logratio,
+    future_logratio,
+    group_centered,
+    leave_one_out,
+    max_rl,
+    raw_reward,
+    teacher_logratio,
+)
 from opd.objective.routes import (
     RouteInput,
     all_failed,
     correct,
+    correct_by_student_perplexity,
     everything,
+    from_dataset,
+    from_student,
     has_view,
     mixed_groups,
     not_wrong_with_view,
     pass_rate_bump,
     wrong,
+    wrong_by_teacher_perplexity,
     wrong_with_view,
 )
 from opd.types import Verdict
@@ -102,6 +119,67 @@ def test_teacher_logratio_of_masked_tokens_is_zero_and_of_an_empty_answer_empty(
     assert teacher_logratio(answer).tolist() == [2.0, 0.0, 0.5]
     assert teacher_logratio(answer, discount=1.0).tolist() == [2.5, 0.0, 0.5]
     assert teacher_logratio(sequence([], []), discount=0.5).shape == (0,)
+
+
+def test_future_logratio_by_the_papers_numbers():
+    answer = sequence([0.0, -1.0, 0.0], [-1.0, 0.0, -2.0])  # log-ratios 1, -1, 2
+    assert future_logratio(answer).tolist() == pytest.approx([0.5, 2.0, 0.0])
+    assert future_logratio(answer, normalise="none").tolist() == [1.0, 2.0, 0.0]
+    assert future_logratio(answer, own=True, discount=0.95).tolist() == pytest.approx([0.6183333, 0.45, 2.0])
+    assert future_logratio(answer, own=True, discount=0.95, normalise="discounts").tolist() == pytest.approx([0.65031, 0.46154, 2.0], abs=1e-5)
+    assert future_logratio(answer, own=True, discount=0.0, normalise="none").tolist() == teacher_logratio(answer).tolist()
+    masked = sequence([0.0, -1.0, 0.0], [-1.0, 0.0, -2.0], [True, False, True])
+    assert future_logratio(masked).tolist() == [2.0, 0.0, 0.0] and future_logratio(sequence([], [])).shape == (0,)
+
+
+def test_the_floor_of_a_mixture_and_the_chain_of_advantages():
+    answer = sequence([-9.0, -1.0], [-1.0, -2.0])
+    assert teacher_logratio(answer, mixture=0.1).tolist() == pytest.approx([-2.55843, 1.0], abs=1e-5)
+    rewarded = replace(answer, advantage=torch.tensor([0.5, 0.5]))
+    assert teacher_logratio(rewarded, scale=0.1).tolist() == pytest.approx([0.5 - 0.8, 0.6])
+
+
+def test_extrapolation_goes_beyond_the_teacher_and_at_one_is_the_teacher():
+    answer = sequence([-1.0, -2.0], [-2.0, -2.5])
+    answer = replace(answer, scores={**answer.scores, "reference": scored([-3.0, -1.0])})
+    assert extrapolated_logratio(answer, scale=1.0).tolist() == pytest.approx(teacher_logratio(answer).tolist())
+    assert extrapolated_logratio(answer, scale=1.25).tolist() == pytest.approx([1.25 * 2 - 1, 1.25 * -1 + 1.5])
+
+
+def test_early_tokens_first_by_the_papers_example():
+    answer = replace(sequence([0.0] * 4, [0.0] * 4), advantage=torch.tensor([-2.0, 1.0, 0.0, -1.0]))
+    assert early_tokens_first(answer, gamma=0.5).tolist() == pytest.approx([-2 * 1.5, 1.25, 0.0, -1.125])
+    assert torch.equal(early_tokens_first(answer, gamma=0.0), answer.advantage)
+    assert early_tokens_first(sequence([0.0], [0.0])).tolist() == [0.0]
+
+
+def likely(rewards, student, teacher, member):
+    outcome = group(rewards)
+    return RouteInput(
+        verdict=Verdict(correct=rewards[member] > 0.5), has_view=True, group=outcome, member=member,
+        student_logp=-torch.tensor(student).double().log(), signal_logp=-torch.tensor(teacher).double().log(),
+    )  # fmt: skip
+
+
+def test_scope_by_the_numbers_of_its_figure():
+    student, teacher, right, failed = (1.2, 2.6, 3.8), (4.5, 2.9, 1.7), [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]
+    papers = [correct_by_student_perplexity(likely(right, student, teacher, n)) / 3 for n in range(3)]
+    assert papers == pytest.approx([0.158, 0.342, 0.500], abs=5e-4)
+    released = [correct_by_student_perplexity(likely(right, student, teacher, n), favour="low") for n in range(3)]
+    assert released == pytest.approx([1.69, 0.78, 0.53], abs=5e-3)
+    distilled = [wrong_by_teacher_perplexity(likely(failed, student, teacher, n)) / 3 for n in range(3)]
+    assert distilled == pytest.approx([0.192, 0.298, 0.510], abs=1e-3)
+    assert correct_by_student_perplexity(likely(failed, student, teacher, 0)) == 0.0
+    assert 0.0 == wrong_by_teacher_perplexity(likely(right, student, teacher, 0))
+    flat = [correct_by_student_perplexity(likely(right, student, teacher, n), tau=1e9) for n in range(3)]
+    assert flat == pytest.approx([1.0, 1.0, 1.0])
+    alone = likely([1.0, 0.0, 0.0], student, teacher, 0)
+    assert correct_by_student_perplexity(alone) == 1.0
+
+
+def test_routes_by_who_wrote_the_answer():
+    ours, data = asked("score", True, True), replace(asked("score", True, True), source="dataset")
+    assert (from_student(ours), from_dataset(ours), from_student(data), from_dataset(data)) == (1.0, 0.0, 0.0, 1.0)
 
 
 def asked(status, right, view, outcome=None):

@@ -8,10 +8,13 @@ import torch
 from opd.objective.divergences import (
     DIVERGENCES,
     forward_kl,
+    held_skew_reverse_kl,
     jsd,
     k1,
     k2,
     k3,
+    k3_with_ratio,
+    plackett_luce,
     reverse_kl,
     sampled_reverse_kl,
     skew_forward_kl,
@@ -56,16 +59,20 @@ def scores(name, p, q, mix=0.3, alpha=0.2):
         "jsd": (1 - mix) * (lp - (mix * q + (1 - mix) * p).log()),
         "skew_forward_kl": -(1 - alpha) * q / skew_forward,
         "skew_reverse_kl": lp - skew_reverse.log() - alpha * p / skew_reverse,
+        "held_skew_reverse_kl": lp - skew_reverse.log(),
+        "expected_advantage": -lq,
     }[name]
 
 
-@pytest.mark.parametrize("name", sorted(DIVERGENCES))
+PARAMETERS = {"jsd": {"mix": 0.3}, **dict.fromkeys(("skew_forward_kl", "skew_reverse_kl", "held_skew_reverse_kl"), {"alpha": 0.2})}
+
+
+@pytest.mark.parametrize("name", sorted(set(DIVERGENCES) - {"plackett_luce"}))
 def test_one_gradient_identity_for_every_divergence(name):
     generator = torch.Generator().manual_seed(1)
     student = torch.randn(5, 7, dtype=torch.float64, generator=generator, requires_grad=True)
     teacher = torch.randn(5, 7, dtype=torch.float64, generator=generator)
-    parameters = {"jsd": {"mix": 0.3}, "skew_forward_kl": {"alpha": 0.2}, "skew_reverse_kl": {"alpha": 0.2}}.get(name, {})
-    found = gradient(DIVERGENCES[name](student.log_softmax(-1), teacher.log_softmax(-1), **parameters), student)
+    found = gradient(DIVERGENCES[name](student.log_softmax(-1), teacher.log_softmax(-1), **PARAMETERS.get(name, {})), student)
     p, q = student.detach().softmax(-1), teacher.softmax(-1)
     f = scores(name, p, q)
     expected = p * (f - (p * f).sum(-1, keepdim=True))
@@ -92,6 +99,46 @@ def test_entry_clip_keeps_negative_entries_and_stops_the_clipped_ones(fixture_lo
     torch.testing.assert_close(gradient(clipped, student), expected, rtol=0, atol=1e-14)
     unclipped = forward_kl(student.log_softmax(-1), teacher.log_softmax(-1), entry_clip=1e9)
     assert unclipped.item() == pytest.approx(0.8321983825361869, abs=1e-14)
+
+
+def test_the_teachers_order_is_what_plackett_luce_wants():
+    order = torch.tensor([[3.0, 2.0, 1.0]]).double().log_softmax(-1)
+    same, reverse = (torch.tensor([z]).double().log_softmax(-1) for z in ([3.0, 2.0, 1.0], [1.0, 2.0, 3.0]))
+    assert plackett_luce(same, order).item() < plackett_luce(reverse, order).item()
+    by_hand = -math.log(math.exp(3) / (math.exp(3) + math.exp(2) + math.exp(1))) - math.log(math.exp(2) / (math.exp(2) + math.exp(1)))
+    assert plackett_luce(same, order).item() == pytest.approx(by_hand, abs=1e-12)
+    equal = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    found = gradient(plackett_luce(equal.log_softmax(-1), torch.tensor([[4.0, 3.0, 2.0, 1.0]]).double()), equal)
+    assert (-found[0]).tolist() == pytest.approx([0.75, 0.41666667, -0.08333333, -1.08333333])  # the released code has it upside down
+    padded = torch.tensor([[3.0, 2.0, 1.0]]).double()
+    with_pad = torch.cat([padded, torch.full((1, 1), -1e4).double()], -1)
+    pads_last = torch.cat([order, torch.full((1, 1), -1e4).double()], -1)
+    assert plackett_luce(with_pad, pads_last).item() == pytest.approx(plackett_luce(padded, order).item(), abs=1e-12)
+
+
+def test_a_held_mixture_changes_the_gradient_and_not_the_value(fixture_logits):
+    student, teacher = fixture_logits
+    lp, lq = student.log_softmax(-1), teacher.log_softmax(-1)
+    free, held = skew_reverse_kl(lp, lq, alpha=0.1), held_skew_reverse_kl(lp, lq, alpha=0.1)
+    assert free.item() == pytest.approx(held.item(), abs=1e-15)
+    assert (gradient(free, student) - gradient(held, student)).norm() > 1e-2
+
+
+def test_skewed_divergences_are_bounded():
+    p, q = torch.tensor([[0.0, -1e4]]).double(), torch.tensor([[-1e4, 0.0]]).double()
+    assert skew_forward_kl(p, q, alpha=0.1).item() == pytest.approx(-math.log(0.1), abs=1e-12)
+    assert skew_forward_kl(q, q, alpha=0.1).item() == pytest.approx(0.0, abs=1e-12)
+    p, q = torch.tensor([[0.7, 0.3]]).double().log(), torch.tensor([[0.2, 0.8]]).double().log()
+    assert skew_forward_kl(p, q, alpha=1e-9).item() == pytest.approx(forward_kl(p, q).item(), abs=1e-7)
+
+
+def test_k3_with_the_live_ratio_has_the_reverse_kls_value_and_gradient(fixture_logits):
+    student, teacher = fixture_logits
+    lp, lq = student.log_softmax(-1), teacher.log_softmax(-1)
+    torch.testing.assert_close(
+        enumerate_gradient(k3_with_ratio, student, teacher), gradient(reverse_kl(lp, lq), student), rtol=0, atol=1e-15
+    )
+    assert (lp.detach().exp() * k3_with_ratio(lp.detach(), lq)).sum().item() == pytest.approx(0.7518457948092409, abs=1e-14)
 
 
 def test_jsd_is_bounded_and_reaches_both_ends():
@@ -132,7 +179,7 @@ def test_sampled_estimators_values(fixture_logits):
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
 def test_pads_and_impossible_tokens_give_finite_values_and_gradients(name):
-    parameters = {"skew_forward_kl": {"alpha": 0.2}, "skew_reverse_kl": {"alpha": 0.2}}.get(name, {})
+    parameters = PARAMETERS.get(name, {})
     student = torch.tensor([[-0.1, -2.3, -1e4], [-0.5, -1e4, -1e4]], requires_grad=True)
     teacher = torch.tensor([[-1e4, -0.1, -1e4], [-0.2, -1e4, -1e4]])
     value = DIVERGENCES[name](student, teacher, **parameters)

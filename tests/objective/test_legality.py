@@ -21,6 +21,8 @@ GROUPED = {"policy": "ppo_clip", "advantage": "group_centered"}
 RATIO = {"policy": "reinforce", "advantage": "teacher_logratio", "weight": "sampler_ratio"}
 ALONE = Setting(signals=(), group=8, source="student")
 
+BOTH = Setting(signals=("main", "reference"), group=8, source="student")
+
 LEGAL = [
     (distill({"forward_kl": {"entry_clip": 0.05}}), TEACHER, ()),
     (distill("reverse_kl", topk("student", 8)), TEACHER, ()),
@@ -54,6 +56,15 @@ LEGAL = [
     ({**GROUPED, "policy": "cispo", "weight": [{"engine_ratio": {"high": 2.0}}, {"top_entropy": {"share": 0.2}}]}, ALONE, ()),
     ({**GROUPED, "advantage": ["group_centered", "teacher_logratio", "batch_whitened"]}, TEACHER, ()),
     ({"policy": "reinforce", "advantage": ["raw_reward", "batch_whitened"]}, Setting(signals=(), group=1, source="student"), ()),
+    (distill("plackett_luce", topk("student", 8, "drop"), weight={"opener": {"share": 0.1}}), TEACHER, ()),
+    (distill("reverse_kl", topk("student", 8), weight={"soft_or": {"share": 0.5}}), TEACHER, ()),
+    (distill("reverse_kl", topk("student", 8), target={"extrapolate": {}}), BOTH, ()),
+    (distill("expected_advantage", topk("student", 8, "drop"), target="log_ratio"), BOTH, ()),
+    (distill({"held_skew_reverse_kl": {"alpha": 0.1}}, topk("teacher", 8), weight="confidence_gap"), TEACHER, ()),
+    ({"student_entropy": {}, "coef": -0.01}, ALONE, ()),
+    ({**GROUPED, "route": "from_student"}, Setting(signals=(), group=4, source="mixed"), ()),
+    ({"nll": {}, "route": "from_dataset"}, Setting(signals=(), group=1, source="mixed"), ()),
+    ({"nll": {}, "route": "correct_by_student_perplexity"}, ALONE, ()),
     ({"reference_kl": "k3_with_ratio", "signal": "main", "weight": "staleness_ratio"}, TEACHER, ()),
 ]
 
@@ -105,6 +116,17 @@ ILLEGAL = [
     ({**GROUPED, "shape": {"kl_penalty": {"coef": 0.1}}}, TEACHER, "does not declare the signal 'reference'", "signals:", None),
     ({**GROUPED, "shape": {"kl_penalty": {"coef": 0.1, "signal": "main", "kind": "k2"}}}, TEACHER, "inside the reward", "kind: k1", "k2_reward"),
     ({**GROUPED, "shape": {"kl_penalty": {"coef": 0.1, "signal": "main", "kind": "k3"}}}, TEACHER, "inside the reward", "k2", "k3_reward"),
+    (distill("plackett_luce", topk("student", 8)), TEACHER, "orders candidate tokens", "tail: drop", None),
+    (distill("plackett_luce"), TEACHER, "named divergences only", "student_topk", None),
+    (distill("reverse_kl", topk("teacher", 8), weight="soft_or"), TEACHER, "same vocabulary entries", "student_topk", None),
+    (distill("reverse_kl", topk("teacher", 8), target="extrapolate"), BOTH, "same vocabulary entries", "student_topk", None),
+    (distill("reverse_kl", topk("student", 8), target="extrapolate"), TEACHER, "does not declare the signal 'reference'", "signals:", None),
+    (distill("reverse_kl", topk("student", 8), target="log_ratio"), BOTH, "linear in the student's probabilities", "expected_advantage", None),
+    (distill("expected_advantage", topk("student", 8, "drop")), TEACHER, "linear in the student's probabilities", "log_ratio", None),
+    ({"nll": {}, "weight": "confidence_gap"}, TEACHER, "no signal", "student_confidence", None),
+    ({"nll": {}, "route": "correct_by_student_perplexity"}, MIXED, "'mixed'", "rollout.source: student", None),
+    ({"nll": {}, "route": "correct_by_student_perplexity"}, Setting(signals=(), group=1), "compares", "group: 2 or more", None),
+    ({"policy": "reinforce", "advantage": "raw_reward", "route": "wrong_by_teacher_perplexity"}, ALONE, "routes by the views", "route: all", None),
     (distill({"fn": "opd.objective.divergences:k2"}), TEACHER, "named divergences only", "student_topk", None),
 ]
 
@@ -135,6 +157,7 @@ def test_what_has_no_override_stays_illegal_whatever_is_allowed(spec, setting, r
         ({**GROUPED, "shape": {"overlong": {}}}, "overlong needs max_tokens"),
         ({**GROUPED, "shape": {"overlong": {"share": 1.5}}}, "share is 1.5"),
         ({**GROUPED, "shape": "overlng"}, "did you mean 'overlong'"),
+        ({"student_entropy": {"x": 1}}, "takes no parameters"),
         ({"nll": {}, "shape": "overlong"}, "unknown key 'shape'"),
         ({**GROUPED, "weight": {"top_entropy": {"share": 2}}}, "share is 2"),
     ],

@@ -23,7 +23,7 @@ def own_divergence(student_logp, teacher_logp):
         ({"distil": "forward_kl"}, r"objective.0: unknown key 'distil' \(did you mean 'distill'\?\)"),
         (
             {"distill": "forwad_kl"},
-            r"objective.0.distill: unknown name 'forwad_kl' \(did you mean 'forward_kl'\?\); valid: forward_kl",
+            r"objective.0.distill: unknown name 'forwad_kl' \(did you mean 'forward_kl'\?\); valid: expected_advantage, forward_kl",
         ),
         ({"distill": {"jsd": {"mixx": 0.5}}}, r"objective.0.distill: jsd: unknown parameter 'mixx' \(did you mean 'mix'\?\)"),
         ({"distill": {"jsd": {"mix": 1.0}}}, r"jsd.mix is 1.0; it must be a number above 0 and below 1"),
@@ -41,7 +41,10 @@ def own_divergence(student_logp, teacher_logp):
         ),
         ({"distill": "jsd", "support": "topk"}, r"unknown name 'topk'.*valid: full, sampled, student_topk, teacher_topk"),
         ({"distill": "jsd", "advantage": "group_centered"}, r"unknown key 'advantage'"),
-        ({"distill": "jsd", "policy": "reinforce"}, r"needs exactly one of distill, policy, nll, reference_kl; found distill, policy"),
+        (
+            {"distill": "jsd", "policy": "reinforce"},
+            r"needs exactly one of distill, policy, nll, student_entropy, reference_kl; found distill, policy",
+        ),
         ({"coef": 1.0}, r"needs exactly one of .*; found none"),
         ({"policy": "ppo_clip"}, r"a policy term needs an advantage: group_centered, leave_one_out"),
         ({"policy": "ppo", "advantage": "group_centered"}, r"unknown name 'ppo' \(did you mean 'ppo_clip'\?\)"),

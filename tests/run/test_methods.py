@@ -23,11 +23,6 @@ from opd.tasks.tokenizer import character_tokenizer
 
 torch.set_num_threads(1)
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-SMALL = {
-    "opsd_topk": {"objective.0.support.teacher_topk.k": 5},
-    "sdpo": {"objective.0.support.student_topk.k": 5},
-    "hybrid": {"objective.1.support.student_topk.k": 5},
-}
 JUDGED = []
 
 
@@ -69,7 +64,17 @@ def train(method, name, **changes):
         yaml.safe_dump(recipe, file)
     raw = read_yaml(find_recipe(method, kind="methods"))
     named = {key: with_teacher(raw[key]) for key in ("teacher", "signals") if key in raw}
-    return opd.train("recipe.yaml", {**SMALL.get(method, {}), **named, **changes, "name": name}, verifier=by_text, quiet=True)
+    small = {"objective": with_small_supports(raw["objective"])}
+    return opd.train("recipe.yaml", {**small, **named, **changes, "name": name}, verifier=by_text, quiet=True)
+
+
+def with_small_supports(choice):
+    """The same with every k at most 5: the test's vocabulary has few tokens."""
+    if isinstance(choice, list):
+        return [with_small_supports(item) for item in choice]
+    if isinstance(choice, dict):
+        return {key: min(value, 5) if key == "k" else with_small_supports(value) for key, value in choice.items()}
+    return choice
 
 
 def with_teacher(choice):
