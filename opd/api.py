@@ -83,6 +83,8 @@ def _train_in(folder: Path, recipe: Recipe, verifier: Callable[..., Any] | None,
         held.callback(parts.learner.close)
         view = LiveView(folder.name, recipe.steps, quiet=quiet)
         held.callback(view.close)
+        for note in parts.problems.notes:
+            view.say(f"data: {note}")
         audit_engine(recipe, parts, view)
         open_run(folder, recipe, facts(recipe, parts))
         if not existed:

@@ -20,7 +20,7 @@ from opd.guard import parse_rules
 from opd.learner.torch_learner import torch_learner
 from opd.learner.types import Learner, LearnerSettings, OptimizerSettings
 from opd.objective import Objective, Setting, build_objective
-from opd.problems import Problems, load_problems
+from opd.problems import Problems, load_problems, without_long
 from opd.prompts import check_dataset_hint, check_lengths
 from opd.recipe import EMA, Recipe
 from opd.run import NoSink, Sink
@@ -69,7 +69,10 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     check_support_sizes(objective, len(tokenizer))
     model, encode = load_model(recipe, tokenizer), partial(_encode, tokenizer)
     room = room_for_prompts(model, recipe.sampling.max_tokens, "the student")
-    check_lengths([*problems.dev, *problems.test, *problems.train], encode, min(recipe.data.max_prompt_tokens, room))
+    longest_prompt = min(recipe.data.max_prompt_tokens, room)
+    if "too_long" in recipe.data.repair:
+        problems = without_long(problems, {prompt.id: len(encode(prompt)) for prompt in problems.train}, longest_prompt, recipe.seed)
+    check_lengths([*problems.dev, *problems.test, *problems.train], encode, longest_prompt)
     teachers = {name: external_model(path, recipe, tokenizer, name) for name, (kind, path) in choices.items() if kind == "external"}
     room_for_views = min([room, *(room_for_prompts(teacher, recipe.sampling.max_tokens, f"signals.{n}") for n, teacher in teachers.items())])
     frozen = [name for name, (kind, _) in choices.items() if kind == "frozen"]

@@ -1,13 +1,12 @@
-"""Where prompts come from: embedded tasks or JSONL files, as a seeded, resumable, endless stream.
+"""From records or embedded tasks to prompts, as a seeded, resumable, endless stream.
 
-A file is read and checked whole before any work starts; every complaint names file, line and fix.
+Data is read and checked whole before any work starts; every complaint names place and fix.
 """
 
 import hashlib
-import json
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from opd.types import Message, Prompt, Verifier
 from opd.verify import gold_problem
 
 HINTS = ("solution", "demonstration", "facts")
-KNOWN_COLUMNS = ("id", "prompt", "question", "answer", "domain", *HINTS)
+TRL_HINT = "privileged_context"  # TRL's name for what only the teacher sees
+KNOWN_COLUMNS = ("id", "prompt", "question", "answer", "domain", TRL_HINT, *HINTS)
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
@@ -69,46 +69,67 @@ def task_prompts(name: str, split: str, number: int, *, seed: int = 0, difficult
 
 
 def read_prompts(
-    path: str | Path, *, columns: Mapping[str, str] | None = None, system: str = "", verify: Verifier | None = None
-) -> list[Prompt]:
-    """Prompts of a JSONL file: GSM8K's {question, answer "... #### 42"}, or {prompt | question, answer, solution ...}.
+    records: Iterable[tuple[str, Mapping[str, Any]]],
+    *,
+    columns: Mapping[str, str] | None = None,
+    system: str = "",
+    verify: Verifier | None = None,
+    repair: frozenset[str] = frozenset(),
+    origin: str = "the data",
+) -> tuple[list[Prompt], dict[str, int]]:
+    """Prompts of (place, record) pairs: GSM8K's {question, answer "... #### 42"}, or {prompt | question, answer, solution ...}.
 
     A prompt is a text or a list of {role, content}. A GSM8K answer gives both the answer 42 and the hint "solution" (the whole text
-    without calculator marks). columns: our name -> the file's; names beyond prompt, question, answer, id and domain become hints. verify:
-    grades every gold answer; for verifiers that judge a bare answer. Raises ValueError with file and line.
+    without calculator marks); TRL's column privileged_context is the hint "solution". columns: our name -> theirs; names beyond prompt,
+    question, answer, id and domain become hints. verify: grades every gold answer; for verifiers that judge a bare answer. repair: what is
+    left out instead of refused: "duplicate", "ungradable", "incomplete" records. Returns the prompts and how many were left out for what.
+    Raises ValueError with the place, and for nothing to read.
     """
-    file = existing_file(path)
     prompts: list[Prompt] = []
-    first_line: dict[tuple[str, str], int] = {}
-    for line, record in _records(file):
-        where = f"{file}:{line}"
-        prompt = _prompt(record, columns or {}, system, f"{file.stem}-{line}", where)
-        for key in (("id", prompt.id), ("prompt", repr(prompt.messages))):
-            if key in first_line:
-                raise ValueError(f"{where}: this record has the {key[0]} of line {first_line[key]}; remove one of the two")
-            first_line[key] = line
-        if verify is not None and (problem := gold_problem(verify, prompt)):
-            raise ValueError(f"{where}: {problem}; mend the record or choose another data.verifier")
+    dropped = dict.fromkeys(sorted(repair), 0)
+    first_place: dict[tuple[str, str], str] = {}
+    place = ""
+    for place, record in records:
+        problem, prompt = _judged_record(record, columns or {}, system, place, first_place, verify)
+        if problem and problem[0] not in repair:
+            raise ValueError(f"{place}: {problem[1]}")
+        if problem:
+            dropped[problem[0]] += 1
+            continue
+        assert prompt is not None
+        first_place |= {key: place for key in _keys(prompt)}
         prompts.append(prompt)
     if not prompts:
-        raise ValueError(f"{file} is empty: expected one JSON object a line")
-    return prompts
+        counted = ", ".join(f"{count} {kind}" for kind, count in dropped.items() if count)
+        raise ValueError(f"{origin}: every record was left out ({counted})" if place else f"{origin} is empty: it holds no record")
+    return prompts, dropped
 
 
-def existing_file(path: str | Path) -> Path:
-    """The path, if a file is there. Raises ValueError with the nearest existing name."""
-    file = Path(path).expanduser()
-    if file.is_file():
-        return file
-    if file.is_dir():
-        raise ValueError(
-            f"{file} is a folder; give a file in it: {', '.join(sorted(p.name for p in file.glob('*.json*'))) or 'it has no JSONL'}"
-        )
-    folder = file.parent
-    while not folder.is_dir():
-        folder = folder.parent
-    missing = file.relative_to(folder).parts[0]
-    raise ValueError(f"{file} does not exist{nearest(missing, [p.name for p in folder.iterdir()])}; looked in {folder.resolve()}")
+def _judged_record(
+    record: Mapping[str, Any],
+    columns: Mapping[str, str],
+    system: str,
+    place: str,
+    first_place: Mapping[tuple[str, str], str],
+    verify: Verifier | None,
+) -> tuple[tuple[str, str] | None, Prompt | None]:
+    """((kind, sentence) of what is wrong with a record, or None; its prompt)."""
+    source, _, number = re.sub(r"[\[\]]", ":", place).rstrip(":").rpartition(":")
+    try:
+        prompt = _prompt(record, columns, system, f"{Path(source).stem}-{number}")
+    except ValueError as error:
+        return ("incomplete", str(error)), None
+    for key in _keys(prompt):
+        if key in first_place:
+            earlier = first_place[key].removeprefix(f"{source}:")
+            return ("duplicate", f"this record has the {key[0]} of {'line ' if earlier.isdigit() else ''}{earlier}; remove one of the two"), prompt
+    if verify is not None and (problem := gold_problem(verify, prompt)):
+        return ("ungradable", f"{problem}; mend the record or choose another data.verifier"), prompt
+    return None, prompt
+
+
+def _keys(prompt: Prompt) -> tuple[tuple[str, str], tuple[str, str]]:
+    return ("id", prompt.id), ("prompt", repr(prompt.messages))
 
 
 def split_prompts(prompts: Sequence[Prompt], num_held_out: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -166,51 +187,35 @@ def _task(name: str, difficulty: str) -> tuple[Task, str]:
     return task, difficulty or task.difficulties[0]
 
 
-def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            if not raw.strip():
-                continue
-            try:
-                record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file}:{number}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{file}:{number}: malformed JSON: {error.msg} at column {error.colno}; expected one JSON object a line"
-                ) from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{file}:{number}: expected a JSON object, found {type(record).__name__}")
-            yield number, record
-
-
-def _prompt(record: Mapping[str, Any], columns: Mapping[str, str], system: str, default_id: str, where: str) -> Prompt:
-    values = _named(record, columns, where)
+def _prompt(record: Mapping[str, Any], columns: Mapping[str, str], system: str, default_id: str) -> Prompt:
+    values = _named(record, columns)
     question = values.get("prompt", values.get("question"))
     if question is None:
-        raise ValueError(_missing("prompt or question", "prompt", record, where))
+        raise ValueError(_missing("prompt or question", "prompt", record))
     if values.get("answer") is None:
-        raise ValueError(_missing("answer", "answer", record, where))
-    answer = _text(values["answer"], "answer", where)
-    hints = {name: _text(value, name, where) for name, value in values.items() if value is not None and _is_hint(name)}
+        raise ValueError(_missing("answer", "answer", record))
+    answer = _text(values["answer"], "answer")
+    hints = {name: _text(value, name) for name, value in values.items() if value is not None and _is_hint(name)}
+    if values.get(TRL_HINT) is not None:
+        hints.setdefault("solution", _text(values[TRL_HINT], TRL_HINT))
     if "####" in answer:
         hints.setdefault("solution", _CALCULATOR.sub("", answer).strip())
         answer = answer.rpartition("####")[2].strip()
     if not answer.strip():
-        raise ValueError(f"{where}: the answer is empty")
-    messages = _messages(question, where)
+        raise ValueError("the answer is empty")
+    messages = _messages(question)
     if system and messages[0]["role"] != "system":
         messages = ({"role": "system", "content": system}, *messages)
-    name = default_id if values.get("id") is None else _text(values["id"], "id", where)
-    domain = "" if values.get("domain") is None else _text(values["domain"], "domain", where)
+    name = default_id if values.get("id") is None else _text(values["id"], "id")
+    domain = "" if values.get("domain") is None else _text(values["domain"], "domain")
     return Prompt(id=name, messages=messages, answer=answer.strip(), hints=hints, domain=domain)
 
 
-def _named(record: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
+def _named(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     absent = [theirs for theirs in columns.values() if theirs not in record]
     if absent:
         raise ValueError(
-            f"{where}: no column {absent[0]!r}{nearest(absent[0], record)}; the record has {', '.join(record)}; see data.columns"
+            f"no column {absent[0]!r}{nearest(absent[0], record)}; the record has {', '.join(record)}; see data.columns"
         )
     unmapped = {name: record[name] for name in KNOWN_COLUMNS if name in record and name not in columns.values()}
     if {"prompt", "question"} & set(columns):
@@ -222,27 +227,27 @@ def _is_hint(name: str) -> bool:
     return name in HINTS or name not in KNOWN_COLUMNS
 
 
-def _missing(what: str, ours: str, record: Mapping[str, Any], where: str) -> str:
+def _missing(what: str, ours: str, record: Mapping[str, Any]) -> str:
     found = ", ".join(record) or "nothing"
     example = next(iter(record), "column")
-    return f"{where}: the record has no {what} (it has {found}); name its column with data.columns, e.g. {{{ours}: {example}}}"
+    return f"the record has no {what} (it has {found}); name its column with data.columns, e.g. {{{ours}: {example}}}"
 
 
-def _text(value: Any, name: str, where: str) -> str:
+def _text(value: Any, name: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    raise ValueError(f"{where}: {name} must be a text or a number, found {type(value).__name__}")
+    raise ValueError(f"{name} must be a text or a number, found {type(value).__name__}")
 
 
-def _messages(question: Any, where: str) -> tuple[Message, ...]:
+def _messages(question: Any) -> tuple[Message, ...]:
     turns = [{"role": "user", "content": question}] if isinstance(question, str) else question
     shaped = isinstance(turns, list) and all(
         isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in turns
     )
     if not shaped:
-        raise ValueError(f"{where}: the prompt must be a text or a list of {{role, content}} texts, found {type(question).__name__}")
+        raise ValueError(f"the prompt must be a text or a list of {{role, content}} texts, found {type(question).__name__}")
     if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
-        raise ValueError(f"{where}: the prompt must end with a non-empty user message")
+        raise ValueError("the prompt must end with a non-empty user message")
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)

@@ -44,14 +44,40 @@ class Model(_Frozen):
     )
 
 
+class PassRate(_Frozen):
+    """Keeps the prompts that a model solves sometimes."""
+
+    file: str = Field(description="generations/*.jsonl that `opd eval` wrote for these prompts")
+    low: float = Field(default=0.1, ge=0, le=1, description="lowest share of right answers")
+    high: float = Field(default=0.9, ge=0, le=1, description="highest share of right answers")
+
+
+class Decontaminate(_Frozen):
+    """Leaves out training prompts that share text with an exam."""
+
+    against: list[str] = Field(description="files, hub names or presets whose questions must not be trained on; the run's own evaluation always is")
+    ngram: Positive = Field(default=13, description="words in a row that count as shared text")
+
+
 class Data(_Frozen):
     """Where prompts come from and who judges the answers."""
 
-    task: str = Field(default="", description="name of an embedded task (expr ...); empty when `path` is given")
+    task: str = Field(default="", description="name of an embedded task (expr ...); empty when `path` or `preset` is given")
     difficulty: str = Field(default="", description="difficulty setting of the embedded task; empty: its default")
-    split: str = Field(default="train", description="split of the embedded task that training draws from")
-    path: str = Field(default="", description="JSONL file; {question, answer with ####} or columns named below")
-    eval_path: str = Field(default="", description="JSONL file for evaluation; empty: held-out lines of `path`")
+    split: str = Field(default="train", description="split of the embedded task or hub data set that training draws from")
+    path: str = Field(
+        default="", description="JSONL, JSON, Parquet or CSV file, or owner/name on the hub; {question, answer with ####} or columns named below"
+    )
+    preset: str = Field(default="", description="a public data set by name (gsm8k, math, dapo_math ...); `path` then replaces its source")
+    subset: str = Field(default="", description="configuration of the hub data set")
+    limit: NonNegative = Field(default=0, description="read only the first records (a hub data set is then streamed); 0: all")
+    repair: list[Literal["duplicate", "ungradable", "incomplete", "too_long"]] = Field(
+        default=[], description="records that are left out and counted; kinds that are not named stop the run before it starts"
+    )
+    decontaminate: Decontaminate | None = Field(default=None, description="training prompts that share text with an exam are left out and counted")
+    pass_rate: PassRate | None = Field(default=None, description="keep prompts by how often a model solved them")
+    eval_path: str = Field(default="", description="file or hub name for evaluation; empty: held-out records of the training data")
+    eval_split: str = Field(default="test", description="split of `eval_path` on the hub")
     columns: dict[str, str] = Field(default={}, description="our name -> the file's column, e.g. {prompt: problem, solution: gold}")
     verifier: Choice = Field(default="auto", description="name in opd.verify, {fn: module:name}, or auto (the task's own, math for JSONL)")
     system: str = Field(default="", description="system message put before every question")

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from opd import prompts
+from opd.data.records import existing_file, read_records
 from opd.prompts import (
     PromptStream,
     check_lengths,
-    existing_file,
-    read_prompts,
     shuffled_stream,
     split_prompts,
     task_prompts,
@@ -22,6 +22,10 @@ GSM8K = Path(__file__).resolve().parents[3] / "shared/data/gsm8k"
 needs_gsm8k = pytest.mark.skipif(
     not (GSM8K / "train.jsonl").is_file(), reason="GSM8K is not beside this checkout; the made-up sample is tested"
 )
+
+
+def read_prompts(path, **options):
+    return prompts.read_prompts(read_records(str(path)), origin=str(path), **options)[0]
 
 
 def write(tmp_path, *lines, name="data.jsonl"):
@@ -90,7 +94,7 @@ GOOD = {"question": "q", "answer": "#### 1"}
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], "is empty: expected one JSON object a line"),
+        ([], "data.jsonl is empty: it holds no record"),
         (["", "  "], "is empty"),
         ([GOOD, "{broken"], "data.jsonl:2: malformed JSON"),
         ([GOOD, "", "[1, 2]"], "data.jsonl:3: expected a JSON object, found list"),

@@ -11,6 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from opd import chat
 from opd.bpe import train_byte_bpe
 from opd.contexts import render_views
+from opd.data.records import read_records
 from opd.prompts import read_prompts, shuffled_stream, task_stream
 from opd.source import Codec, RolloutSource, SourceSettings
 from opd.tasks import HINT_TEMPLATES, TASKS
@@ -58,7 +59,7 @@ def outline(judged: list[Judged]):
 
 @pytest.fixture(scope="module")
 def real_text():
-    prompts = read_prompts(SAMPLE, verify=make_verifier("math"))
+    prompts, _ = read_prompts(read_records(str(SAMPLE)), verify=make_verifier("math"))
     tokenizer = train_byte_bpe([text for p in prompts for text in (p.messages[0]["content"], p.hints["solution"])], 400)
     return prompts, tokenizer
 
