@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opd import pretrained
 from opd.api import make_system
-from opd.build import Parts, add_adapters, build_parts, check_support_sizes, ema_rate, input_facts, make_learner, objective_of, parse_weights
+from opd.build import Parts, add_adapters, average_of, build_parts, check_support_sizes, input_facts, make_learner, objective_of, parse_weights
 from opd.bundle import Bundle, Outcome, read_bundle, weights_name, write_bundle
 from opd.config import load_recipe, parse_overrides, parse_recipe
 from opd.errors import NotReproduced
@@ -253,8 +253,8 @@ def rebuilt_learner(bundle: Bundle, recipe: Recipe) -> Any:
     model = pretrained.new_model(config, recipe.seed, dtype=getattr(torch, recipe.model.dtype), attn_implementation=recipe.model.attention)
     if recipe.model.lora:
         add_adapters(model, recipe)
-    rate = ema_rate({name: parse_weights(name, signal.weights) for name, signal in recipe.signals.items()})
-    learner: Any = make_learner(recipe, model, Vocabulary(size=bundle.vocab_size, pad_token_id=bundle.pad_id), rate)  # type: ignore[arg-type]
+    average = average_of({name: parse_weights(name, signal.weights) for name, signal in recipe.signals.items()})
+    learner: Any = make_learner(recipe, model, Vocabulary(size=bundle.vocab_size, pad_token_id=bundle.pad_id), average)  # type: ignore[arg-type]
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in bundle.frozen.items():

@@ -147,11 +147,15 @@ class TokenRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """A layout of whole sequences for one forward pass, and the rows its loss reads."""
+    """A layout of whole sequences for one forward pass, and the rows its loss reads.
+
+    members: for each sequence its place among the samples that were packed.
+    """
 
     layout: TokenLayout
     rows: TokenRows
     temperature: float
+    members: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from opd.learner.memory import OutOfMemory, free_memory, halved, is_out_of_memor
 from opd.learner.packing import num_rows, pack, pad_to, to_device
 from opd.learner.policy import Policy
 from opd.learner.schedule import learning_rate
-from opd.learner.types import LearnerSettings, OptimizerSettings, Updater, Weights
+from opd.learner.types import LearnerSettings, Observer, OptimizerSettings, Updater, Weights
 from opd.learner.weights import GatheredWeights
 from opd.objective.compose import denominators
 from opd.objective.meters import meters
@@ -53,6 +53,7 @@ class PolicyLearner:
     def __init__(self, policy: Policy, updater: Updater, optimizer: OptimizerSettings, settings: LearnerSettings) -> None:
         self.policy, self.settings = policy, settings
         self.version, self.rate_scale = 0, 1.0
+        self.observer: Observer | None = None
         self.token_budget = settings.token_budget
         self._updater, self._optimizer = updater, optimizer
         self._updates = 0
@@ -127,10 +128,12 @@ class PolicyLearner:
         found: dict[str, Meter] = {}
         reasons = []
         count = self.settings.minibatches
+        if self.observer is not None:
+            self.observer.begin(len(samples))
         for _ in range(self.settings.epochs):
             for part in range(count):
-                chosen = samples[part * len(samples) // count : (part + 1) * len(samples) // count]
-                update = self._update(chosen, objective, heads)
+                first = part * len(samples) // count
+                update = self._update(first, samples[first : (part + 1) * len(samples) // count], objective, heads)
                 add_meters(found, update.meters)
                 reasons += [update.skipped] if update.skipped else []
         due = (self.version + 1) % self.settings.ema_every == 0
@@ -229,8 +232,8 @@ class PolicyLearner:
             scores.update(zip(members, found, strict=False))
         return [scores[index] for index in range(len(requests))]
 
-    def _update(self, samples: Sequence[Sample], objective: Objective, heads: Mapping[str, HeadView]) -> _Update:
-        """One optimiser step on these samples; replays them in smaller micro-batches when memory runs out."""
+    def _update(self, first: int, samples: Sequence[Sample], objective: Objective, heads: Mapping[str, HeadView]) -> _Update:
+        """One optimiser step on these samples, which begin at `first` of the step's; replays them in smaller micro-batches when memory runs out."""
         replays, updater = 0, self._updater
         while True:
             started = time.perf_counter()
@@ -238,7 +241,7 @@ class PolicyLearner:
             shared = denominators(objective, [batch for batch in batches if num_rows(batch)], updater.all_reduce)
             inputs = LossInputs(objective=objective, denominators=shared, heads=heads, chunk_bytes=self.settings.chunk_bytes)
             packed = time.perf_counter()
-            found = self._gradient(batches, inputs)
+            found = self._gradient(first, batches, inputs)
             done = time.perf_counter()
             self._seconds["pack"] += packed - started
             self._seconds["gradient"] += done - packed
@@ -268,7 +271,7 @@ class PolicyLearner:
         device = self.policy.head.weight.device
         return [to_device(batch, device) for batch in pad_to(batches, count, **options)]
 
-    def _gradient(self, batches: Sequence[MicroBatch], inputs: LossInputs) -> dict[str, Meter] | None:
+    def _gradient(self, first: int, batches: Sequence[MicroBatch], inputs: LossInputs) -> dict[str, Meter] | None:
         """Adds up the gradients of all micro-batches; None when memory ran out on any rank."""
         updater, found, exhausted = self._updater, {}, False
         self.policy.train()
@@ -278,6 +281,8 @@ class PolicyLearner:
                 updater.backward(loss)
                 if num_rows(batch):
                     add_meters(found, meters(columns, batch.rows, inputs.denominators))
+                    if self.observer is not None:
+                        self.observer.take(first, batch, columns)
                 add_meters(found, {"tokens/learner": Meter(sum=float(num_tokens(batch)), count=1.0)})
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

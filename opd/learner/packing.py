@@ -39,14 +39,16 @@ def pack(
     for sample in samples:
         _check(sample, temperature)
     columns = _signal_columns(samples, signals)
-    samples = [sample for sample in samples if sample.judged.completion.token_ids]
+    places = [place for place, sample in enumerate(samples) if sample.judged.completion.token_ids]
+    samples = [samples[place] for place in places]
     lengths = [len(sample.judged.prompt_ids) + len(sample.judged.completion.token_ids) for sample in samples]
     batches = []
     for members in split_by_budget(lengths, token_budget, pass_tokens=None if packed else PASS_TOKENS):
         chosen = [samples[index] for index in members]
         sequences = [(sample.judged.prompt_ids, sample.judged.completion.token_ids) for sample in chosen]
         layout = lay_out(sequences, pad_id=pad_id, packed=packed)
-        batches.append(MicroBatch(layout=layout, rows=_rows(chosen, layout, columns), temperature=temperature))
+        rows = _rows(chosen, layout, columns)
+        batches.append(MicroBatch(layout=layout, rows=rows, temperature=temperature, members=tuple(places[index] for index in members)))
     return batches
 
 

@@ -14,7 +14,7 @@ from opd_rollout.types import ScoreRequest, TokenScores, WeightSource
 from torch import Tensor, nn
 
 from opd.objective.terms import Needs, Objective
-from opd.types import Judged, Prepared, Sample, StepReport
+from opd.types import Judged, MicroBatch, Prepared, Sample, StepReport
 
 Weights = Literal["live", "adapter_off", "ema"]
 
@@ -65,11 +65,12 @@ class LearnerSettings:
 class Learner(Protocol):
     """The student in training. `version` counts rollout steps; every rank of a distributed learner calls the same methods in turn.
 
-    rate_scale multiplies the learning rate, 1.0 at first; whoever sets it keeps it over a resume.
+    rate_scale multiplies the learning rate, 1.0 at first; whoever sets it keeps it over a resume. observer: sees every token's loss, or None.
     """
 
     version: int
     rate_scale: float
+    observer: "Observer | None"
 
     def prepare(self, judged: Sequence[Judged], needs: Needs) -> list[Prepared | None]: ...
 
@@ -88,6 +89,18 @@ class Learner(Protocol):
     def export(self, folder: Path) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Observer(Protocol):
+    """Sees the per-token columns of `token_loss` as they are made."""
+
+    def begin(self, num_samples: int) -> None:
+        """A step over so many samples begins."""
+        ...
+
+    def take(self, first: int, batch: MicroBatch, columns: Mapping[str, Tensor]) -> None:
+        """The columns [N] of a micro-batch whose `members` count from the sample `first`."""
+        ...
 
 
 class Updater(Protocol):

@@ -146,6 +146,28 @@ def test_no_upward_edge_and_no_cycle():
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
+def names_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
+def test_every_imported_name_exists():
+    """What two changes that never met each other would break; without importing anything."""
+    names = {dotted: names_of(path) for dotted, path in MODULES.items()}
+    for dotted, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module in names:
+                missing = [a.name for a in node.names if a.name not in names[node.module] and f"{node.module}.{a.name}" not in names]
+                assert not missing, f"{dotted} imports {missing} from {node.module}, which has no such name"
+
+
 def test_teacher_and_learner_do_not_know_each_other():
     for dotted, path in MODULES.items():
         names = imports(path, dotted, set(MODULES))
