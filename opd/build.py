@@ -76,7 +76,8 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     teachers = {name: external_model(path, recipe, tokenizer, name) for name, (kind, path) in choices.items() if kind == "external"}
     room_for_views = min([room, *(room_for_prompts(teacher, recipe.sampling.max_tokens, f"signals.{n}") for n, teacher in teachers.items())])
     frozen = [name for name, (kind, _) in choices.items() if kind == "frozen"]
-    teachers |= {name: frozen_copy(model) for name in frozen if recipe.model.lora is None}
+    if frozen and recipe.model.lora is None:
+        teachers |= dict.fromkeys(frozen, frozen_copy(model))  # one copy under however many views
     spoken = frozen_copy(model) if is_sharded(recipe) else model  # a sharded student cannot speak: the engine needs a copy
     if recipe.model.lora:
         add_adapters(model, recipe)

@@ -192,4 +192,4 @@ def _describe(hint: Any) -> str:
         return " ".join([_describe(kind), *map(str, limits)])
     if get_origin(hint) is Literal:
         return " | ".join(map(str, get_args(hint)))
-    return {float: "a number", int: "a whole number", bool: "true or false", str: "a text", type(None): "null"}.get(hint, str(hint))
+    return {float: "a number", int: "a whole number", bool: "true or false", str: "a text", list: "a list", type(None): "null"}.get(hint, str(hint))

@@ -8,7 +8,7 @@ Legend: G answers of one prompt, T completion tokens, K support size. Host side,
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -44,7 +44,7 @@ class SequenceSignals:
     """What is known of one answer's tokens, all at rollout weights.
 
     student_logp [T] nats; entropy [T] nats, topk_logp [T, K]: of the student, None unless a term asked; scores: signal -> TokenScores;
-    advantage [T]: what the chain gave so far; loss_mask [T] bool.
+    advantage [T]: what the chain gave so far; loss_mask [T] bool; marks: tokens that a writer pointed at [T] bool, by name.
     """
 
     student_logp: Tensor
@@ -53,6 +53,7 @@ class SequenceSignals:
     loss_mask: Tensor
     entropy: Tensor | None = None
     topk_logp: Tensor | None = None
+    marks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @reads("group")

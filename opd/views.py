@@ -16,6 +16,7 @@ from opd.verify.answers import final_answer
 
 _SLOT = re.compile(r"\{(hint|question|feedback)\}")
 _SEGMENT_END = re.compile(r"(?<=[\n;])|(?<=[.!?])(?=[ \t])")
+_WORD_END = re.compile(r"(?<=\s)(?=\S)")
 _THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 TEMPLATES: dict[str, str] = {
@@ -100,8 +101,12 @@ def partial_solution(seen: ViewInput, *, share: Share | str, answer: bool = True
 
 
 def segments(text: str) -> list[str]:
-    """The text cut after every line, semicolon and sentence; joined they are the text."""
-    return [part for part in _SEGMENT_END.split(text) if part]
+    """The text cut after every line, semicolon and sentence; where that gives one piece, after every word, or character. Joined they are the text."""
+    for cut in (_SEGMENT_END, _WORD_END):
+        parts = [part for part in cut.split(text) if part]
+        if len(parts) > 1:
+            return parts
+    return list(text)
 
 
 def facts(seen: ViewInput, *, template: str = "") -> View | None:

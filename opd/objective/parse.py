@@ -9,9 +9,11 @@ from opd_kernels import Divergence
 from torch import Tensor
 
 from opd.choices import Scheduled, name_of, nearest, parameters_of, resolve, split_choice, what_it_reads
-from opd.credit import CREDITS, SHAPINGS, TOKEN_CREDITS
+from opd.credit import CREDITS, SHAPINGS
+from opd.credit import TOKEN_CREDITS as OWN_TOKEN_CREDITS
+from opd.evidence import VIEW_CREDITS, VIEW_FIELDS
 from opd.objective.divergences import DENSE, DIVERGENCES, ESTIMATORS, sampled_reverse_kl
-from opd.objective.fields import FIELDS
+from opd.objective.fields import FIELDS as BATCH_FIELDS
 from opd.objective.legality import Setting, check_objective, check_term
 from opd.objective.routes import ROUTES
 from opd.objective.schedules import SCHEDULES
@@ -21,6 +23,7 @@ from opd.objective.targets import TARGETS
 from opd.objective.terms import REDUCTIONS, Objective, Schedule, Term
 from opd.objective.weights import GATES, WEIGHTS
 
+TOKEN_CREDITS, FIELDS = {**OWN_TOKEN_CREDITS, **VIEW_CREDITS}, {**BATCH_FIELDS, **VIEW_FIELDS}
 COMMON_KEYS = ("name", "signal", "weight", "route", "reduce", "coef", "allow")
 KINDS: Mapping[str, tuple[str, ...]] = {
     "distill": ("support", "target"),

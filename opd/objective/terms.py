@@ -18,8 +18,8 @@ from opd.objective.weights import TokenStatistics
 
 Over = Literal["routed", "all", "weight"]
 Schedule = Callable[..., Any]
-SIGNAL_PARAMETERS = ("signal", "reference")
-"""Parameters of a recipe's functions that hold the name of a signal."""
+SIGNAL_PARAMETERS = ("signal", "reference", "signals")
+"""Parameters of a recipe's functions that hold the name of a signal, or a list of names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +103,8 @@ class Term:
     def signals(self) -> frozenset[str]:
         """Every signal whose scores the term reads: its own, and those that its functions name in a parameter."""
         named = (parameters_of(function).get(key) for function in self.functions for key in SIGNAL_PARAMETERS)
-        return frozenset(name for name in (self.signal, *named) if isinstance(name, str) and name)
+        listed = (name for value in named for name in (value if isinstance(value, list) else [value]))
+        return frozenset(name for name in (self.signal, *listed) if isinstance(name, str) and name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

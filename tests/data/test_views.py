@@ -145,6 +145,7 @@ def test_segments_join_to_the_text_and_end_where_a_reader_stops():
     text = "First 1.5 is said. Then?\nx=2;y=3;"
     assert segments(text) == ["First 1.5 is said.", " Then?\n", "x=2;", "y=3;"]
     assert "".join(segments(text)) == text and segments("") == []
+    assert segments("three small words") == ["three ", "small ", "words"] and segments("0+5") == ["0", "+", "5"]
 
 
 @pytest.mark.parametrize(

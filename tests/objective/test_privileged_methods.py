@@ -1,12 +1,20 @@
 """Privileged self-distillation methods, from their recipe to the gradient, against numbers by hand and dense fp64 formulas."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from opd.config import load_recipe
+from opd.credit import SequenceSignals
+from opd.evidence import agreement, consensus, evidence, margin, position_ramp
 from opd.objective import Setting, build_objective
+from opd.pooling import alone
+from tests.objective.dense import Batch
+from tests.objective.dense import load as dense_load
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "methods"
 
@@ -22,6 +30,13 @@ def gradient(function, logits):
     logits = logits.detach().requires_grad_()
     [found] = torch.autograd.grad(function(logits.log_softmax(-1)).sum(), logits)
     return found
+
+
+def sequence(student, advantage=None, **views):
+    """One answer whose tokens have these log-probs under the student and under each view."""
+    scores = {name: SimpleNamespace(sampled=value) for name, value in views.items()}
+    given = torch.zeros_like(student) if advantage is None else advantage
+    return SequenceSignals(student_logp=student, scores=scores, advantage=given, loss_mask=torch.ones(len(student), dtype=torch.bool))
 
 
 def close(found, expected, atol=1e-10):
@@ -95,3 +110,253 @@ def test_a_teacher_that_sees_nothing_more_teaches_nothing(small, name):
     found = small.run(load(name), logits, rows)
     close(found.loss, torch.zeros((), dtype=torch.float64))
     close(found.gradient, torch.zeros_like(logits))
+
+
+# RLSD (arXiv:2604.03128) and CEPO (2605.19436): evidence for the right answer scales the verifier's advantage and never turns it
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(1.0, 1.25), (-1.0, -0.75)])
+def test_cepo_by_hand(given, wanted):
+    one = torch.tensor([0.6, 0.2, 0.2]).double().log()
+    s = sequence(torch.full((3,), 0.1).log(), advantage=torch.full((3,), given), plus=one, minus=torch.full((3,), 0.2).double().log())
+    weighed = evidence(s, signal="plus", reference="minus", clip=0.5)
+    mixed = 0.5 * s.advantage + 0.5 * weighed
+    assert mixed.tolist() == pytest.approx([wanted, given, given]), "P+ 0.6, P- 0.2, lambda 0.5; without a difference nothing changes"
+
+
+def test_rlsd_is_cepo_with_the_student_as_the_negative():
+    generator = torch.Generator().manual_seed(1)
+    student, plus, given = (torch.randn(6, generator=generator) for _ in range(3))
+    s = sequence(student, advantage=given, plus=plus, copy=student)
+    assert torch.equal(evidence(s, signal="plus", clip=0.5), evidence(s, signal="plus", reference="copy", clip=0.5))
+    assert torch.equal(evidence(s, signal="plus", clip=0.5).sign(), given.sign())
+
+
+def grpo_std(answers):
+    """Group-centred rewards over the unbiased deviation, one an answer."""
+    out = []
+    for a in answers:
+        rewards = torch.tensor([b.reward for b in answers if b.group == a.group], dtype=torch.float64)
+        out.append((a.reward - rewards.mean()) / (rewards.std() + 1e-6))
+    return out
+
+
+@pytest.mark.parametrize(("name", "negative"), [("rlsd", None), ("cepo", "negative")])
+@pytest.mark.parametrize(("step", "share"), [(0, 0.5), (10, 0.3), (25, 0.0), (40, 0.0)])
+def test_evidence_methods_fade_to_grpo(name, negative, step, share):
+    batch = Batch.make(signals=("main", "negative") if negative else ("main",))
+
+    def formula(answers):
+        total = 0.0
+        for a, advantage in zip(answers, grpo_std(answers), strict=True):
+            below = a.at(a.teachers[negative]) if negative else a.at(a.old)
+            weight = (advantage.sign() * (a.at(a.teachers["main"]) - below)).exp().clamp(0.5, 1.5)
+            credit = advantage * ((1 - share) + share * weight)
+            r = (a.at(a.now) - a.at(a.old)).exp()
+            total = total - torch.minimum(r * credit, r.clamp(0.8, 1.28) * credit).mean() / len(answers)
+        return total
+
+    _, objective = dense_load(name)
+    batch.expect(objective, formula, step=step)
+    if share:
+        _, plain = dense_load("grpo", t0__policy={"ppo_clip": {"low": 0.2, "high": 0.28}})
+        with pytest.raises(AssertionError):
+            batch.expect(plain, formula)
+
+
+# AVSD (arXiv:2605.20643)
+
+
+def test_avsd_by_hand():
+    views = {name: torch.tensor([p]).double().log() for name, p in (("whole", 0.20), ("part", 0.30), ("answer", 0.08))}
+    s = sequence(torch.tensor([0.10]).double().log(), **views)
+    assert consensus(s, signals=list(views)).item() == pytest.approx(0.60708, abs=1e-5)
+    assert consensus(s, signals=list(views), residual=False).item() == pytest.approx(0.52287, abs=1e-5)
+
+
+def test_avsd_reduces_to_one_view_and_its_residual_never_turns_the_sign():
+    generator = torch.Generator().manual_seed(2)
+    student, one, two, three = (torch.randn(50, generator=generator).double() for _ in range(4))
+    s = sequence(student, one=one, copy=one, two=two, three=three)
+    for views in (["one"], ["one", "copy"]):
+        close(consensus(s, signals=views).double(), one - student, atol=1e-6)
+    whole, agreed = consensus(s, signals=["one", "two", "three"]), consensus(s, signals=["one", "two", "three"], residual=False)
+    assert torch.equal(whole.sign(), agreed.sign()) and ((whole - agreed).abs() <= agreed.abs() + 1e-6).all()
+    mirrored = sequence(student, up=student + 0.7, down=student - 0.7)
+    assert consensus(mirrored, signals=["up", "down"]).abs().max() < 1e-6, "views that contradict each other say nothing"
+
+
+def test_avsd_from_recipe_to_gradient():
+    names = ("whole", "part", "answer")
+
+    def formula(answers):
+        total, tokens = 0.0, sum(len(a.tokens) for a in answers)
+        for a in answers:
+            p = torch.stack([a.at(a.teachers[name]) for name in names])
+            geometric, gap = p.mean(0), p.mean(0) - a.at(a.old)
+            extra = p.logsumexp(0) - math.log(3) - geometric
+            gate = gap.abs() / (p - a.at(a.old)).abs().mean(0) * gap.abs() / (gap.abs() + extra)
+            logp = a.at(a.now)
+            total = total - ((gap + gate * extra) * (1 + logp - logp.detach())).sum() / tokens
+        return total
+
+    _, objective = dense_load("avsd")
+    batch = Batch.make(signals=names)
+    batch.expect(objective, formula)
+    _, plain = dense_load("avsd", t0__advantage={"consensus": {"signals": list(names), "residual": False}})
+    with pytest.raises(AssertionError):
+        batch.expect(plain, formula)
+
+
+# PW-OPSD (arXiv:2605.21606)
+
+
+def test_pw_opsd_ramp_by_hand():
+    mask = torch.ones(1024, dtype=torch.bool)
+    [weight] = position_ramp([sequence(torch.zeros(1024))], alone, floor=0.25, middle=0.3, width=0.1)
+    assert weight.mean().item() == pytest.approx(0.77142, abs=1e-5)
+    at = [weight[round(f * 1024 - 0.5) if f else 0].item() for f in (0.0, 0.1, 0.3, 0.5)]
+    assert at == pytest.approx([0.2856, 0.3394, 0.6250, 0.9106], abs=2e-3) and weight[-1].item() == pytest.approx(0.9993, abs=1e-4)
+    padded = replace(sequence(torch.zeros(1030)), loss_mask=torch.cat([torch.zeros(6, dtype=torch.bool), mask]))
+    close(position_ramp([padded], alone)[0][6:], weight)
+
+
+def test_pw_opsd_is_opsd_over_answers_where_its_floor_is_one(small):
+    _, objective = dense_load("pw_opsd")
+    batch = Batch.make(signals=("main",))
+
+    def formula(answers, floor=0.25):
+        total = 0.0
+        for a in answers:
+            p, q = a.now.log_softmax(-1), a.teachers["main"].log_softmax(-1)
+            place = (torch.arange(len(a.tokens)).double() + 0.5) / len(a.tokens)
+            weight = floor + (1 - floor) * torch.sigmoid((place - 0.3) / 0.1)
+            total = total + (weight * (q.exp() * (q - p)).clamp_max(0.05).sum(-1)).mean() / len(answers)
+        return total
+
+    batch.expect(objective, formula)
+    _, flat = dense_load("pw_opsd", without=["0.weight"])
+    batch.expect(flat, lambda answers: formula(answers, floor=1.0))
+    with pytest.raises(AssertionError):
+        batch.expect(flat, formula)
+
+
+# OPSD of the privileged-information paper (arXiv:2602.04942)
+
+
+def centred(answers):
+    return [a.reward - sum(b.reward for b in answers if b.group == a.group) / sum(b.group == a.group for b in answers) for a in answers]
+
+
+def test_opsd_pi_adds_the_reverse_kl_to_the_reward():
+    batch = Batch.make(signals=("main",))
+
+    def formula(answers, beta=0.5):
+        total, tokens = 0.0, sum(len(a.tokens) for a in answers)
+        for a, advantage in zip(answers, centred(answers), strict=True):
+            logp, p, q = a.at(a.now), a.now.log_softmax(-1), a.teachers["main"].log_softmax(-1)
+            whole = (logp.detach() - a.at(a.old)).mean().exp()
+            r = whole * (logp - logp.detach()).exp()
+            total = total - torch.minimum(r * advantage, r.clamp(0.8, 1.2) * advantage).sum() / tokens
+            total = total + beta * (p.exp() * (p - q)).sum() / tokens
+        return total
+
+    _, objective = dense_load("opsd_pi")
+    batch.expect(objective, formula)
+    _, weightless = dense_load("opsd_pi", t1__coef=0.0)
+    batch.expect(weightless, lambda answers: formula(answers, beta=0.0))
+    with pytest.raises(AssertionError):
+        batch.expect(weightless, formula)
+
+
+# OPSDC (arXiv:2603.05433), VLA-OPD (2603.26666), SD-Zero's second phase (2604.12002)
+
+
+def test_opsdc_is_the_reverse_kl_to_the_brief_view():
+    def formula(answers):
+        tokens = sum(len(a.tokens) for a in answers)
+        parts = [(a.now.log_softmax(-1), a.teachers["main"].log_softmax(-1)) for a in answers]
+        return sum((p.exp() * (p - q)).sum() for p, q in parts) / tokens
+
+    recipe, objective = dense_load("opsdc")
+    Batch.make(signals=("main",)).expect(objective, formula)
+    assert "concisely" in str(recipe.view) and recipe.signals["main"].weights == "live"
+
+
+def test_vla_opd_takes_the_raw_log_ratio():
+    def formula(answers):
+        tokens = sum(len(a.tokens) for a in answers)
+        return -sum(((a.at(a.teachers["main"]) - a.at(a.old)) * (1 + a.at(a.now) - a.at(a.now).detach())).sum() for a in answers) / tokens
+
+    _, objective = dense_load("vla_opd")
+    Batch.make(signals=("main",)).expect(objective, formula)
+
+
+@pytest.mark.parametrize("forward", [0.5, 1.0, 0.0])
+def test_sd_zero_mixes_both_directions_on_the_teachers_top(forward):
+    def formula(answers):
+        total, tokens = 0.0, sum(len(a.tokens) for a in answers)
+        for a in answers:
+            ids = a.teachers["main"].topk(3).indices
+            p, q = (z.log_softmax(-1).gather(-1, ids).log_softmax(-1) for z in (a.now, a.teachers["main"]))
+            total = total + (forward * q.exp() * (q - p) + (1 - forward) * p.exp() * (p - q)).sum() / tokens
+        return total
+
+    _, objective = dense_load("sd_zero", t0__coef=forward, t1__coef=1 - forward)
+    Batch.make(signals=("main",)).expect(objective, formula)
+    if forward == 0.5:
+        recipe, as_it_is = dense_load("sd_zero")
+        Batch.make(signals=("main",)).expect(as_it_is, formula)
+        assert recipe.view == "revision"
+
+
+# UniSD's agreement and margin (arXiv:2605.06597)
+
+
+def test_agreement_of_identical_views_is_no_weight_and_a_constant_one_changes_nothing():
+    one, two = torch.randn(5), torch.randn(3)
+    answers = [sequence(one, a=one, b=one), sequence(two, a=two, b=two)]
+    for level in ("token", "answer"):
+        for weight in agreement(answers, alone, signals=["a", "b"], level=level):
+            close(weight, torch.ones_like(weight))
+
+
+def test_agreement_by_hand_with_mean_one_over_the_batch():
+    answers = [sequence(torch.zeros(len(gap)), a=torch.zeros(len(gap)), b=torch.tensor(gap)) for gap in ([0.0, 2.0], [1.0])]
+    variance = torch.tensor([0.0, 2.0, 0.5]).double()  # unbiased, over the two views
+    raw = 1 / (1 + 2.0 * variance / 2.0)  # the 95 % quantile of three values is the largest
+    found = torch.cat(agreement(answers, alone, signals=["a", "b"], gamma=2.0))
+    close(found, raw / raw.mean())
+    by_answer = torch.cat(agreement(answers, alone, signals=["a", "b"], gamma=2.0, level="answer"))
+    raw = torch.tensor([0.25, 0.25, 0.25]).double().mul(-2.0).exp()  # means over the answer: (0, 1) and (0, 1)
+    close(by_answer, raw / raw.mean())
+
+
+def test_agreement_of_answers_is_not_divided_by_itself():
+    wide, near = sequence(torch.zeros(2), a=torch.zeros(2), b=torch.full((2,), 3.0)), sequence(torch.zeros(2), a=torch.zeros(2), b=torch.zeros(2))
+    one, other = agreement([wide, near], alone, signals=["a", "b"], level="answer")
+    assert one[0] < 0.5 < 1.5 < other[0], "the published code divides each answer's weight by itself and so does nothing"
+
+
+def test_margin_has_the_gradient_of_its_hinge():
+    generator = torch.Generator().manual_seed(4)
+    student, plus, minus = (torch.randn(200, generator=generator).double() for _ in range(3))
+    logp = student.clone().requires_grad_()
+    hinge = (0.5 + (logp - plus).abs() - (logp - minus).abs()).relu()
+    hinge.sum().backward()
+    found = margin(sequence(student, plus=plus, minus=minus), signal="plus", reference="minus", margin=0.5)
+    close(found.double(), -logp.grad)
+    assert (hinge == 0).any() and torch.equal(found[hinge == 0], torch.zeros_like(found[hinge == 0]))
+
+
+def test_weights_over_a_batch_do_not_depend_on_how_ranks_split_it():
+    answers = [sequence(torch.zeros(3), a=torch.randn(3), b=torch.randn(3)) for _ in range(4)]
+    whole = agreement(answers, alone, signals=["a", "b"], gamma=1.0)
+    values = []
+    agreement(answers[:1], lambda own: values.append(own) or own, signals=["a", "b"], gamma=1.0)
+    spread = torch.cat([torch.stack([x.scores["a"].sampled, x.scores["b"].sampled]).double().var(0) for x in answers])
+    raw = 1 / (1 + spread / spread.sort().values[11])
+    pools = iter([spread, raw.clamp_min(0.01)])
+    [part] = agreement(answers[:1], lambda own: next(pools), signals=["a", "b"], gamma=1.0)
+    close(part, whole[0])
+    assert len(values) == 2

@@ -23,6 +23,10 @@ from opd.tasks.tokenizer import character_tokenizer
 
 torch.set_num_threads(1)
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+READABLE = {  # texts in the alphabet of the test's task, whose base reads one kind of hint at a time
+    "opsdc": {"view": {"instruction": {"text": "7", "template": "F{hint}\n{question}"}}},
+    "sd_zero": {"view": {"revision": {"right": "S", "wrong": "F", "between": "\n"}}},
+}
 JUDGED = []
 
 
@@ -65,7 +69,7 @@ def train(method, name, **changes):
     raw = read_yaml(find_recipe(method, kind="methods"))
     named = {key: with_teacher(raw[key]) for key in ("teacher", "signals") if key in raw}
     small = {"objective": with_small_supports(raw["objective"])}
-    return opd.train("recipe.yaml", {**small, **named, **changes, "name": name}, verifier=by_text, quiet=True)
+    return opd.train("recipe.yaml", {**small, **named, **READABLE.get(method, {}), **changes, "name": name}, verifier=by_text, quiet=True)
 
 
 def with_small_supports(choice):

@@ -28,6 +28,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below
         "opd.chat",
         "opd.contexts",
         "opd.credit",
+        "opd.evidence",
         "opd.objective",
         "opd.tasks",
         "opd.token_class",

@@ -1,0 +1,141 @@
+"""What several views of one answer say together: token credits and weights of privileged self-distillation.
+
+Legend: T completion tokens, M views. Host side, pure; all tensors in and out are detached. Statistics over the batch go through `pool`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from opd.choices import InnerShare, NonNegative, Positive, Share, reads
+from opd.credit import SequenceSignals
+from opd.pooling import Pool
+
+
+class _SignalNames:
+    """Lists of at least `least` names."""
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def __contains__(self, value: list) -> bool:
+        return len(value) >= self.least and all(isinstance(name, str) and name for name in value)
+
+    def __str__(self) -> str:
+        return f"of at least {self.least} names of signals"
+
+
+OneView = Annotated[list, _SignalNames(1)]
+TwoViews = Annotated[list, _SignalNames(2)]
+EPSILON = 1e-8
+LARGEST_DISAGREEMENT = 10.0
+
+
+@reads("behaviour_logp")
+def evidence(sequence: SequenceSignals, *, signal: str = "main", reference: str | None = None, clip: InnerShare = 0.2) -> Tensor:
+    """The advantage so far times clip(exp(sign(A) d), 1 - clip, 1 + clip), d = log signal - log reference of the sampled token [T].
+
+    reference: a view of a wrong answer (CEPO, arXiv 2605.19436), or null for the student itself (RLSD, 2604.03128). Signs stay the verifier's.
+    """
+    below = sequence.student_logp if reference is None else sequence.scores[reference].sampled
+    delta = (sequence.scores[signal].sampled - below).clamp(-20.0, 20.0)
+    weight = (sequence.advantage.sign() * delta).exp().clamp(1.0 - clip, 1.0 + clip)
+    return torch.where(sequence.loss_mask, sequence.advantage * weight, 0.0)
+
+
+@reads("behaviour_logp")
+def consensus(sequence: SequenceSignals, *, signals: OneView, residual: bool = True) -> Tensor:
+    """The advantage so far + log q* - log p of the sampled token [T]: q* is the views' geometric mean, raised by a gated share of what the
+    arithmetic mean adds (AVSD, arXiv 2605.20643).
+
+    D = mean of log q_m - log p, J = log mean q - mean log q >= 0, gate = |D| / mean |D_m| x |D| / (|D| + J): D + gate J has D's sign.
+    residual false: D alone.
+    """
+    views = torch.stack([sequence.scores[name].sampled for name in signals]).double()
+    student = sequence.student_logp.double()
+    geometric = views.mean(0)
+    gap = geometric - student
+    if residual:
+        spread = (views.logsumexp(0) - math.log(len(signals)) - geometric).clamp_min(0.0)
+        direction = gap.abs() / ((views - student).abs().mean(0) + EPSILON)
+        gap = gap + direction * gap.abs() / (gap.abs() + spread + EPSILON) * spread
+    return torch.where(sequence.loss_mask, sequence.advantage + gap, 0.0).float()
+
+
+@reads("behaviour_logp")
+def margin(sequence: SequenceSignals, *, signal: str = "main", reference: str = "negative", margin: NonNegative = 0.5) -> Tensor:
+    """The advantage so far minus the slope of relu(margin + |log p - log signal| - |log p - log reference|) in log p [T] (UniSD, 2605.06597).
+
+    With one update a batch and `policy: reinforce` the gradient is that of the margin itself: nearer to the signal than to the reference.
+    """
+    near = sequence.student_logp - sequence.scores[signal].sampled
+    far = sequence.student_logp - sequence.scores[reference].sampled
+    slope = torch.where(margin + near.abs() - far.abs() > 0, near.sign() - far.sign(), 0.0)
+    return torch.where(sequence.loss_mask, sequence.advantage - slope, 0.0)
+
+
+def agreement(
+    answers: Sequence[SequenceSignals],
+    pool: Pool,
+    *,
+    signals: TwoViews,
+    gamma: NonNegative = 1.0,
+    level: Literal["token", "answer"] = "token",
+    floor: Share = 0.01,
+) -> list[Tensor]:
+    """Little where views of the same teacher disagree (UniSD, arXiv 2605.06597), divided by its mean over the term's tokens of the batch.
+
+    token: 1 / (1 + gamma d), d the variance of the sampled token's log-probs over the views, in units of its 95 % quantile, at most 10.
+    answer: exp(-gamma variance of the mean log-prob of the answer). Both at least `floor`.
+    """
+    views = [torch.stack([answer.scores[name].sampled for name in signals]).double() for answer in answers]
+    if level == "token":
+        spread = [view.var(0) for view in views]
+        unit = _quantile([s[a.loss_mask] for s, a in zip(spread, answers, strict=True)], 0.95, pool)
+        raw = [1.0 / (1.0 + gamma * (s / unit).clamp_max(LARGEST_DISAGREEMENT)) if unit > 0 else torch.ones_like(s) for s in spread]
+    else:
+        means = [view[:, answer.loss_mask].mean(1) for view, answer in zip(views, answers, strict=True)]
+        raw = [(-gamma * m.var(correction=0)).exp().expand(view.shape[1]) for m, view in zip(means, views, strict=True)]
+    raw = [weight.clamp_min(floor) for weight in raw]
+    every = pool(_joined([weight[answer.loss_mask] for weight, answer in zip(raw, answers, strict=True)]))
+    return [weight / every.mean() for weight in raw] if every.numel() else raw
+
+
+def _quantile(values: Sequence[Tensor], share: float, pool: Pool) -> float:
+    every = pool(_joined(values)).sort().values
+    return float(every[min(int(share * len(every)), len(every) - 1)]) if every.numel() else 0.0
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([value.double() for value in values]) if values else torch.zeros(0, dtype=torch.float64)
+
+
+def position_ramp(answers: Sequence[SequenceSignals], pool: Pool, *, floor: Share = 0.25, middle: Share = 0.3, width: Positive = 0.1) -> list[Tensor]:
+    """floor + (1 - floor) sigmoid((f - middle) / width), f = (n - 1/2) / T at the n-th of an answer's T loss tokens (PW-OPSD, arXiv 2605.21606)."""
+    found = []
+    for answer in answers:
+        place = answer.loss_mask.double().cumsum(0) - 0.5
+        share = place / answer.loss_mask.sum().clamp_min(1)
+        found.append(floor + (1.0 - floor) * torch.sigmoid((share - middle) / width))
+    return found
+
+
+def marked(answers: Sequence[SequenceSignals], pool: Pool, *, name: str, inside: bool = True) -> list[Tensor]:
+    """1 at the tokens that a writer pointed at (`writers:`), else 0; `inside` false the other way round (TRACE's spans, arXiv 2605.10194).
+
+    A weight and not a selection: the denominator stays the whole answer's.
+    """
+    found = []
+    for answer in answers:
+        at = answer.marks.get(name)
+        mask = torch.zeros_like(answer.loss_mask) if at is None else at
+        found.append((mask if inside else ~mask).double())
+    return found
+
+
+VIEW_CREDITS = {"evidence": evidence, "consensus": consensus, "margin": margin}
+
+VIEW_FIELDS = {"agreement": agreement, "position_ramp": position_ramp, "marked": marked}
