@@ -61,10 +61,11 @@ def _on_host(scores: TokenScores) -> TokenScores:
 
 def _signals(answer: Judged, prepared: Prepared | None, scores: Mapping[str, TokenScores]) -> SequenceSignals:
     mask = answer.completion.loss_mask.cpu()
+    logp = (answer.completion.logprobs if prepared is None else prepared.old_logp).cpu()
     return SequenceSignals(
-        student_logp=(answer.completion.logprobs if prepared is None else prepared.old_logp).cpu(),
+        student_logp=logp,
         scores=scores,
-        advantage=torch.zeros(mask.shape),
+        advantage=torch.zeros(mask.shape, dtype=logp.dtype),
         loss_mask=mask,
         entropy=None if prepared is None else prepared.entropy.cpu(),
         topk_logp=None if prepared is None or prepared.topk_logp is None else prepared.topk_logp.cpu(),
@@ -95,7 +96,7 @@ def _columns(term: Term, judged: Sequence[Judged], known: Sequence[SequenceSigna
     if term.kind == "surrogate":
         credited = {number: term.credit(outcome) for number, outcome in outcomes.items()} if term.credit is not None else {}
         given = [float(credited[a.group][place]) if credited else 0.0 for a, place in zip(judged, places, strict=True)]
-        known = [replace(s, advantage=torch.where(s.loss_mask, value, 0.0).float()) for s, value in zip(known, given, strict=True)]
+        known = [replace(s, advantage=s.advantage.masked_fill(s.loss_mask, value)) for s, value in zip(known, given, strict=True)]
         known = _chained(term, known, learned, pool)
         advantages = [signals.advantage for signals in known]
     return _Columns(routes=routes, advantages=advantages, fields=_fields(term, known, learned, pool))
@@ -154,12 +155,12 @@ def _applies(term: Term, answer: Judged, signals: SequenceSignals) -> bool:
 
 def _chained(term: Term, known: Sequence[SequenceSignals], learned: Sequence[int], pool: Pool) -> list[SequenceSignals]:
     """The answers with the advantages that the term's token credits made of what came before; 0 where the term does not apply."""
-    out = [s if index in set(learned) else replace(s, advantage=torch.zeros(s.loss_mask.shape)) for index, s in enumerate(known)]
+    out = [s if index in set(learned) else replace(s, advantage=torch.zeros_like(s.advantage)) for index, s in enumerate(known)]
     for function in term.token_credits:
         chosen = [out[index] for index in learned]
         found = function(chosen, pool) if "batch" in what_it_reads(function) else [function(one) for one in chosen]
         for index, advantage in zip(learned, found, strict=True):
-            out[index] = replace(out[index], advantage=advantage.float())
+            out[index] = replace(out[index], advantage=advantage.to(out[index].advantage))
     return out
 
 
@@ -167,18 +168,18 @@ def _fields(term: Term, known: Sequence[SequenceSignals], learned: Sequence[int]
     """The term's own columns of every answer: weights and selections made for the batch, and how many tokens count."""
     out: list[dict[str, Tensor]] = [{} for _ in known]
     gated = [replace(s, loss_mask=kept_tokens(term, torch.arange(len(s.loss_mask)), s.loss_mask, {})) for s in known]
-    weight = [torch.ones(s.loss_mask.shape) for s in known]
+    weight = [torch.ones_like(s.advantage) for s in known]
     kept = [s.loss_mask for s in gated]
     for function in term.fields:
         for index, value in zip(learned, function([gated[index] for index in learned], pool), strict=True):
             if value.dtype == torch.bool:
                 kept[index] = kept[index] & value
             else:
-                weight[index] = weight[index] * value.float()
+                weight[index] = weight[index] * value.to(weight[index])
     for index, columns in enumerate(out):
         if term.fields:
             columns[keep_field(term.name)] = kept[index]
             columns[weight_field(term.name)] = torch.where(kept[index], weight[index], 0.0)
         if term.reduce.kind != "token_mean":
-            columns[length_field(term.name)] = kept[index].sum().float().expand(len(kept[index])).contiguous()
+            columns[length_field(term.name)] = kept[index].sum().to(weight[index]).expand(len(kept[index])).contiguous()
     return out

@@ -38,6 +38,7 @@ class Answer:
     source: str = "student"
     domain: str = ""
     status: str = "score"
+    masked: bool = False
 
     def at(self, logits):
         """Log-probs of the answer's own tokens [T]."""
@@ -67,8 +68,8 @@ class Batch:
             member = sum(b.group == a.group for b in self.answers[:index])
             completion = Completion(
                 token_ids=tuple(a.tokens.tolist()),
-                logprobs=a.at(a.engine).float() if a.source != "dataset" else torch.full((len(a.tokens),), torch.nan),
-                loss_mask=torch.ones(len(a.tokens), dtype=torch.bool),
+                logprobs=a.at(a.engine) if a.source != "dataset" else torch.full((len(a.tokens),), torch.nan, dtype=torch.float64),
+                loss_mask=torch.full((len(a.tokens),), not a.masked),
                 source=a.source,
                 temperature=1.0,
                 finish="stop",
@@ -85,10 +86,10 @@ class Batch:
             ids = torch.cat([a.tokens[:, None], torch.where(top.indices == a.tokens[:, None], -1, top.indices)], -1)
             prepared.append(
                 Prepared(
-                    old_logp=a.at(a.old).float(),
-                    entropy=-(old.exp() * old).sum(-1).float(),
+                    old_logp=a.at(a.old),
+                    entropy=-(old.exp() * old).sum(-1),
                     topk_ids=ids,
-                    topk_logp=torch.where(ids >= 0, old.gather(-1, ids.clamp_min(0)), -1e4).float(),
+                    topk_logp=torch.where(ids >= 0, old.gather(-1, ids.clamp_min(0)), -1e4),
                 )
             )
             needs = objective.needs.signals
@@ -123,7 +124,7 @@ class Batch:
             gradients = [pieces[i] for i in range(total)]
         return loss, gradients, samples
 
-    def expect(self, objective, loss_of, atol=2e-6, **more):
+    def expect(self, objective, loss_of, atol=1e-10, **more):
         """Runs it, and the function (answers with `now` requiring gradients) -> loss; both numbers and all gradients must agree."""
         loss, gradients, _ = self.run(objective, **more)
         free = Batch([replace(a, now=a.now.clone().requires_grad_()) for a in self.answers])
@@ -172,11 +173,11 @@ def scored(answer, logits, need, student_ids):
         real = column >= 0
         inside[real, column[real]] = True
     return TokenScores(
-        sampled=logp.gather(-1, token)[:, 0].float(),
+        sampled=logp.gather(-1, token)[:, 0],
         ids=ids,
-        logp=torch.where(ids >= 0, logp.gather(-1, ids.clamp_min(0)), -1e4).float(),
-        tail_logp=torch.where(inside, -torch.inf, logp).logsumexp(-1).float().clamp_min(-1e4),
-        entropy=-(logp.exp() * logp).sum(-1).float(),
+        logp=torch.where(ids >= 0, logp.gather(-1, ids.clamp_min(0)), -1e4),
+        tail_logp=torch.where(inside, -torch.inf, logp).logsumexp(-1).clamp_min(-1e4),
+        entropy=-(logp.exp() * logp).sum(-1),
         hidden=logits if need.hidden else None,
         temperature=1.0,
         version=0,
