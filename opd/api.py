@@ -35,6 +35,7 @@ from opd.runfolder import check_run, checkpoint_step, checkpoints, claimed, free
 from opd.stages import read_stages
 from opd.types import Prompt
 from opd.verify import final_answer
+from opd.viewer.columns import ShownColumns
 from opd.viewer.record import Readers, write_samples
 
 AUDIT_PROMPTS = 4
@@ -186,6 +187,8 @@ def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Status, view: L
         write_evaluation(folder, result)
         return result.row
 
+    shown = ShownColumns(tr.samples)
+    parts.learner.observer = shown
     return TrainingRun(
         folder,
         plan,
@@ -194,7 +197,8 @@ def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Status, view: L
         open_sink=partial(open_sink, recipe, folder),
         evaluate_dev=evaluate_dev if parts.problems.dev else None,
         write_samples=partial(
-            write_samples, tokenizer=parts.tokenizer, num_samples=tr.samples, texts_in_table=tr.texts, contexts=parts.views, readers=readers(parts)
+            write_samples, tokenizer=parts.tokenizer, num_samples=tr.samples, texts_in_table=tr.texts, contexts=parts.views, readers=readers(parts),
+            columns=shown.of,
         ),
         save_tokenizer=parts.tokenizer.save_pretrained,
         guard=make_guard(recipe),

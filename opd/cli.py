@@ -15,7 +15,7 @@ USAGE = """usage: opd COMMAND [NAME] [key=value ...]
   train   RECIPE       one run -> runs/<name>/ (the same command again resumes)
   compare COMPARISON   several arms x seeds under one budget -> runs/<name>/report.html
   eval    MODEL_OR_RUN avg@k, pass@k, maj@k with standard errors
-  inspect RUN          token-level viewer -> <run>/inspect.html
+  inspect RUN          token-level viewer -> <run>/inspect.html; other=RUN lays a second run beside it
   bundle  RUN step=N   one step's rollouts, scores and weights in a file -> <run>/bundles/
   replay  BUNDLE       that step again, bit by bit; with objective=... another objective on the same rollouts
   show    [RECIPE]     the recipe with every default filled in; alone: lists recipes, methods and runs
@@ -75,7 +75,7 @@ def _eval(words: Sequence[str]) -> None:
 
 
 def _inspect(words: Sequence[str]) -> None:
-    print(import_module("opd.reports").inspect(_name(words, "inspect RUN")))
+    print(import_module("opd.reports").inspect(_name(words, "inspect RUN"), parse_overrides(words[1:])))
 
 
 def _bundle(words: Sequence[str]) -> None:

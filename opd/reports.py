@@ -15,9 +15,8 @@ def compare(comparison: str, overrides: Sequence[str] | Mapping[str, Any] = (), 
     return run_comparison(comparison, overrides, functions=Functions(train=train_run, evaluate=evaluate_run), quiet=quiet)
 
 
-def inspect(run: str) -> Path:
-    """Write the run's token viewer and return its path."""
-    folder = Path(run)
-    if not list((folder / "samples").glob("step-*.jsonl")):
-        raise ValueError(f"{folder} has no samples (samples/step-*.jsonl); is it a run folder, and did it reach track.samples_every steps?")
-    return write_viewer(folder)
+def inspect(run: str, options: Mapping[str, Any] = {}) -> Path:  # noqa: B006 - never written to
+    """Write the run's token viewer and return its path. options: {"other": RUN} lays a second run beside it. Raises ValueError with the fix."""
+    if unknown := sorted(set(options) - {"other"}):
+        raise ValueError(f"opd inspect RUN [other=RUN]: unknown option {unknown[0]!r}")
+    return write_viewer(Path(run), other=Path(str(options["other"])) if "other" in options else None)

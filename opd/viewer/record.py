@@ -4,8 +4,12 @@ Legend: T completion tokens, K entries of a top-k list. Numbers are rounded to f
 
 {"step", "prompt_id", "group", "member", "question", "expected", "text", "views": {signal: text or null}, "status", "reward", "correct",
  "feedback", "finish", "tokens": [T texts], "student_logp": [T], "behaviour_logp": [T], "entropy": [T] or null,
- "student_topk": [T lists of [text, logp]] or null, "signals": {signal: {"logp": [T], "entropy": [T], "topk": [T lists of [text, logp]]}},
- "advantage": {term: [T]}, "weight": {term: [T]}}
+ "student_topk": [T lists of [text, logp]] or null,
+ "signals": {signal: {"logp": [T], "entropy": [T], "tail": [T], "topk": [T lists of [text, logp]]}},
+ "advantage": {term: [T]}, "weight": {term: [T]}, "versions": [[version, first, end]], "classes": [T], "columns": {name: [T]}}
+
+tail: probability outside the ids that the teacher's scores hold. weight: the route's factor on loss tokens. classes: places in
+opd.token_class.CLASSES. columns: loss/<term>, loss/total, ratio/<term>, tail_mass/<side>/<term> as the update saw them.
 
 Top-k lists come from the step where it had them. With `Readers`, missing ones (and the student's entropy) are those of the weights just after
 the step: near enough to read, not what the loss saw.
@@ -22,7 +26,9 @@ import torch
 from opd_rollout.types import ScoreRequest, TokenScores
 from torch import Tensor
 
+from opd.token_class import CLASSES, token_classes
 from opd.types import Judged, Sample
+from opd.viewer.columns import spread
 
 SHOWN_TOPK = 8
 Contexts = Mapping[str, Sequence[tuple[int, ...] | None]]
@@ -53,13 +59,15 @@ def write_samples(
     texts_in_table: bool = True,
     contexts: Callable[[Sequence[Judged]], Contexts] | None = None,
     readers: Readers | None = None,
+    columns: Callable[[int], Mapping[str, Tensor]] | None = None,
 ) -> list[list[Any]]:
     """Write up to `num_samples` answers, evenly spread over the step's, and return their rows for a table (question, answer, reward,
     correct, finish), empty when `texts_in_table` is false.
 
-    contexts: the views' token ids of all answers, the same function that the step used; without it views are not shown.
+    contexts: the views' token ids of all answers, the same function that the step used; without it views are not shown. columns: the
+    learner's columns of the answer at a place.
     """
-    places = [n * len(samples) // num_samples for n in range(num_samples)] if len(samples) > num_samples else range(len(samples))
+    places = spread(len(samples), num_samples)
     views = contexts([sample.judged for sample in samples]) if contexts else {}
 
     def decode(ids: Sequence[int]) -> str:
@@ -69,6 +77,7 @@ def write_samples(
     for n in places:
         texts = {signal: None if ids[n] is None else decode(ids[n]) for signal, ids in views.items()}
         record = sample_record(samples[n], step=step, decode=decode, views=texts)
+        record["columns"] = {name: _numbers(values, 7) for name, values in (columns(n) if columns else {}).items()}
         if readers is not None:
             _complete(record, samples[n], {signal: ids[n] for signal, ids in views.items()}, readers, decode)
         records.append(record)
@@ -87,7 +96,7 @@ def sample_record(
     """One line of a samples file. decode: token ids -> text, special tokens included. views: signal -> what it read."""
     judged, prepared, completion = sample.judged, sample.prepared, sample.judged.completion
     mask = completion.loss_mask.to(torch.float32)
-    verdict = judged.verdict
+    verdict, tokens = judged.verdict, [decode([token]) for token in completion.token_ids]
     return {
         "step": step,
         "prompt_id": judged.prompt.id,
@@ -102,7 +111,7 @@ def sample_record(
         "correct": verdict.correct,
         "feedback": verdict.feedback,
         "finish": completion.finish,
-        "tokens": [decode([token]) for token in completion.token_ids],
+        "tokens": tokens,
         "student_logp": _numbers(completion.logprobs if prepared is None else prepared.old_logp),
         "behaviour_logp": _numbers(completion.logprobs),
         "entropy": None if prepared is None else _numbers(prepared.entropy),
@@ -110,6 +119,9 @@ def sample_record(
         "signals": {name: _signal(scores, decode) for name, scores in sample.scores.items()},
         "advantage": {term: _numbers(values) for term, values in sample.advantage.items()},
         "weight": {term: _numbers(factor * mask) for term, factor in sample.route.items()},
+        "versions": [list(span) for span in completion.versions],
+        "classes": [CLASSES.index(name) for name in token_classes(tokens, judged.prompt.answer)],
+        "columns": {},
     }
 
 
@@ -128,11 +140,12 @@ def _complete(
         context = contexts.get(signal)
         if context is not None and signal in readers.teachers and max(map(len, shown["topk"])) <= 1:
             [scores] = readers.teachers[signal]([ScoreRequest(context_ids=context, completion_ids=completion_ids, k=SHOWN_TOPK)])
-            shown["topk"] = _topk(scores.ids, scores.logp, decode)
+            shown["topk"], shown["tail"] = _topk(scores.ids, scores.logp, decode), _numbers(scores.tail_logp.exp())
 
 
 def _signal(scores: TokenScores, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    return {"logp": _numbers(scores.sampled), "entropy": _numbers(scores.entropy), "topk": _topk(scores.ids, scores.logp, decode)}
+    found = {"logp": _numbers(scores.sampled), "entropy": _numbers(scores.entropy), "tail": _numbers(scores.tail_logp.exp())}
+    return {**found, "topk": _topk(scores.ids, scores.logp, decode)}
 
 
 def _topk(ids: Tensor, logp: Tensor | None, decode: Callable[[Sequence[int]], str]) -> list[list[list[Any]]]:
@@ -145,9 +158,9 @@ def _topk(ids: Tensor, logp: Tensor | None, decode: Callable[[Sequence[int]], st
     return rows
 
 
-def _numbers(values: Tensor) -> list[float | None]:
-    return [_number(value) for value in values.tolist()]
+def _numbers(values: Tensor, digits: int = 4) -> list[float | None]:
+    return [_number(value, digits) for value in values.tolist()]
 
 
-def _number(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None
+def _number(value: float, digits: int = 4) -> float | None:
+    return round(value, digits) if math.isfinite(value) else None

@@ -106,7 +106,7 @@ def test_a_healthy_run_raises_no_alarm(path):
 
 
 def test_there_are_recordings():
-    assert len(COLLAPSED) >= 3 and len(HEALTHY) >= 5
+    assert len(COLLAPSED) >= 3 and len(HEALTHY) >= 11
 
 
 def test_a_rule_speaks_once_until_all_was_well_for_a_while():
