@@ -67,6 +67,7 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     for name, spec in specs.items():
         check_hints(name, spec, problems.train)
     check_support_sizes(objective, len(tokenizer))
+    check_hidden_signals(objective, choices)
     model, encode = load_model(recipe, tokenizer), partial(_encode, tokenizer)
     room = room_for_prompts(model, recipe.sampling.max_tokens, "the student")
     longest_prompt = min(recipe.data.max_prompt_tokens, room)
@@ -234,6 +235,16 @@ def check_support_sizes(objective: Objective, vocab_size: int) -> None:
             raise ValueError(
                 f"term {term.name!r}: support k is {term.support.k} but the vocabulary has {vocab_size} tokens; "
                 f"lower objective support k to at most {vocab_size}, or use support: full"
+            )
+
+
+def check_hidden_signals(objective: Objective, choices: Mapping[str, tuple[str, Any]]) -> None:
+    """Raises ValueError where hidden states of two different models would be compared."""
+    for term in objective.terms:
+        if term.support and term.support.kind == "hidden" and term.signal and choices[term.signal][0] == "external":
+            raise ValueError(
+                f"term {term.name!r}: match: hidden_states compares the student with itself under another view, and signals.{term.signal} is "
+                "another model, whose hidden states mean something else; use teacher: live | frozen | {ema: {}}, or distill: forward_kl"
             )
 
 

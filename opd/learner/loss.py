@@ -84,10 +84,13 @@ def _composed(hidden_ND: Tensor, view: HeadView, batch: MicroBatch, inputs: Loss
 def _divergence(
     term: Term, hidden_ND: Tensor, view: HeadView, batch: MicroBatch, inputs: LossInputs, weight: Tensor
 ) -> Tensor:
-    assert term.signal and term.dense, "a term on the full vocabulary has a signal and a dense divergence"
+    assert term.signal and term.support, "a term on the full vocabulary or on hidden states has a signal"
     teacher_hidden = batch.rows.signals[term.signal].hidden
     if teacher_hidden is None:  # no answer of this batch has a view
         return hidden_ND.new_zeros(hidden_ND.shape[0], dtype=weight.dtype)
+    if term.support.kind == "hidden":
+        return hidden_distance(hidden_ND, teacher_hidden)
+    assert term.dense, "a term on the full vocabulary has a dense divergence"
     head = inputs.heads[term.signal]
     return dense_divergence(
         hidden_ND,
@@ -102,6 +105,11 @@ def _divergence(
         vocab_size=_valid_columns(view, head),
         chunk_bytes=inputs.chunk_bytes,
     )
+
+
+def hidden_distance(hidden_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+    """Mean over the hidden size of the squared difference of the last hidden states [N], in fp32 at least (UniSD, arXiv 2605.06597)."""
+    return (hidden_ND.float() if hidden_ND.dtype != torch.float64 else hidden_ND).sub(teacher_ND).square().mean(-1)
 
 
 def _valid_columns(student: HeadView, teacher: HeadView) -> int:

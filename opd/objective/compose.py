@@ -82,7 +82,7 @@ def token_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of these tokens, summed over tokens and terms, and per-token columns [N] for the meters (NaN where silent).
 
-    selected: the student at rows.ids, with its graph. full: per-token divergences [N] of the terms with support "full".
+    selected: the student at rows.ids, with its graph. full: per-token losses [N] of the terms on the whole vocabulary or on hidden states.
     The loss of an optimiser step is the plain sum of this over its micro-batches and ranks.
     """
     total = selected.logp.new_zeros(())
@@ -131,7 +131,7 @@ def _term_loss(
         return _surrogate(term, student_logp, rows, active)
     assert term.signal and term.support, "a divergence has a signal and a support"
     signal = rows.signals[term.signal]
-    if term.support.kind == "full":
+    if term.support.kind in ("full", "hidden"):
         return full[term.name], {}
     assert term.loss, "a divergence has a loss"
     if term.support.kind == "sampled":

@@ -15,9 +15,12 @@ from torch import Tensor
 from opd.choices import InnerShare, NonNegative
 
 
-def forward_kl(student_logp: Tensor, teacher_logp: Tensor, *, entry_clip: NonNegative | None = None) -> Tensor:
-    """KL(q || p) [N] nats; `entry_clip` caps each category's contribution (OPSD, arXiv 2601.18734)."""
-    return _total(teacher_logp.exp() * (teacher_logp - student_logp), entry_clip)
+def forward_kl(
+    student_logp: Tensor, teacher_logp: Tensor, *, entry_clip: NonNegative | None = None, token_clip: NonNegative | None = None
+) -> Tensor:
+    """KL(q || p) [N] nats; `entry_clip` caps each category's contribution (OPSD, arXiv 2601.18734), `token_clip` the sum (UniSD, 2605.06597)."""
+    total = _total(teacher_logp.exp() * (teacher_logp - student_logp), entry_clip)
+    return total if token_clip is None else total.clamp_max(token_clip)
 
 
 def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, *, entry_clip: NonNegative | None = None) -> Tensor:

@@ -136,6 +136,15 @@ def clip_is_dense(term: Term, setting: Setting) -> Finding | None:
     )
 
 
+def token_clip_is_sparse(term: Term, setting: Setting) -> Finding | None:
+    if not term.support or term.support.kind != "full" or parameters_of(term.loss or name_of).get("token_clip") is None:
+        return None
+    return Finding(
+        reason="token_clip bounds a token's divergence, and the vocabulary kernels have its gradient before its value is known",
+        legal="support: {student_topk: {k: 100, tail: bucket}} (or teacher_topk), or entry_clip",
+    )
+
+
 def k_fits(term: Term, setting: Setting) -> Finding | None:
     if not term.support or setting.vocabulary is None or term.support.k <= setting.vocabulary:
         return None
@@ -292,6 +301,7 @@ RULES: tuple[Rule, ...] = (
     route_sees_a_view,
     dense_form_exists,
     clip_is_dense,
+    token_clip_is_sparse,
     k_fits,
     renormalised_needs_two,
     dropped_tail,

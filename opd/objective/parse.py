@@ -31,6 +31,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "nll": (),
     "student_entropy": (),
     "reference_kl": (),
+    "match": (),
 }
 
 
@@ -58,13 +59,13 @@ def _term(spec: Mapping[str, Any], where: str, taken: set[str]) -> Term:
     if name in taken or not name.isidentifier():
         raise ValueError(f"{where}.name: {name!r} must be a plain word that no other term has")
     weights, gates, fields = _weights(spec.get("weight", "ones"), f"{where}.weight")
-    route = "has_view" if kind in ("distill", "reference_kl") else "all"
+    route = "has_view" if kind in ("distill", "reference_kl", "match") else "all"
     reduce = resolve(spec.get("reduce", "token_mean"), REDUCTIONS, f"{where}.reduce")()
     signal = str(spec.get("signal", "reference" if kind == "reference_kl" else "main"))
-    make = {"distill": _distill, "policy": _policy, "nll": _nll, "student_entropy": _entropy, "reference_kl": _reference_kl}[kind]
+    make = {"distill": _distill, "policy": _policy, "nll": _nll, "student_entropy": _entropy, "reference_kl": _reference_kl, "match": _match}[kind]
     return Term(
         name=name,
-        signal=signal if kind in ("distill", "reference_kl") else None,
+        signal=signal if kind in ("distill", "reference_kl", "match") else None,
         view_signal=signal,
         weights=weights,
         gates=gates,
@@ -103,7 +104,8 @@ def _dense(choice: Any, loss: Callable[..., Tensor]) -> Divergence | None:
     name, _ = split_choice(choice, "distill")
     if name in DENSE and any(isinstance(value, Scheduled) for value in parameters_of(loss).values()):
         raise ValueError(f"distill: {name}: a parameter on support full cannot change while training; schedule coef, or use a top-k support")
-    return DENSE[name](**parameters_of(loss)) if name in DENSE else None
+    given = {key: value for key, value in parameters_of(loss).items() if key != "token_clip"}  # a bound on the sum, not in it
+    return DENSE[name](**given) if name in DENSE else None
 
 
 def _policy(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -169,6 +171,12 @@ def _entropy(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _reference_kl(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"kind": "divergence", "loss": resolve(spec["reference_kl"], ESTIMATORS, f"{where}.reference_kl", SCHEDULES), "support": sampled()}
+
+
+def _match(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if spec["match"] != "hidden_states":
+        raise ValueError(f"{where}.match is {spec['match']!r}; write match: hidden_states")
+    return {"kind": "divergence", "loss": None, "support": Support(kind="hidden")}
 
 
 def _weights(choices: Any, where: str) -> tuple[tuple[Callable[..., Any], ...], ...]:

@@ -20,10 +20,12 @@ Tail = Literal["bucket", "renormalise", "drop"]
 class Support:
     """kind: the whole vocabulary, the sampled token, or the k likeliest tokens of one side (`sampled` adds the sampled token).
 
+    "hidden" is no support: both sides' last hidden states are compared, before any vocabulary.
+
     tail: "bucket" keeps the outside mass as one more category, "renormalise" makes both sides sum to one inside, "drop" does neither.
     """
 
-    kind: Literal["full", "sampled", "student_topk", "teacher_topk"]
+    kind: Literal["full", "hidden", "sampled", "student_topk", "teacher_topk"]
     k: int = 0
     tail: Tail = "bucket"
     sampled: bool = False

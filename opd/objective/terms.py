@@ -155,7 +155,7 @@ class Objective:
     @property
     def needs(self) -> Needs:
         reads = frozenset[str]().union(*(term.reads for term in self.terms))
-        full_terms = tuple(term for term in self.terms if term.support and term.support.kind == "full")
+        full_terms = tuple(term for term in self.terms if term.support and term.support.kind in ("full", "hidden"))
         return Needs(
             old_logp="old_logp" in reads,
             entropy="entropy" in reads or any(term.kind == "entropy" for term in self.terms),
@@ -170,7 +170,7 @@ class Objective:
         return SignalNeeds(
             k=max((s.k for s in supports if s.kind == "teacher_topk"), default=0),
             student_support=any(s.kind == "student_topk" for s in supports),
-            hidden=any(s.kind == "full" for s in supports),
+            hidden=any(s.kind in ("full", "hidden") for s in supports),
         )
 
 

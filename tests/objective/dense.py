@@ -11,6 +11,7 @@ from opd_kernels import dense_divergence, selected_logprobs
 from opd_rollout.types import Completion, TokenScores
 
 from opd.config import load_recipe
+from opd.learner.loss import hidden_distance
 from opd.learner.packing import pack
 from opd.objective import Setting, build_objective, denominators, join, token_loss, token_weight
 from opd.types import Judged, Prepared, Prompt, Verdict
@@ -151,6 +152,9 @@ def one_batch(objective, shared, logits, rows):
     full = {}
     for term in objective.needs.full_terms:
         hidden = rows.signals[term.signal].hidden
+        if term.support.kind == "hidden":
+            full[term.name] = hidden_distance(logits, hidden)
+            continue
         factor = token_weight(term, shared, selected, rows)
         full[term.name] = dense_divergence(logits, weight, hidden, weight, term.dense, token_weight=factor)
     loss, _ = token_loss(objective, shared, selected, rows, full)

@@ -43,7 +43,7 @@ def own_divergence(student_logp, teacher_logp):
         ({"distill": "jsd", "advantage": "group_centered"}, r"unknown key 'advantage'"),
         (
             {"distill": "jsd", "policy": "reinforce"},
-            r"needs exactly one of distill, policy, nll, student_entropy, reference_kl; found distill, policy",
+            r"needs exactly one of distill, policy, nll, student_entropy, reference_kl, match; found distill, policy",
         ),
         ({"coef": 1.0}, r"needs exactly one of .*; found none"),
         ({"policy": "ppo_clip"}, r"a policy term needs an advantage: group_centered, leave_one_out"),

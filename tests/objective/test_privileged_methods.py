@@ -360,3 +360,151 @@ def test_weights_over_a_batch_do_not_depend_on_how_ranks_split_it():
     [part] = agreement(answers[:1], lambda own: next(pools), signals=["a", "b"], gamma=1.0)
     close(part, whole[0])
     assert len(values) == 2
+
+
+# UniSD from recipe to gradient
+
+
+def unisd_formula(answers, contrast=0.1, match=0.1, agree=True):
+    tokens, raws = sum(len(a.tokens) for a in answers), []
+    for a in answers:
+        views = torch.stack([a.at(a.teachers[name]) for name in ("main", "second", "third")])
+        raws.append(views.var(0))
+    every = torch.cat(raws).sort().values
+    unit = every[int(0.95 * len(every))]
+    weights = [1 / (1 + (v / unit).clamp_max(10.0)) if agree else torch.ones_like(v) for v in raws]
+    mean, total = torch.cat(weights).mean(), 0.0
+    for a, weight in zip(answers, weights, strict=True):
+        p, q, logp = a.now.log_softmax(-1), a.teachers["main"].log_softmax(-1), a.at(a.now)
+        total = total + (weight / mean * (q.exp() * (q - p)).sum(-1)).sum() / tokens
+        near, far = (a.at(a.old) - a.at(a.teachers[name]) for name in ("main", "negative"))
+        slope = torch.where(0.5 + near.abs() - far.abs() > 0, near.sign() - far.sign(), 0.0)
+        total = total + contrast * (slope * (1 + logp - logp.detach())).sum() / tokens
+        total = total + match * (a.now - a.teachers["main"]).square().mean(-1).sum() / tokens
+    return total
+
+
+def test_unisd_is_the_sum_of_its_parts():
+    batch = Batch.make(signals=("main", "second", "third", "negative"))
+    _, objective = dense_load("unisd")
+    batch.expect(objective, unisd_formula)
+    for without, changes in ({"t1__coef": 0.0}, {"contrast": 0.0}), ({"t2__coef": 0.0}, {"match": 0.0}):
+        _, part = dense_load("unisd", **without)
+        batch.expect(part, lambda answers, changes=changes: unisd_formula(answers, **changes))
+        with pytest.raises(AssertionError):
+            batch.expect(part, unisd_formula)
+    _, trusting = dense_load("unisd", without=["0.weight"])
+    batch.expect(trusting, lambda answers: unisd_formula(answers, agree=False))
+    with pytest.raises(AssertionError):
+        batch.expect(trusting, unisd_formula)
+
+
+def test_unisd_clip_stops_tokens_after_the_sum():
+    def formula(answers, clip=0.3):
+        total, tokens = 0.0, sum(len(a.tokens) for a in answers)
+        for a in answers:
+            ids = a.old.topk(3).indices
+            p, q = (z.log_softmax(-1) for z in (a.now, a.teachers["main"]))
+            outside = torch.ones_like(p).scatter(-1, ids, 0.0).bool()
+            p, q = (torch.cat([z.gather(-1, ids), torch.where(outside, z, -torch.inf).logsumexp(-1, keepdim=True)], -1) for z in (p, q))
+            total = total + (q.exp() * (q - p)).sum(-1).clamp_max(clip).sum() / tokens
+        return total
+
+    batch = Batch.make(signals=("main",))
+    _, objective = dense_load("unisd_clip", t0__distill={"forward_kl": {"token_clip": 0.3}})
+    batch.expect(objective, formula)
+    _, free = dense_load("unisd_clip", t0__distill="forward_kl")
+    batch.expect(free, lambda answers: formula(answers, clip=torch.inf))
+    with pytest.raises(AssertionError):
+        batch.expect(free, formula)
+    with pytest.raises(ValueError, match="token_clip bounds a token's divergence.*Legal: support: {student_topk"):
+        dense_load("unisd_clip", t0__support="full")
+
+
+# SRPO (arXiv:2604.02288)
+
+
+def srpo_formula(answers, beta=1.0):
+    """One denominator; the sibling's view exists where the batch gives the answer a `main` teacher."""
+    tokens, total, routed = sum(len(a.tokens) for a in answers), 0.0, []
+    for a in answers:
+        q = a.teachers["main"].log_softmax(-1) if a.reward <= 0.5 and "main" in a.teachers else None
+        routed.append(None if q is None else (beta * (q.exp() * q).sum(-1)).exp())
+    chosen = [w for w in routed if w is not None]
+    mean = torch.cat(chosen).mean() if chosen else 1.0
+    for a, advantage, weight in zip(answers, centred(answers), routed, strict=True):
+        r = (a.at(a.now) - a.at(a.old)).exp()
+        if weight is None:
+            total = total - torch.minimum(r * advantage, r.clamp(0.8, 1.28) * advantage).sum() / tokens
+            continue
+        ids = a.old.topk(3).indices
+        p, q = (z.log_softmax(-1) for z in (a.now, a.teachers["main"]))
+        outside = torch.ones_like(p).scatter(-1, ids, 0.0).bool()
+        p, q = (torch.cat([z.gather(-1, ids), torch.where(outside, z, -torch.inf).logsumexp(-1, keepdim=True)], -1) for z in (p, q))
+        m = ((p.exp() + q.exp()) / 2).log()
+        jsd = 0.5 * (p.exp() * (p - m)).sum(-1) + 0.5 * (q.exp() * (q - m)).sum(-1)
+        total = total + (r.detach().clamp_max(2.0) * weight / mean * jsd).sum() / tokens
+    return total
+
+
+def siblings(answers):
+    """`main` only where another answer of the group is right, as the view peer_success has it."""
+    for a in answers:
+        if not any(b.group == a.group and b is not a and b.reward > 0.5 for b in answers):
+            a.teachers = {}
+
+
+def test_srpo_from_recipe_to_gradient():
+    batch = Batch.make(signals=("main",))
+    siblings(batch.answers)
+    _, objective = dense_load("srpo")
+    batch.expect(objective, srpo_formula)
+    _, even = dense_load("srpo", t1__weight=[{"staleness_ratio": {"cap": 2.0}}, {"batch_confidence": {"beta": 0.0}}])
+    batch.expect(even, lambda answers: srpo_formula(answers, beta=0.0))
+    _, hybrid = dense_load("hybrid")
+    batch.expect(hybrid, lambda answers: srpo_formula(answers, beta=0.0))
+    with pytest.raises(AssertionError):
+        batch.expect(hybrid, srpo_formula)
+
+
+@pytest.mark.parametrize("reward", [1.0, 0.0])
+def test_srpo_is_reinforcement_alone_where_all_are_right_or_nobody_is(reward):
+    batch = Batch.make(signals=("main",), rewards=(reward,) * 8)
+    siblings(batch.answers)
+    _, objective = dense_load("srpo")
+    loss, gradients, _ = batch.run(objective)
+    assert loss == 0 and not any(g.any() for g in gradients), "equal rewards: no advantage, and nobody wrong with a right sibling"
+
+
+def test_srpo_weights_by_hand():
+    _, objective = dense_load("srpo")
+    [weigh] = objective.terms[1].fields
+    entropies = torch.tensor([0.1, 0.5, 2.0, 1.0])
+    answer = replace(sequence(torch.zeros(4)), scores={"main": SimpleNamespace(entropy=entropies)})
+    [found] = weigh([answer], alone)
+    close(found, torch.tensor([1.79658, 1.20428, 0.26871, 0.73043]).double(), atol=1e-5)
+
+
+# HDPO
+
+
+def test_hdpo_distils_failed_groups_only():
+    def formula(answers):
+        tokens = sum(len(a.tokens) for a in answers)
+        failed = [a for a in answers if not any(b.reward > 0.5 for b in answers if b.group == a.group)]
+        total, count = 0.0, sum(len(a.tokens) for a in failed)
+        for a, advantage in zip(answers, grpo_std(answers), strict=True):
+            r = (a.at(a.now) - a.at(a.old)).exp()
+            advantage = advantage.nan_to_num()
+            total = total - torch.minimum(r * advantage, r.clamp(0.8, 1.2) * advantage).sum() / tokens
+        for a in failed:
+            p, q = a.now.log_softmax(-1), a.teachers["main"].log_softmax(-1)
+            total = total + (p.exp() * (p - q)).sum() / count
+        return total
+
+    batch = Batch.make(signals=("main",), rewards=(1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0))
+    _, objective = dense_load("hdpo")
+    batch.expect(objective, formula)
+    _, everywhere = dense_load("hdpo", without=["1.route"])
+    with pytest.raises(AssertionError):
+        batch.expect(everywhere, formula)
