@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd import chat, pretrained
 from opd.config import recipe_hash
-from opd.contexts import SignalViews, check_hints
+from opd.contexts import SignalViews, check_asking_view, check_hints, prompt_context
 from opd.guard import parse_rules
 from opd.learner.torch_learner import torch_learner
 from opd.learner.types import Learner, LearnerSettings, OptimizerSettings
@@ -60,12 +60,13 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     parse_rules(recipe.guard.action, recipe.guard.rules)
     objective, choices = objective_of(recipe), {name: parse_weights(name, signal.weights) for name, signal in recipe.signals.items()}
     problems = load_problems(recipe, verifier)
-    share, dataset_hint = parse_source(recipe.rollout.source)
-    check_dataset_hint(problems.train if share < 1 else (), dataset_hint)
+    mixture = parse_source(recipe.rollout.source)
+    check_dataset_hint(problems.train if mixture.hint and mixture.student < 1 else (), mixture.hint)
     tokenizer = load_tokenizer(recipe, problems)
     specs = {name: resolve_view(signal.view, problems.templates) for name, signal in recipe.signals.items()}
     for name, spec in specs.items():
         check_hints(name, spec, problems.train)
+    check_asking_view(mixture.view, specs)
     check_support_sizes(objective, len(tokenizer))
     check_hidden_signals(objective, choices)
     model, encode = load_model(recipe, tokenizer), partial(_encode, tokenizer)
@@ -91,7 +92,8 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     for module in {model, spoken, *teachers.values()} if check is not None else ():
         module.get_decoder().register_forward_pre_hook(check)
     codec = Codec(encode=encode, tokenize=partial(chat.tokenize, tokenizer), decode=partial(chat.decode, tokenizer), end=stop_ids[0])
-    source = RolloutSource(engine, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room))
+    show = partial(prompt_context, tokenizer, specs[mixture.view], room, encode) if mixture.view else None
+    source = RolloutSource(engine, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show)
     weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), vocab_size) for name, (kind, _) in choices.items()}
     return Parts(
         tokenizer=tokenizer,
@@ -125,10 +127,17 @@ def is_sharded(recipe: Recipe) -> bool:
 
 def objective_of(recipe: Recipe) -> Objective:
     """The recipe's objective, judged legal against its signals, group and source."""
-    share, _hint = parse_source(recipe.rollout.source)
-    source = "student" if share == 1 else "dataset" if share == 0 else "mixed"
-    setting = Setting(signals=tuple(recipe.signals), group=recipe.group, source=source, max_tokens=recipe.sampling.max_tokens)
-    return build_objective(recipe.objective, setting)
+    return build_objective(recipe.objective, setting_of(recipe))
+
+
+def setting_of(recipe: Recipe) -> Setting:
+    """What the rest of a recipe says to its objective."""
+    mixture = parse_source(recipe.rollout.source)
+    source = "student" if mixture.student == 1 or mixture.view else "dataset" if mixture.student == 0 else "mixed"
+    sampled_in = None if mixture.student == 1 or not mixture.view else mixture.view if mixture.student == 0 else f"{mixture.view}, in part"
+    return Setting(
+        signals=tuple(recipe.signals), group=recipe.group, source=source, max_tokens=recipe.sampling.max_tokens, sampled_in=sampled_in
+    )
 
 
 def add_adapters(model: torch.nn.Module, recipe: Recipe) -> None:
@@ -254,10 +263,10 @@ def sampling_of(recipe: Recipe, stop_ids: tuple[int, ...]) -> Sampling:
 
 
 def source_settings(recipe: Recipe, room: int) -> SourceSettings:
-    share, hint = parse_source(recipe.rollout.source)
+    share, hint, view = parse_source(recipe.rollout.source)
     r = recipe.rollout
     return SourceSettings(
-        num_prompts=r.prompts, group=recipe.group, seed=recipe.seed, student_share=share, dataset_hint=hint, filter=r.filter,
+        num_prompts=r.prompts, group=recipe.group, seed=recipe.seed, student_share=share, dataset_hint=hint, view=view, filter=r.filter,
         max_refill=r.max_refill, overlong=r.overlong, max_prompt_tokens=min(recipe.data.max_prompt_tokens, room),
     )  # fmt: skip
 

@@ -1,15 +1,30 @@
 """Views as token ids: rendered by the chat template, shortened to fit, counted."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from opd_rollout.types import Completion
 
 from opd import chat
+from opd.choices import nearest
 from opd.types import Judged, Meter, Prompt, Verdict, View
-from opd.views import ViewInput, ViewSpec, answer, demonstration, facts, hint, partial_solution, solution
+from opd.views import (
+    ViewInput,
+    ViewSpec,
+    answer,
+    demonstration,
+    facts,
+    feedback,
+    hint,
+    note,
+    partial_solution,
+    peer_success,
+    revision,
+    solution,
+    wrong_answer,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,16 +90,44 @@ class SignalViews:
         return self._meters
 
 
+def prompt_context(
+    tokenizer: chat.Tokenizer, spec: ViewSpec, max_context_tokens: int, encode: Callable[[Prompt], tuple[int, ...]], prompt: Prompt
+) -> tuple[int, ...] | None:
+    """A prompt's ids under a view that needs no answer, None where it has nothing to show or does not fit."""
+    [ids], _ = render_views(tokenizer, [unanswered(prompt, encode(prompt))], spec, max_context_tokens)
+    return ids
+
+
+def unanswered(prompt: Prompt, prompt_ids: tuple[int, ...] = ()) -> Judged:
+    """The prompt with an empty answer, for views that look at the prompt alone."""
+    blank = Completion(
+        token_ids=(), logprobs=torch.zeros(0), loss_mask=torch.zeros(0, dtype=torch.bool), source="", temperature=1.0, finish="stop", versions=()
+    )
+    return Judged(prompt=prompt, prompt_ids=prompt_ids, completion=blank, text="", verdict=Verdict(), group=0, member=0)
+
+
+def check_asking_view(name: str, specs: Mapping[str, ViewSpec]) -> None:
+    """Raises ValueError when answers should be sampled under a view that is not declared, or that is made of the answers themselves."""
+    if not name:
+        return
+    if name not in specs:
+        declared = ", ".join(sorted(specs)) or "none"
+        raise ValueError(f"rollout.source: no signal {name!r}{nearest(name, specs)}; declared: {declared}. Answers are sampled under a signal's view")
+    function = getattr(specs[name].view, "func", specs[name].view)
+    if function in (peer_success, feedback, wrong_answer, revision, note):
+        raise ValueError(
+            f"rollout.source: the view {function.__name__!r} of signal {name!r} shows answers, and none are there yet when they are sampled; "
+            "use solution, partial_solution, facts, answer, demonstration, hint or instruction"
+        )
+
+
 def check_hints(name: str, spec: ViewSpec, prompts: Sequence[Prompt]) -> None:
     """Raises ValueError when a view that reads hints finds none in any of these prompts: its teacher would never see anything."""
     function = getattr(spec.view, "func", spec.view)
     if function not in (hint, solution, partial_solution, facts, answer, demonstration) or not prompts:
         return
-    blank = Completion(
-        token_ids=(), logprobs=torch.zeros(0), loss_mask=torch.zeros(0, dtype=torch.bool), source="", temperature=1.0, finish="stop", versions=()
-    )
     for prompt in prompts:
-        judged = Judged(prompt=prompt, prompt_ids=(), completion=blank, text="", verdict=Verdict(), group=0, member=0)
+        judged = unanswered(prompt)
         if spec.view(ViewInput(judged=judged, group=[judged], templates=spec.templates, controls=defaultdict(float))) is not None:
             return
     known = sorted({known for prompt in prompts for known in prompt.hints}) or ["none"]

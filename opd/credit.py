@@ -81,6 +81,11 @@ def max_rl(group: GroupOutcome) -> Tensor:
     return group_centered(group) / mean if mean else torch.zeros_like(group.reward)
 
 
+def verdict_sign(group: GroupOutcome) -> Tensor:
+    """1 for a correct answer, -1 for a wrong one [G], 0 without a verdict: the class, for credits that contrast the two."""
+    return torch.where(group.valid, torch.where(group.correct, 1.0, -1.0), 0.0).double()
+
+
 def raw_reward(group: GroupOutcome) -> Tensor:
     """r itself [G]: REINFORCE without a baseline."""
     return torch.where(group.valid, group.reward, 0.0)
@@ -225,6 +230,7 @@ CREDITS = {
     "leave_one_out": leave_one_out,
     "max_rl": max_rl,
     "raw_reward": raw_reward,
+    "verdict_sign": verdict_sign,
 }
 
 TOKEN_CREDITS = {

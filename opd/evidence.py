@@ -77,6 +77,27 @@ def margin(sequence: SequenceSignals, *, signal: str = "main", reference: str = 
     return torch.where(sequence.loss_mask, sequence.advantage - slope, 0.0)
 
 
+@reads("behaviour_logp", "batch")
+def class_contrast(answers: Sequence[SequenceSignals], pool: Pool, *, signal: str = "main", beta: Positive = 0.1) -> list[Tensor]:
+    """Minus the slope of BCO's loss in the answer's log-prob under the signal [T], for `advantage: [verdict_sign, class_contrast]` (VPD's
+    E-step, arXiv 2605.15113), all tokens alike.
+
+    With r = beta (log signal - log student) of the whole answer, d half the sum of r's means over right and wrong answers:
+    -mean over the right of log sigmoid(r - d) - mean over the wrong of log sigmoid(d - r). Zero where the batch has one class only.
+    Times the number of answers: for `reduce: {constant: {length: 1}}`, which divides by it.
+    """
+    kind = torch.stack([answer.advantage[answer.loss_mask].sum().sign() for answer in answers]).double() if answers else torch.zeros(0).double()
+    sums = [torch.where(a.loss_mask, a.scores[signal].sampled - a.student_logp, 0.0).double().sum() for a in answers]
+    reward = beta * (torch.stack(sums) if sums else torch.zeros(0).double())
+    kinds, rewards = pool(kind), pool(reward)
+    right, wrong = int((kinds > 0).sum()), int((kinds < 0).sum())
+    if not right or not wrong:
+        return [torch.zeros_like(answer.student_logp) for answer in answers]
+    middle = 0.5 * (rewards[kinds > 0].mean() + rewards[kinds < 0].mean())
+    slope = beta * kind * torch.sigmoid(kind * (middle - reward)) * len(kinds) / torch.where(kind > 0, float(right), float(wrong))
+    return [torch.where(answer.loss_mask, value, 0.0).float() for answer, value in zip(answers, slope, strict=True)]
+
+
 def agreement(
     answers: Sequence[SequenceSignals],
     pool: Pool,
@@ -136,6 +157,6 @@ def marked(answers: Sequence[SequenceSignals], pool: Pool, *, name: str, inside:
     return found
 
 
-VIEW_CREDITS = {"evidence": evidence, "consensus": consensus, "margin": margin}
+VIEW_CREDITS = {"evidence": evidence, "consensus": consensus, "margin": margin, "class_contrast": class_contrast}
 
 VIEW_FIELDS = {"agreement": agreement, "position_ramp": position_ramp, "marked": marked}

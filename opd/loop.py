@@ -90,7 +90,7 @@ def train_step(step: int, s: System) -> tuple[StepReport, list[Sample]]:
     with s.clock("teacher"):
         scores = s.teachers.score(judged, views, prepared)  # every signal's log-probs of the student's own tokens
     with s.clock("join"):
-        samples = join(judged, prepared, scores, objective)  # credit, routes and scores: one immutable record an answer
+        samples = join(judged, prepared, scores, objective, views=views)  # credit, routes and scores: one immutable record an answer
     with s.clock("learn"):
         report = s.learner.step(samples, objective, s.teachers.heads())
     with s.clock("sync"):

@@ -205,6 +205,7 @@ class TrainingRun:
     def record(self, report: StepReport, samples: Sequence[Sample], s: System) -> None:
         """One line of metrics, the live view, and now and then a file of samples."""
         step, totals = report.step + 1, self.progress.totals
+        samples = [sample for sample in samples if not sample.context]  # each answer once
         means = {name: meter.mean for name, meter in report.meters.items() if name not in ACCUMULATED and math.isfinite(meter.mean)}
         if means.get("learner/replays"):
             budget = means["learner/token_budget"]

@@ -8,7 +8,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from opd_rollout.engine import Engine
@@ -19,7 +19,7 @@ from opd.choices import nearest
 from opd.types import Judged, Meter, Prompt, Verdict, Verifier
 from opd.verify import judge
 
-DATASET = "dataset"
+DATASET, VIEW = "dataset", "view"
 
 
 class Stream(Protocol):
@@ -49,7 +49,8 @@ class Codec:
 class SourceSettings:
     """How a step's batch is put together.
 
-    student_share: probability that the student answers a prompt, else the prompt's hint named `dataset_hint` is the (only) answer. filter
+    student_share: probability that the student answers a prompt as it is, else the prompt's hint named `dataset_hint` is the (only) answer,
+    or the student answers while it reads the view of the signal `view`. filter
     "mixed_groups" drops groups whose scored rewards are all equal and draws others, at most `max_refill` times. overlong "mask":
     completions cut at max_tokens leave the loss. max_error_share: at this share of verifier errors in a step the run stops.
     """
@@ -59,6 +60,7 @@ class SourceSettings:
     seed: int
     student_share: float = 1.0
     dataset_hint: str = ""
+    view: str = ""
     filter: Literal["none", "mixed_groups"] = "none"
     max_refill: int = 4
     overlong: Literal["keep", "mask"] = "keep"
@@ -70,9 +72,19 @@ class RolloutSource:
     """Implements opd.loop.RolloutSource over an engine, a prompt stream and a verifier; owns the prompt cursor and the counters."""
 
     def __init__(
-        self, engine: Engine, stream: Stream, verify: Verifier, codec: Codec, sampling: Sampling, settings: SourceSettings
+        self,
+        engine: Engine,
+        stream: Stream,
+        verify: Verifier,
+        codec: Codec,
+        sampling: Sampling,
+        settings: SourceSettings,
+        show: Callable[[Prompt], tuple[int, ...] | None] | None = None,
     ) -> None:
+        """show: a prompt's ids under the view of `settings.view`, None where that has nothing to show."""
         check_settings(settings)
+        assert not settings.view or show is not None, "a source that samples under a view is given it"
+        self._show = show
         self._engine, self._stream, self._verify, self._codec, self._sampling = engine, stream, verify, codec, sampling
         self.settings = settings
         self._meters: dict[str, Meter] = {}
@@ -121,12 +133,13 @@ class RolloutSource:
     def _answer(self, prompts: Sequence[Prompt], drawn: Counter[str], step: int) -> list[list[Judged]]:
         settings = self.settings
         encoded = [self._encode(prompt) for prompt in prompts]
+        asked = settings.view != ""
         firsts = [drawn_before(prompt.id, drawn) * settings.group for prompt in prompts]
         from_student = [student_answers(settings, prompt.id, first, step) for prompt, first in zip(prompts, firsts, strict=True)]
         requests = [
-            GenerateRequest(prompt_ids=ids, seed=request_seed(settings.seed, prompt.id, first + member, step))
+            GenerateRequest(prompt_ids=ids if ours else self._shown(prompt), seed=request_seed(settings.seed, prompt.id, first + member, step))
             for prompt, ids, first, ours in zip(prompts, encoded, firsts, from_student, strict=True)
-            if ours
+            if ours or asked
             for member in range(settings.group)
         ]
         generated = self._engine.generate(requests, self._sampling) if requests else []
@@ -134,7 +147,8 @@ class RolloutSource:
         remaining = iter(generated)
         groups = []
         for prompt, ids, ours in zip(prompts, encoded, from_student, strict=True):
-            completions = [next(remaining) for _ in range(settings.group)] if ours else [self._dataset_answer(prompt)]
+            completions = [next(remaining) for _ in range(settings.group)] if ours or asked else [self._dataset_answer(prompt)]
+            completions = completions if ours or not asked else [replace(completion, source=VIEW) for completion in completions]
             groups.append([self._judge(prompt, ids, completion, member) for member, completion in enumerate(completions)])
         return groups
 
@@ -145,6 +159,13 @@ class RolloutSource:
                 f"prompt {prompt.id!r} has {len(ids)} tokens, more than {self.settings.max_prompt_tokens}; "
                 "raise data.max_prompt_tokens or remove it"
             )
+        return ids
+
+    def _shown(self, prompt: Prompt) -> tuple[int, ...]:
+        assert self._show is not None
+        ids = self._show(prompt)
+        if ids is None:
+            raise ValueError(f"rollout.source: the view of signal {self.settings.view!r} has nothing to show for prompt {prompt.id!r}, or no room")
         return ids
 
     def _dataset_answer(self, prompt: Prompt) -> Completion:
@@ -177,23 +198,31 @@ class RolloutSource:
         self._totals["verifier_errors"] += sum(item.verdict.status == "error" for item in everything)
 
 
-def parse_source(choice: Any) -> tuple[float, str]:
-    """(student share, dataset hint) of `student`, `{dataset: HINT}` or `{mixed: {student: SHARE, dataset: HINT}}`.
+class Mixture(NamedTuple):
+    """Who answers: the student with probability `student`, else the data (the hint `hint`) or the student under a signal's view (`view`)."""
+
+    student: float
+    hint: str = ""
+    view: str = ""
+
+
+def parse_source(choice: Any) -> Mixture:
+    """The mixture of `student`, `{dataset: HINT}`, `{view: SIGNAL}` or `{mixed: {student: SHARE, dataset: HINT}}` (or view: SIGNAL).
 
     Raises ValueError for anything else.
     """
-    form = "student | {dataset: HINT} | {mixed: {student: SHARE, dataset: HINT}}"
+    form = "student | {dataset: HINT} | {view: SIGNAL} | {mixed: {student: SHARE, dataset: HINT}} | {mixed: {student: SHARE, view: SIGNAL}}"
     if choice == "student":
-        return 1.0, ""
+        return Mixture(1.0)
     if isinstance(choice, Mapping) and len(choice) == 1:
         [(name, value)] = choice.items()
-        if name == DATASET and isinstance(value, str) and value:
-            return 0.0, value
-        if name == "mixed" and isinstance(value, Mapping) and set(value) == {"student", DATASET}:
-            share, hint = value["student"], value[DATASET]
-            number = isinstance(share, int | float) and not isinstance(share, bool)
-            if number and 0 <= share <= 1 and isinstance(hint, str) and hint:
-                return float(share), hint
+        given = dict(value) if name == "mixed" and isinstance(value, Mapping) else {"student": 0.0, name: value}
+        share = given.pop("student", None)
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if number and 0 <= share <= 1 and len(given) == 1:
+            [(kind, other)] = given.items()
+            if kind in (DATASET, VIEW) and isinstance(other, str) and other:
+                return Mixture(float(share), other if kind == DATASET else "", other if kind == VIEW else "")
     raise ValueError(f"rollout.source is {choice!r}; write {form}, with SHARE between 0 and 1")
 
 
@@ -203,9 +232,9 @@ def check_settings(settings: SourceSettings) -> None:
         raise ValueError(f"rollout.prompts ({settings.num_prompts}) and group ({settings.group}) must be at least 1")
     if not 0 <= settings.student_share <= 1:
         raise ValueError(f"the student's share must lie between 0 and 1, found {settings.student_share}")
-    if settings.student_share < 1 and not settings.dataset_hint:
+    if settings.student_share < 1 and not settings.dataset_hint and not settings.view:
         raise ValueError("rollout.source mixes in the dataset but names no hint to learn from, e.g. {dataset: solution}")
-    if settings.filter == "mixed_groups" and (settings.group < 2 or settings.student_share < 1):
+    if settings.filter == "mixed_groups" and (settings.group < 2 or (settings.student_share < 1 and not settings.view)):
         raise ValueError(
             "rollout.filter mixed_groups compares the student's answers to one prompt: it needs group 2 or more and source student"
         )

@@ -94,7 +94,8 @@ class Sample:
     """Everything the learner may know about one answer. All tensors are detached and indexed by completion token.
 
     scores: signal name -> TokenScores, absent where the sample has no view. advantage: term name -> [T]. route: term name -> factor.
-    fields: named per-token statistics made before the step.
+    fields: named per-token statistics made before the step. context: the signal whose view the student itself reads here (and which then
+    stands in judged.prompt_ids), "" for its own prompt.
     """
 
     judged: Judged
@@ -103,6 +104,7 @@ class Sample:
     route: Mapping[str, float]
     prepared: Prepared | None = None
     fields: Mapping[str, Tensor] = field(default_factory=dict)
+    context: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,7 +67,8 @@ class PolicyLearner:
         Old log-probs alone are left out with one update a batch: the weights of the update are then those of the rollout.
         """
         several = self.settings.minibatches * self.settings.epochs > 1
-        if not (needs.student_topk or needs.entropy or (needs.old_logp and several)):
+        elsewhere = any(self._updater.gather(any(one.completion.source == "view" for one in judged)))  # sampled in another context than here
+        if not (needs.student_topk or needs.entropy or (needs.old_logp and several) or elsewhere):
             return [None] * len(judged)
         requests = [
             ScoreRequest(context_ids=one.prompt_ids, completion_ids=one.completion.token_ids, k=needs.student_topk) for one in judged

@@ -37,6 +37,10 @@ def weight_field(term: str) -> str:
     return f"weight/{term}"
 
 
+IN_VIEW = "in_view"
+"""Name of the field that is 1 where the student reads a view in the place of its own prompt; absent where it never does."""
+
+
 def kept_tokens(term: Term, position: Tensor, loss_mask: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
     """Loss tokens that the term's gates and selections keep, bool like `position`."""
     for gate in term.gates:
@@ -167,12 +171,13 @@ def _common_columns(objective: Objective, selected: SelectedLogprobs, rows: Toke
     """Entropies, the teachers' advantage over the student on its own tokens, and the engine's disagreement with the learner."""
     now = selected.logp[:, 0].detach()
     old_logp = now if rows.old_logp is None else rows.old_logp.to(now)
-    columns = {"engine_gap_nats": torch.where(rows.loss_mask, (rows.behaviour_logp.to(now) - old_logp).abs(), torch.nan)}
+    own = rows.loss_mask & (rows.fields[IN_VIEW] == 0) if IN_VIEW in rows.fields else rows.loss_mask
+    columns = {"engine_gap_nats": torch.where(own, (rows.behaviour_logp.to(now) - old_logp).abs(), torch.nan)}
     if selected.entropy is not None:
-        columns["entropy/student"] = torch.where(rows.loss_mask, selected.entropy.detach(), torch.nan)
+        columns["entropy/student"] = torch.where(own, selected.entropy.detach(), torch.nan)
     for name in sorted(set().union(*(term.signals for term in objective.terms))):
         signal = rows.signals[name]
-        seen = rows.loss_mask & signal.available
+        seen = own & signal.available
         columns[f"entropy/{name}"] = torch.where(seen, signal.entropy.to(now), torch.nan)
         columns[f"gap/{name}"] = torch.where(seen, signal.sampled.to(now) - now, torch.nan)
     return columns

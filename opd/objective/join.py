@@ -12,11 +12,15 @@ from torch import Tensor
 
 from opd.choices import what_it_reads
 from opd.credit import AnswerFacts, GroupOutcome, SequenceSignals
-from opd.objective.compose import keep_field, kept_tokens, length_field, weight_field
+from opd.objective.compose import IN_VIEW, keep_field, kept_tokens, length_field, weight_field
 from opd.objective.routes import RouteInput
 from opd.objective.terms import Objective, Term
 from opd.pooling import Pool, alone
 from opd.types import Judged, Prepared, Sample
+
+Views = Mapping[str, Sequence[tuple[int, ...] | None]]
+VIEW = "view"
+"""Source of an answer that the student sampled while it read a signal's view."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +38,12 @@ def join(
     scores: Sequence[Mapping[str, TokenScores]],
     objective: Objective,
     pool: Pool = alone,
+    views: Views | None = None,
 ) -> list[Sample]:
     """One sample an answer, in order. `scores` lacks a signal where the answer has no view for it.
+
+    Where terms learn under a signal's view, each answer that has one is followed by a second sample, with that view for its prompt: the
+    same tokens, read by the student in another context. Old log-probs are then those of whoever sampled, in both.
 
     Answers without a verdict (status abstain or error) get no credit, leave their group's baseline, and leave terms with group credit.
     pool: values of this rank -> of all ranks, for statistics over the batch; called equally often on every rank.
@@ -43,14 +51,47 @@ def join(
     assert len(judged) == len(prepared) == len(scores), "one entry an answer"
     scores = [{name: _on_host(one) for name, one in by_signal.items()} for by_signal in scores]
     known = [_signals(*one) for one in zip(judged, prepared, scores, strict=True)]
-    columns = {term.name: _columns(term, judged, known, pool) for term in objective.terms}
+    shown = {name: (views or {})[name] for name in objective.contexts}
+    here = {term.name: [not term.context or shown[term.context][index] is not None for index in range(len(judged))] for term in objective.terms}
+    columns = {term.name: _columns(term, judged, known, here[term.name], pool) for term in objective.terms}
     samples = []
     for index, answer in enumerate(judged):
         advantage = {name: found.advantages[index] for name, found in columns.items() if found.advantages is not None}
         route = {name: found.routes[index] for name, found in columns.items()}
         fields = {name: value for found in columns.values() for name, value in found.fields[index].items()}
-        samples.append(Sample(judged=answer, scores=scores[index], advantage=advantage, route=route, prepared=prepared[index], fields=fields))
+        one = Sample(judged=answer, scores=scores[index], advantage=advantage, route=route, prepared=prepared[index], fields=fields)
+        samples += _in_contexts(one, objective, {name: contexts[index] for name, contexts in shown.items()})
     return samples
+
+
+def _in_contexts(sample: Sample, objective: Objective, contexts: Mapping[str, tuple[int, ...] | None]) -> list[Sample]:
+    """The sample in the student's own context and in every view that a term learns under; each term's route is 0 in the others."""
+    if not contexts:
+        return [sample]
+    completion = sample.judged.completion
+    old_logp = completion.logprobs if sample.prepared is None or completion.source == VIEW else sample.prepared.old_logp
+    found = []
+    for context in ("", *sorted(contexts)):
+        ids = contexts.get(context)
+        if context and ids is None:
+            continue
+        fields = {**sample.fields, IN_VIEW: torch.full(old_logp.shape, float(bool(context)))}
+        for term in objective.terms:
+            if term.context != context:
+                fields[keep_field(term.name)] = torch.zeros(old_logp.shape)
+            else:
+                fields.setdefault(keep_field(term.name), torch.ones(old_logp.shape))
+        found.append(
+            replace(
+                sample,
+                judged=sample.judged if ids is None else replace(sample.judged, prompt_ids=ids),
+                route={term.name: sample.route[term.name] if term.context == context else 0.0 for term in objective.terms},
+                prepared=Prepared(old_logp=old_logp, entropy=old_logp) if sample.prepared is None else replace(sample.prepared, old_logp=old_logp),
+                fields=fields,
+                context=context,
+            )
+        )
+    return found
 
 
 def _on_host(scores: TokenScores) -> TokenScores:
@@ -73,14 +114,14 @@ def _signals(answer: Judged, prepared: Prepared | None, scores: Mapping[str, Tok
     )
 
 
-def _columns(term: Term, judged: Sequence[Judged], known: Sequence[SequenceSignals], pool: Pool) -> _Columns:
-    """Routes, then advantages, then the weights that join makes: each may depend on those before."""
+def _columns(term: Term, judged: Sequence[Judged], known: Sequence[SequenceSignals], here: Sequence[bool], pool: Pool) -> _Columns:
+    """Routes, then advantages, then the weights that join makes: each may depend on those before. here: whether the term's context exists."""
     groups, places = _groups(term, judged, known)
     plain = {number: group_outcome(answers) for number, (answers, _) in groups.items()}  # routes go by the verifier's rewards
     outcomes = {number: group_outcome(answers, rewards) for number, (answers, rewards) in groups.items()}
     likelihoods = _likelihoods(term, judged, known)
     routes = []
-    for answer, signals, place in zip(judged, known, places, strict=True):
+    for answer, signals, place, present in zip(judged, known, places, here, strict=True):
         asked = RouteInput(
             verdict=answer.verdict,
             has_view=term.view_signal in signals.scores,
@@ -90,7 +131,7 @@ def _columns(term: Term, judged: Sequence[Judged], known: Sequence[SequenceSigna
             domain=answer.prompt.domain,
             **likelihoods.get(answer.group, {}),
         )
-        routes.append(term.route(asked) * _applies(term, answer, signals))
+        routes.append(term.route(asked) * (present and _applies(term, answer, signals)))
     learned = [index for index, route in enumerate(routes) if route > 0]
     advantages = None
     if term.kind == "surrogate":

@@ -8,20 +8,24 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from opd.choices import name_of, nearest, parameters_of
+from opd.choices import name_of, nearest, parameters_of, what_it_reads
 from opd.objective.divergences import DENSE
 from opd.objective.terms import Term
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What the rest of the recipe says; None where it is not known, which leaves the matching rules out."""
+    """What the rest of the recipe says; None where it is not known, which leaves the matching rules out.
+
+    sampled_in: the signal under whose view answers are sampled; None where the student samples under its own prompt.
+    """
 
     signals: Collection[str] | None = None
     group: int | None = None
     source: Literal["student", "dataset", "mixed"] | None = None
     vocabulary: int | None = None
     max_tokens: int | None = None
+    sampled_in: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +109,35 @@ def signal_declared(term: Term, setting: Setting) -> Finding | None:
             "teacher: and view: (they make the signal main), an entry of signals:, or signal: with a declared name; "
             "a method that needs no teacher is grpo"
         ),
+    )
+
+
+def context_is_declared(term: Term, setting: Setting) -> Finding | None:
+    if not term.context or setting.signals is None or term.context in setting.signals:
+        return None
+    return Finding(
+        reason=f"learns under the view of {term.context!r}{nearest(term.context, setting.signals)}, which the recipe does not declare",
+        legal="context: with a declared signal, or no context for the student's own prompt",
+    )
+
+
+def context_has_its_own_ids(term: Term, setting: Setting) -> Finding | None:
+    if not term.context or not term.support or term.support.kind != "student_topk":
+        return None
+    return Finding(
+        reason="the student's top-k ids are chosen in its own context, and this term learns in another",
+        legal="support: full | teacher_topk | sampled",
+    )
+
+
+def off_policy_has_a_ratio(term: Term, setting: Setting) -> Finding | None:
+    if setting.sampled_in is None or term.kind != "surrogate" or term.context == setting.sampled_in:
+        return None
+    if term.reads & {"old_logp"} or any("behaviour_logp" in what_it_reads(weight) for weight in term.weights):
+        return None
+    return Finding(
+        reason=f"answers are sampled under the view of {setting.sampled_in!r}, and this term learns in another context without a ratio between them",
+        legal="policy: ppo_clip | sequence_clip | cispo, weight: sampler_ratio, or context: " + setting.sampled_in,
     )
 
 
@@ -298,6 +331,9 @@ def group_has_siblings(term: Term, setting: Setting) -> Finding | None:
 
 RULES: tuple[Rule, ...] = (
     signal_declared,
+    context_is_declared,
+    context_has_its_own_ids,
+    off_policy_has_a_ratio,
     route_sees_a_view,
     dense_form_exists,
     clip_is_dense,

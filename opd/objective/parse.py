@@ -24,7 +24,7 @@ from opd.objective.terms import REDUCTIONS, Objective, Schedule, Term
 from opd.objective.weights import GATES, WEIGHTS
 
 TOKEN_CREDITS, FIELDS = {**OWN_TOKEN_CREDITS, **VIEW_CREDITS}, {**BATCH_FIELDS, **VIEW_FIELDS}
-COMMON_KEYS = ("name", "signal", "weight", "route", "reduce", "coef", "allow")
+COMMON_KEYS = ("name", "signal", "weight", "route", "reduce", "coef", "context", "allow")
 KINDS: Mapping[str, tuple[str, ...]] = {
     "distill": ("support", "target"),
     "policy": ("advantage", "shape"),
@@ -73,6 +73,7 @@ def _term(spec: Mapping[str, Any], where: str, taken: set[str]) -> Term:
         route=resolve(spec.get("route", route), ROUTES, f"{where}.route", SCHEDULES),
         reduce=reduce,
         coef=_schedule(spec.get("coef", 1.0), f"{where}.coef"),
+        context=str(spec.get("context", "")),
         **make(spec, where),
     )
 

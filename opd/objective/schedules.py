@@ -29,6 +29,11 @@ def switch(step: int, metrics: Mapping[str, float], *, at: Step, before: float =
     return before if step < at else after
 
 
+def cycle(step: int, metrics: Mapping[str, float], *, period: Count, at: Step = 0, then: float = 1.0, otherwise: float = 0.0) -> float:
+    """`then` at one step of every `period`, the one whose number modulo `period` is `at`: alternating updates."""
+    return then if step % period == at else otherwise
+
+
 @reads("state")
 def taid(
     step: int,
@@ -87,4 +92,4 @@ def rise_when_worse(
     return {"value": value, "reference": state["reference"]}
 
 
-SCHEDULES = {"constant": constant, "linear": linear, "switch": switch, "taid": taid, "rise_when_worse": rise_when_worse}
+SCHEDULES = {"constant": constant, "linear": linear, "switch": switch, "cycle": cycle, "taid": taid, "rise_when_worse": rise_when_worse}

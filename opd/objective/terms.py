@@ -59,6 +59,7 @@ class Term:
     nll: loss is unused, the token loss is -log p. entropy: neither; it is the student's entropy over the whole vocabulary.
     signal: scores the term reads, None for surrogate and nll. view_signal: whose views the route asks about.
     weights see one token, gates its position; fields are made for the whole batch before the step (objective/fields.py).
+    context: the signal under whose view the student learns here, "" for its own prompt.
     allow: the biased forms that the recipe runs knowingly.
     """
 
@@ -80,6 +81,7 @@ class Term:
     reduce: Reduction
     coef: Schedule | float
     scope: Literal["token", "sequence"] = "token"
+    context: str = ""
     allow: tuple[str, ...] = ()
 
     @property
@@ -146,6 +148,11 @@ class Objective:
         found: dict[str, float] = {}
         terms = tuple(_at(term, step, metrics, found) for term in self.terms)
         return Objective(terms=terms, scheduled=found)
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """The signals under whose views a term learns."""
+        return tuple(sorted({term.context for term in self.terms if term.context}))
 
     @property
     def allowed(self) -> tuple[str, ...]:

@@ -10,10 +10,11 @@ import torch
 from opd_kernels import dense_divergence, selected_logprobs
 from opd_rollout.types import Completion, TokenScores
 
+from opd.build import setting_of
 from opd.config import load_recipe
 from opd.learner.loss import hidden_distance
 from opd.learner.packing import pack
-from opd.objective import Setting, build_objective, denominators, join, token_loss, token_weight
+from opd.objective import build_objective, denominators, join, token_loss, token_weight
 from opd.types import Judged, Prepared, Prompt, Verdict
 
 V = 7
@@ -27,7 +28,7 @@ def log(p):
 
 @dataclass
 class Answer:
-    """tokens [T]; now, old, engine, and one entry of `teachers` a signal: logits [T, V] fp64."""
+    """tokens [T]; now, old, engine, and one entry of `teachers` a signal: logits [T, V] fp64. inside: `now` where the student reads a view."""
 
     group: int
     reward: float
@@ -40,6 +41,7 @@ class Answer:
     domain: str = ""
     status: str = "score"
     masked: bool = False
+    inside: torch.Tensor | None = None
 
     def at(self, logits):
         """Log-probs of the answer's own tokens [T]."""
@@ -95,7 +97,8 @@ class Batch:
             )
             needs = objective.needs.signals
             scores.append({name: scored(a, z, needs[name], ids) for name, z in a.teachers.items() if name in needs})
-        return join(judged, prepared, scores, objective, *([pool] if pool else []))
+        views = {name: [(9, 1, 2)] * len(judged) for name in objective.contexts}
+        return join(judged, prepared, scores, objective, *([pool] if pool else []), views=views)
 
     def run(self, objective, step=0, last=None, together=False):
         """(loss, [gradient in each answer's `now` logits], samples): one micro-batch an answer, or all in one."""
@@ -112,13 +115,17 @@ class Batch:
             parts = [torch.cat([self.answers[i].now for i in places])]
         else:
             batches = [batch for sample in samples for batch in pack([sample], **options)]
-            parts = [a.now for a in self.answers]
+            own = [sum(not s.context for s in samples[: n + 1]) - 1 for n in range(len(samples))]
+            parts = [self.answers[n].inside if s.context else self.answers[n].now for n, s in zip(own, samples, strict=True)]
         shared = denominators(objective, batches, lambda counts: counts)
         loss, gradients = torch.zeros((), dtype=torch.float64), []
         for batch, logits in zip(batches, parts, strict=True):
             value, gradient = one_batch(objective, shared, logits, batch.rows)
             loss = loss + value
             gradients.append(gradient)
+        self.inside_gradients = [g for g, s in zip(gradients, samples, strict=False) if s.context and not together]
+        if not together:
+            gradients = [g for g, s in zip(gradients, samples, strict=True) if not s.context]
         if together:
             lengths = [len(self.answers[i].tokens) for i in places]
             pieces = dict(zip(places, gradients[0].split(lengths), strict=True))
@@ -127,13 +134,20 @@ class Batch:
 
     def expect(self, objective, loss_of, atol=1e-10, **more):
         """Runs it, and the function (answers with `now` requiring gradients) -> loss; both numbers and all gradients must agree."""
+
+        def leaf(logits):
+            return None if logits is None else logits.clone().requires_grad_()
+
         loss, gradients, _ = self.run(objective, **more)
-        free = Batch([replace(a, now=a.now.clone().requires_grad_()) for a in self.answers])
+        free = Batch([replace(a, now=leaf(a.now), inside=leaf(a.inside)) for a in self.answers])
         expected = loss_of(free.answers)
         expected.backward()
         torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=atol)
         for answer, found in zip(free.answers, gradients, strict=True):
             wanted = torch.zeros_like(found) if answer.now.grad is None else answer.now.grad
+            torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
+        for answer, found in zip(free.answers, self.inside_gradients, strict=False):
+            wanted = torch.zeros_like(found) if answer.inside.grad is None else answer.inside.grad
             torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
         return gradients
 
@@ -207,6 +221,4 @@ def load(name, *, without=(), max_tokens=5, k=3, **changes):
         if isinstance(support, dict) and k:
             [(kind, parameters)] = support.items()
             spec["support"] = {kind: {**parameters, **({"k": k} if "k" in parameters else {})}}
-    source = recipe.rollout.source if isinstance(recipe.rollout.source, str) else next(iter(recipe.rollout.source))
-    setting = Setting(signals=tuple(recipe.signals), group=recipe.group, source=source, max_tokens=max_tokens)
-    return recipe, build_objective(specs, setting)
+    return recipe, build_objective(specs, replace(setting_of(recipe), max_tokens=max_tokens))

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from opd.build import objective_of
 from opd.config import load_recipe
 from opd.credit import SequenceSignals
 from opd.evidence import agreement, consensus, evidence, margin, position_ramp
-from opd.objective import Setting, build_objective
 from opd.pooling import alone
 from tests.objective.dense import Batch
 from tests.objective.dense import load as dense_load
@@ -20,9 +20,7 @@ FOLDER = Path(__file__).parents[2] / "recipes" / "methods"
 
 
 def load(name):
-    recipe = load_recipe(str(FOLDER / f"{name}.yaml"))
-    source = recipe.rollout.source if isinstance(recipe.rollout.source, str) else next(iter(recipe.rollout.source))
-    return build_objective(recipe.objective, Setting(signals=tuple(recipe.signals), group=recipe.group, source=source))
+    return objective_of(load_recipe(str(FOLDER / f"{name}.yaml")))
 
 
 def gradient(function, logits):
