@@ -62,7 +62,7 @@ def consensus(sequence: SequenceSignals, *, signals: OneView, residual: bool = T
         spread = (views.logsumexp(0) - math.log(len(signals)) - geometric).clamp_min(0.0)
         direction = gap.abs() / ((views - student).abs().mean(0) + EPSILON)
         gap = gap + direction * gap.abs() / (gap.abs() + spread + EPSILON) * spread
-    return torch.where(sequence.loss_mask, sequence.advantage + gap, 0.0).float()
+    return torch.where(sequence.loss_mask, sequence.advantage + gap, 0.0).to(sequence.student_logp)
 
 
 @reads("behaviour_logp")
@@ -95,7 +95,7 @@ def class_contrast(answers: Sequence[SequenceSignals], pool: Pool, *, signal: st
         return [torch.zeros_like(answer.student_logp) for answer in answers]
     middle = 0.5 * (rewards[kinds > 0].mean() + rewards[kinds < 0].mean())
     slope = beta * kind * torch.sigmoid(kind * (middle - reward)) * len(kinds) / torch.where(kind > 0, float(right), float(wrong))
-    return [torch.where(answer.loss_mask, value, 0.0).float() for answer, value in zip(answers, slope, strict=True)]
+    return [torch.where(answer.loss_mask, value, 0.0).to(answer.student_logp) for answer, value in zip(answers, slope, strict=True)]
 
 
 def agreement(

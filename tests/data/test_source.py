@@ -62,10 +62,10 @@ def by_seed(request):
     return "rw"[request.seed % 2]
 
 
-def make(script=by_seed, *, verifier=verify, num_prompts=4, group=2, pool=6, engine=None, sampling=SAMPLING, **settings):
+def make(script=by_seed, *, verifier=verify, num_prompts=4, group=2, pool=6, engine=None, sampling=SAMPLING, show=None, **settings):
     engine = engine or ScriptedEngine(script)
     chosen = SourceSettings(num_prompts=num_prompts, group=group, seed=11, **settings)
-    return RolloutSource(engine, shuffled_stream(prompts(pool), 5), verifier, CODEC, sampling, chosen), engine
+    return RolloutSource(engine, shuffled_stream(prompts(pool), 5), verifier, CODEC, sampling, chosen, show), engine
 
 
 def outline(judged):
@@ -83,6 +83,31 @@ def test_requests_and_numbering_by_hand():
     assert [j.prompt_ids for j in judged] == [r.prompt_ids for r in requests]
     assert [j.text for j in judged] == [by_seed(r) for r in requests]
     assert all(j.completion.token_ids == (ord(j.text), 0) for j in judged), "the end token stays in the completion, not in the text"
+
+
+def shown(prompt):
+    return (9, ord(prompt.id[1]))
+
+
+def test_answers_under_a_view_are_asked_with_its_ids_and_keep_the_students_prompt():
+    source, engine = make(student_share=0.0, view="main", show=shown)
+    judged = source.collect(3)
+    [requests] = engine.requests
+    assert [r.prompt_ids for r in requests] == [(9, ord(j.prompt.id[1])) for j in judged], "the whole group under the view"
+    assert {j.completion.source for j in judged} == {"view"} and all(j.prompt_ids[0] == 1 for j in judged)
+    assert all(torch.isfinite(j.completion.logprobs).all() for j in judged)
+    assert source.meters()["tokens/student"].sum == sum(len(j.completion.token_ids) for j in judged), "the student sampled them"
+    blind, _ = make(student_share=0.0, view="main", show=lambda prompt: None)
+    with pytest.raises(ValueError, match="the view of signal 'main' has nothing to show for prompt"):
+        blind.collect(0)
+
+
+def test_a_mixture_with_a_view_tosses_a_coin_a_prompt():
+    source, _ = make(student_share=0.5, view="main", show=shown, num_prompts=40, pool=40)
+    by_prompt = {}
+    for j in source.collect(0):
+        by_prompt.setdefault(j.prompt.id, set()).add(j.completion.source)
+    assert all(len(sources) == 1 for sources in by_prompt.values()) and 10 < sum(s == {"view"} for s in by_prompt.values()) < 30
 
 
 def test_meters_by_hand():
@@ -302,13 +327,15 @@ def test_too_long_prompt_is_refused():
 @pytest.mark.parametrize(
     ("choice", "parsed"),
     [
-        ("student", (1.0, "")),
-        ({"dataset": "solution"}, (0.0, "solution")),
-        ({"mixed": {"student": 0.5, "dataset": "facts"}}, (0.5, "facts")),
+        ("student", (1.0, "", "")),
+        ({"dataset": "solution"}, (0.0, "solution", "")),
+        ({"mixed": {"student": 0.5, "dataset": "facts"}}, (0.5, "facts", "")),
+        ({"view": "main"}, (0.0, "", "main")),
+        ({"mixed": {"student": 0.25, "view": "main"}}, (0.25, "", "main")),
     ],
 )
 def test_source_choices(choice, parsed):
-    assert parse_source(choice)[:2] == parsed
+    assert parse_source(choice) == parsed
 
 
 @pytest.mark.parametrize(
@@ -320,6 +347,8 @@ def test_source_choices(choice, parsed):
         {"mixed": {"student": 2, "dataset": "x"}},
         {"mixed": {"student": True, "dataset": "x"}},
         {"mixed": 1},
+        {"mixed": {"student": 0.5, "dataset": "x", "view": "main"}},
+        {"view": 3},
         3,
     ],
 )

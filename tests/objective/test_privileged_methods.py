@@ -11,7 +11,8 @@ import torch
 from opd.build import objective_of
 from opd.config import load_recipe
 from opd.credit import SequenceSignals
-from opd.evidence import agreement, consensus, evidence, margin, position_ramp
+from opd.evidence import agreement, class_contrast, consensus, evidence, margin, position_ramp
+from opd.objective import join
 from opd.pooling import alone
 from tests.objective.dense import Batch
 from tests.objective.dense import load as dense_load
@@ -193,7 +194,7 @@ def test_avsd_from_recipe_to_gradient():
             p = torch.stack([a.at(a.teachers[name]) for name in names])
             geometric, gap = p.mean(0), p.mean(0) - a.at(a.old)
             extra = p.logsumexp(0) - math.log(3) - geometric
-            gate = gap.abs() / (p - a.at(a.old)).abs().mean(0) * gap.abs() / (gap.abs() + extra)
+            gate = gap.abs() / ((p - a.at(a.old)).abs().mean(0) + 1e-8) * gap.abs() / (gap.abs() + extra + 1e-8)
             logp = a.at(a.now)
             total = total - ((gap + gate * extra) * (1 + logp - logp.detach())).sum() / tokens
         return total
@@ -506,3 +507,140 @@ def test_hdpo_distils_failed_groups_only():
     _, everywhere = dense_load("hdpo", without=["1.route"])
     with pytest.raises(AssertionError):
         batch.expect(everywhere, formula)
+
+
+# Learning under a view: pi-Distill (arXiv:2602.04942) and VPD (2605.15113)
+
+
+def under_views(signals, seed=11, **more):
+    """A batch whose student also reads the view, with other logits."""
+    batch = Batch.make(signals=signals, **more)
+    generator = torch.Generator().manual_seed(seed)
+    for a in batch.answers:
+        a.inside = torch.randn(a.now.shape, dtype=torch.float64, generator=generator)
+    return batch
+
+
+def kl(one, other):
+    p, q = one.log_softmax(-1), other.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def test_pi_distill_moves_teacher_and_student_each_by_its_own_half():
+    batch = under_views(("main", "student"))
+    for a in batch.answers:
+        a.source = "view"
+
+    def formula(answers, alpha=0.5, beta=0.25):
+        total, tokens = 0.0, sum(len(a.tokens) for a in answers)
+        for a, advantage in zip(answers, centred(answers), strict=True):
+            for share, logits in ((alpha, a.inside), (1 - alpha, a.now)):
+                logp = a.at(logits)
+                r = (logp.detach() - a.at(a.engine)).mean().exp() * (logp - logp.detach()).exp()
+                total = total - share * torch.minimum(r * advantage, r.clamp(0.8, 1.2) * advantage).sum() / tokens
+            total = total + alpha * beta * kl(a.inside, a.teachers["student"]).sum() / tokens
+            total = total + (1 - alpha) * beta * kl(a.teachers["main"], a.now).sum() / tokens
+        return total
+
+    recipe, objective = dense_load("pi_distill")
+    batch.expect(objective, formula)
+    assert recipe.rollout.source == {"view": "main"} and recipe.signals["main"].weights == recipe.signals["student"].weights == "live"
+    _, teacher_only = dense_load("pi_distill", t0__coef=1.0, t1__coef=0.25, t2__coef=0.0, t3__coef=0.0)
+    batch.expect(teacher_only, lambda answers: formula(answers, alpha=1.0))
+    _, gradients, _ = batch.run(teacher_only)
+    assert not any(g.any() for g in gradients) and any(g.any() for g in batch.inside_gradients)
+    _, student_only = dense_load("pi_distill", t0__coef=0.0, t1__coef=0.0, t2__coef=1.0, t3__coef=0.25)
+    batch.expect(student_only, lambda answers: formula(answers, alpha=0.0))
+    assert not any(g.any() for g in batch.inside_gradients)
+    _, aloof = dense_load("pi_distill", t1__context="", t3__coef=0.125)
+    with pytest.raises(AssertionError):
+        batch.expect(aloof, formula)
+
+
+def test_pi_distill_without_privileged_information_is_reinforcement():
+    batch = under_views(("main", "student"))
+    for a in batch.answers:
+        a.source, a.inside, a.teachers = "view", a.now.clone(), {"main": a.now.clone(), "student": a.now.clone()}
+    _, objective = dense_load("pi_distill", t0__coef=0.5, t2__coef=0.5)
+    loss, gradients, _ = batch.run(objective)
+    _, plain = dense_load("pi_distill", t0__coef=0.0, t1__coef=0.0, t2__coef=1.0, t3__coef=0.0)
+    alone_loss, alone_gradients, _ = batch.run(plain)
+    batch.run(objective)
+    close(loss, alone_loss)
+    for one, inside, whole in zip(gradients, batch.inside_gradients, alone_gradients, strict=True):
+        close(one + inside, whole)
+
+
+def bco(answers, beta=0.1):
+    """Of the student under the view, its reference held at rollout weights."""
+    rewards = [beta * (a.at(a.inside) - a.at(a.old)).sum() for a in answers]
+    right = torch.stack([r for r, a in zip(rewards, answers, strict=True) if a.reward > 0.5])
+    wrong = torch.stack([r for r, a in zip(rewards, answers, strict=True) if a.reward <= 0.5])
+    middle = (0.5 * (right.mean() + wrong.mean())).detach()
+    return -torch.nn.functional.logsigmoid(right - middle).mean() - torch.nn.functional.logsigmoid(middle - wrong).mean()
+
+
+def test_vpd_alternates_between_its_steps():
+    batch = under_views(("main",), drift=0.0)
+    for a in batch.answers:
+        a.teachers["main"] = a.inside.clone()  # the teacher is the student itself under the view
+
+    def reverse(answers):
+        return sum(kl(a.now, a.teachers["main"]).sum() for a in answers) / sum(len(a.tokens) for a in answers)
+
+    _, objective = dense_load("vpd")
+    for step in range(5):
+        batch.expect(objective, reverse, step=step)
+        assert not any(g.any() for g in batch.inside_gradients)
+    loss, gradients, _ = batch.run(objective, step=5)
+    free = [replace(a, inside=a.inside.clone().requires_grad_()) for a in batch.answers]
+    bco(free).backward()
+    for a, found in zip(free, batch.inside_gradients, strict=True):
+        close(found, a.inside.grad)
+    assert not any(g.any() for g in gradients)
+
+
+def test_vpd_contrast_by_hand():
+    plus, minus = (sequence(torch.zeros(1).double(), advantage=torch.tensor([s]), main=torch.tensor([10.0 * s]).double()) for s in (1.0, -1.0))
+    one, other = class_contrast([plus, minus], alone, beta=0.1)  # r = +1 and -1, d = 0: slope beta sigma(-1), times 2 answers over 1 of each
+    slope = 0.1 / (1 + math.e) * 2
+    assert (one.item(), other.item()) == pytest.approx((slope, -slope))
+    assert [w.item() for w in class_contrast([plus], alone)] == [0.0], "one class: no step"
+    shifted = [replace(s, scores={"main": SimpleNamespace(sampled=s.scores["main"].sampled + 30.0)}) for s in (plus, minus)]
+    assert [w.item() for w in class_contrast(shifted, alone, beta=0.1)] == pytest.approx([slope, -slope]), "d moves with all rewards"
+
+
+def test_an_answer_without_the_view_is_left_out_of_the_terms_under_it(small):
+    batch = under_views(("main",), drift=0.0)
+    _, objective = dense_load("vpd")
+    objective = objective.at(5, {})
+    whole = batch.samples(objective)
+    judged = [s.judged for s in whole if not s.context]
+    prepared = [s.prepared for s in whole if not s.context]
+    scores = [s.scores for s in whole if not s.context]
+    views = {"main": [(9, 1, 2) if n % 2 else None for n in range(len(judged))]}
+    scores = [s if n % 2 else {} for n, s in enumerate(scores)]
+    samples = join(judged, prepared, scores, objective, views=views)
+    assert [s.context for s in samples] == ["", *["", "main", ""] * 3, "", "main"]
+    inside = [s for s in samples if s.context]
+    assert {s.judged.prompt_ids for s in inside} == {(9, 1, 2)} and {s.route["distill"] for s in inside} == {0.0}
+    assert {s.route["policy"] for s in samples if not s.context} == {0.0} and {s.route["policy"] for s in inside} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"t1__context": "mian"}, "learns under the view of 'mian' .did you mean 'main'"),
+        ({"t0__support": {"student_topk": {"k": 3}}, "t0__context": "main"}, "top-k ids are chosen in its own context"),
+    ],
+)
+def test_illegal_contexts_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dense_load("vpd", **changes)
+
+
+def test_off_policy_terms_need_a_ratio():
+    with pytest.raises(ValueError, match="sampled under the view of 'main'.*without a ratio.*ppo_clip"):
+        dense_load("pi_distill", t2__policy="reinforce")
+    dense_load("pi_distill", t0__policy="reinforce")
+    dense_load("pi_distill", t2__policy="reinforce", t2__weight="sampler_ratio")
