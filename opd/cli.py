@@ -13,6 +13,7 @@ from opd.stages import read_stages
 USAGE = """usage: opd COMMAND [NAME] [key=value ...]
 
   train   RECIPE       one run -> runs/<name>/ (the same command again resumes)
+  check   RECIPE       in seconds, without weights or a GPU: what is wrong, how much memory and time it will take (device=h100)
   compare COMPARISON   several arms x seeds under one budget -> runs/<name>/report.html
   eval    MODEL_OR_RUN avg@k, pass@k, maj@k with standard errors
   inspect RUN          token-level viewer -> <run>/inspect.html; other=RUN lays a second run beside it
@@ -66,6 +67,11 @@ def _train(words: Sequence[str]) -> None:
     print(f"run folder: {folder}")
 
 
+def _check(words: Sequence[str]) -> None:
+    if not import_module("opd.preflight.report").check(_name(words, "check RECIPE"), parse_overrides(words[1:])):
+        raise ValueError("this recipe would not run as it is: see the errors above")
+
+
 def _compare(words: Sequence[str]) -> None:
     import_module("opd.reports").compare(_name(words, "compare COMPARISON"), parse_overrides(words[1:]))
 
@@ -103,6 +109,7 @@ def _name(words: Sequence[str], form: str) -> str:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
+    "check": _check,
     "compare": _compare,
     "eval": _eval,
     "inspect": _inspect,

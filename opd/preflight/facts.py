@@ -1,0 +1,144 @@
+"""What can be known of a run without its weights: everything that loads in seconds, and a finding for everything that does not."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from opd import chat, pretrained
+from opd.build import check_support_sizes, check_tracking, learner_kind, objective_of, parse_weights
+from opd.contexts import check_hints
+from opd.guard import parse_rules
+from opd.objective import Objective
+from opd.problems import Problems, load_problems
+from opd.prompts import check_dataset_hint
+from opd.recipe import Recipe
+from opd.source import parse_source
+from opd.student import load_tokenizer, student_path
+from opd.views import ViewSpec, resolve_view
+
+T = TypeVar("T")
+SAMPLED_PROMPTS = 256  # whose lengths stand for all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing to know before a run. "error": it would not start or not learn; "warning": it may surprise; "note": as it is."""
+
+    severity: Literal["error", "warning", "note"]
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """A recipe and what it names; None where it could not be read (a finding says why).
+
+    teachers: signal -> configuration of an external model. prompt_lengths, solution_lengths: tokens of the first prompts and their
+    reference solutions.
+    """
+
+    recipe: Recipe
+    objective: Objective | None
+    weights: Mapping[str, tuple[str, Any]]
+    problems: Problems | None
+    tokenizer: PreTrainedTokenizerBase | None
+    config: Any
+    generation: GenerationConfig | None
+    teachers: Mapping[str, Any] = field(default_factory=dict)
+    views: Mapping[str, ViewSpec] = field(default_factory=dict)
+    prompt_lengths: tuple[int, ...] = ()
+    solution_lengths: tuple[int, ...] = ()
+
+
+def gather(recipe: Recipe) -> tuple[Facts, list[Finding]]:
+    """Everything about a recipe that needs no weights. Independent parts are read whatever becomes of the others."""
+    found: list[Finding] = []
+
+    def attempt(step: Callable[[], T]) -> T | None:
+        try:
+            return step()
+        except ValueError as error:
+            found.append(Finding(severity="error", sentence=str(error)))
+            return None
+
+    objective = attempt(partial(objective_of, recipe))
+    weights = {name: parsed for name, signal in recipe.signals.items() if (parsed := attempt(partial(parse_weights, name, signal.weights)))}
+    attempt(partial(parse_rules, recipe.guard.action, recipe.guard.rules))
+    attempt(partial(learner_kind, recipe))
+    attempt(partial(check_tracking, recipe.track.wandb))
+    problems = attempt(partial(load_problems, recipe, None))
+    if problems:
+        share, hint = parse_source(recipe.rollout.source)
+        attempt(lambda: check_dataset_hint(problems.train if share < 1 else (), hint))
+    views = _views(recipe, problems, attempt)
+    path = attempt(partial(student_path, recipe))
+    tokenizer = attempt(partial(load_tokenizer, recipe, problems)) if problems and path is not None else None
+    config = None
+    if tokenizer is not None:
+        source = partial(pretrained.load_config, path) if path else partial(pretrained.new_config, recipe.model.shape, tokenizer)
+        config = attempt(source)
+        if objective:
+            attempt(lambda: check_support_sizes(objective, len(tokenizer)))
+    facts = Facts(
+        recipe=recipe,
+        objective=objective,
+        weights=weights,
+        problems=problems,
+        tokenizer=tokenizer,
+        config=config,
+        generation=_generation(path) if path else None,
+        teachers=_teachers(weights, tokenizer, attempt),
+        views=views,
+        prompt_lengths=_lengths(problems, tokenizer, attempt),
+        solution_lengths=_solutions(problems, tokenizer),
+    )
+    return facts, found
+
+
+def _views(recipe: Recipe, problems: Problems | None, attempt: Callable[..., Any]) -> dict[str, ViewSpec]:
+    if problems is None:
+        return {}
+    specs = {name: attempt(partial(resolve_view, signal.view, problems.templates)) for name, signal in recipe.signals.items()}
+    for name, spec in specs.items():
+        if spec is not None:
+            attempt(partial(check_hints, name, spec, problems.train))
+    return {name: spec for name, spec in specs.items() if spec is not None}
+
+
+def _generation(path: str) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:  # many folders have none
+        return None
+
+
+def _teachers(weights: Mapping[str, tuple[str, Any]], tokenizer: PreTrainedTokenizerBase | None, attempt: Callable[..., Any]) -> dict[str, Any]:
+    configs = {}
+    for name, (kind, path) in weights.items():
+        if kind == "external" and tokenizer is not None:
+            config = attempt(partial(_teacher, path, tokenizer))
+            if config is not None:
+                configs[name] = config
+    return configs
+
+
+def _teacher(path: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    folder = pretrained.find_model(path if isinstance(path, str) else path["path"])
+    pretrained.check_same_tokens(tokenizer.get_vocab(), pretrained.load_tokenizer(folder).get_vocab(), folder)
+    return pretrained.load_config(folder)
+
+
+def _lengths(problems: Problems | None, tokenizer: PreTrainedTokenizerBase | None, attempt: Callable[..., Any]) -> tuple[int, ...]:
+    if problems is None or tokenizer is None:
+        return ()
+    prompts = problems.train[:SAMPLED_PROMPTS]
+    return attempt(lambda: tuple(len(chat.render(tokenizer, prompt.messages)) for prompt in prompts)) or ()
+
+
+def _solutions(problems: Problems | None, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    if problems is None or tokenizer is None:
+        return ()
+    texts = [prompt.hints["solution"] for prompt in problems.train[:SAMPLED_PROMPTS] if prompt.hints.get("solution")]
+    return tuple(len(chat.tokenize(tokenizer, text)) for text in texts)

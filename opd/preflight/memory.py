@@ -1,0 +1,135 @@
+"""How much memory each role of a run needs, from a model's configuration alone. Bytes everywhere.
+
+What training keeps for the backward pass is not estimated: one layer of the real widths runs on the CPU for a few tokens, and the tensors
+that autograd saves are counted. The rest is arithmetic.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM
+
+COUNTED_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a model is made of. trainable: parameters that learn (all, or the adapters). item: bytes of a weight.
+
+    saved_per_token, checkpoint_per_token: bytes that a training forward keeps for every token, without and with gradient checkpointing;
+    layer_per_token: of one layer. cache_per_token: keys and values.
+    """
+
+    parameters: int
+    trainable: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    item: int
+    saved_per_token: int
+    layer_per_token: int
+    checkpoint_per_token: int
+    cache_per_token: int
+
+
+def model_facts(config: Any, dtype: torch.dtype, *, lora_rank: int = 0) -> ModelFacts:
+    """Counts a configuration's parameters on the meta device and its activations on one real layer; no weight is made."""
+    text, item = config.get_text_config(), dtype.itemsize
+    layers = text.num_hidden_layers
+    parameters, adapters = _parameters(config, dtype, lora_rank)
+    one, two = (_saved(config, dtype, depth) for depth in (1, 2))
+    layer = (two - one) // COUNTED_TOKENS
+    outside = max(0, one // COUNTED_TOKENS - layer)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return ModelFacts(
+        parameters=parameters,
+        trainable=adapters if lora_rank else parameters,
+        layers=layers,
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        item=item,
+        saved_per_token=outside + layers * layer,
+        layer_per_token=layer,
+        checkpoint_per_token=outside + layers * text.hidden_size * item,
+        cache_per_token=2 * layers * heads * head_dim * item,
+    )
+
+
+def learner_memory(
+    model: ModelFacts, *, ranks: int, zero_stage: int, average: bool, micro_tokens: int, checkpointing: bool, chunk_bytes: int
+) -> dict[str, int]:
+    """Bytes on one learner rank, by what they hold. Weights below fp32 train with fp32 masters and fp32 gradients (ZeRO 1 at least)."""
+    stage = max(1, zero_stage) if model.item < 4 else zero_stage
+    shares = {part: ranks if stage >= lowest else 1 for part, lowest in (("weights", 3), ("gradients", 2), ("optimizer", 1))}
+    masters = 0 if model.item == 4 else 4
+    kept = model.checkpoint_per_token + model.layer_per_token if checkpointing else model.saved_per_token + model.layer_per_token
+    return {
+        "weights": model.parameters * model.item // shares["weights"],
+        "gradients": model.trainable * 4 // shares["gradients"],
+        "optimizer": model.trainable * (8 + masters) // shares["optimizer"],
+        "average": model.trainable * 4 if average else 0,
+        "activations": micro_tokens * kept,
+        "head": min(chunk_bytes, 3 * micro_tokens * model.vocabulary * 4) + micro_tokens * model.hidden * (4 + model.item),
+    }
+
+
+def engine_memory(model: ModelFacts, *, rows: int, tokens: int, own_weights: bool) -> dict[str, int]:
+    """Bytes of a rollout engine that decodes `rows` sequences of up to `tokens` tokens; its weights are the learner's unless own_weights."""
+    return {
+        "weights": model.parameters * model.item if own_weights else 0,
+        "cache": rows * tokens * model.cache_per_token,
+        "logits": rows * model.vocabulary * 4 * 3,
+    }
+
+
+def teacher_memory(model: ModelFacts, *, own_weights: bool, micro_tokens: int, num_tokens: int, hidden: bool, chunk_bytes: int) -> dict[str, int]:
+    """Bytes of a scorer: its weights, one layer's activations of a pass, and the hidden states it hands over for support "full"."""
+    return {
+        "weights": model.parameters * model.item if own_weights else 0,
+        "activations": micro_tokens * (model.layer_per_token + 4 * model.hidden * model.item),
+        "hand-over": num_tokens * model.hidden * model.item if hidden else 0,
+        "head": chunk_bytes,
+    }
+
+
+def total(parts: Mapping[str, int]) -> int:
+    return sum(parts.values())
+
+
+def _parameters(config: Any, dtype: torch.dtype, lora_rank: int) -> tuple[int, int]:
+    """(all parameters, those of LoRA factors on every linear layer but the head)."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    adapters = sum(lora_rank * (m.in_features + m.out_features) for m in linear)
+    return sum(p.numel() for p in model.parameters()), adapters
+
+
+def _saved(config: Any, dtype: torch.dtype, layers: int) -> int:
+    """Bytes that autograd keeps for COUNTED_TOKENS tokens of a model of `layers` layers with the real widths, weights not counted."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = layers, 8, None
+    if getattr(text, "layer_types", None):
+        text.layer_types = list(text.layer_types)[:layers] * (1 if len(text.layer_types) >= layers else layers)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation="sdpa")
+    decoder = model.to_empty(device="cpu").get_decoder()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(count, lambda tensor: tensor):
+        output = decoder(input_ids=torch.zeros((1, COUNTED_TOKENS), dtype=torch.int64), use_cache=False).last_hidden_state
+    del output
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

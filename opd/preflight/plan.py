@@ -1,0 +1,153 @@
+"""What a run will need: memory by role, seconds a step by phase, disk. Arithmetic over opd.preflight.memory; nothing is loaded."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from opd.build import learner_kind, objective_of
+from opd.choices import nearest
+from opd.preflight.facts import Facts
+from opd.preflight.memory import ModelFacts, engine_memory, learner_memory, model_facts, teacher_memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """flops: dense bf16 multiply-adds counted twice, a second; bandwidth: bytes a second; memory: bytes. As the maker states them."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: int
+
+
+WHILE_WORKING = ("activations", "head", "cache", "logits")
+"""Parts of a role's memory that it gives back when its phase ends."""
+
+DEVICES = {
+    "a100": Device(name="A100 80 GB", flops=312e12, bandwidth=2.0e12, memory=80 * 10**9),
+    "h100": Device(name="H100 SXM 80 GB", flops=989e12, bandwidth=3.35e12, memory=80 * 10**9),
+    "h200": Device(name="H200 141 GB", flops=989e12, bandwidth=4.8e12, memory=141 * 10**9),
+    "l40s": Device(name="L40S 48 GB", flops=362e12, bandwidth=0.864e12, memory=48 * 10**9),
+}
+TRAINING_SHARE, SCORING_SHARE, DECODING_SHARE = 0.4, 0.5, 0.6
+"""Assumed shares of a GPU's stated arithmetic (training, scoring) and bandwidth (decoding) that a run reaches."""
+CPU_SHARE = 0.5
+"""Share of a large product's speed that small models reach on a CPU, from runs of the embedded recipes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """memory: role -> part -> bytes on the fullest process or device, if every answer reaches sampling.max_tokens. seconds: phase -> a step.
+
+    checkpoint: bytes of one. assumed: in words.
+    """
+
+    device: Device
+    memory: Mapping[str, Mapping[str, int]]
+    seconds: Mapping[str, float]
+    steps: int
+    checkpoint: int
+    answer_tokens: float
+    assumed: Sequence[str]
+
+    @property
+    def bytes(self) -> int:
+        """The peak: what stays, and the most that any one role needs while it works, since roles of one process take turns."""
+        working = [sum(size for part, size in parts.items() if part in WHILE_WORKING) for parts in self.memory.values()]
+        return sum(sum(parts.values()) for parts in self.memory.values()) - sum(working) + max(working)
+
+    @property
+    def hours(self) -> float:
+        return self.steps * sum(self.seconds.values()) / 3600
+
+
+def find_device(name: str, dtype: torch.dtype) -> Device:
+    """A GPU by name, or this machine's CPU, whose speed is measured for a moment. Raises ValueError with the nearest name."""
+    if name in DEVICES:
+        return DEVICES[name]
+    if name not in ("", "cpu"):
+        raise ValueError(f"device={name}: no figures for it{nearest(name, DEVICES)}; known: cpu, {', '.join(DEVICES)}")
+    a = torch.ones(768, 768, dtype=dtype)
+    started, products = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.2:
+        a @ a
+        products += 1
+    flops = products * 2 * 768**3 / (time.perf_counter() - started)
+    return Device(name="this CPU", flops=flops, bandwidth=2e10, memory=_machine_memory())
+
+
+def make_plan(facts: Facts, device: Device) -> Plan:
+    """The plan of a recipe whose parts could all be read. Every role in one process or on one device, as an embedded run has it."""
+    r, dtype = facts.recipe, getattr(torch, facts.recipe.model.dtype)
+    objective = facts.objective or objective_of(r)
+    student = model_facts(facts.config, dtype, lora_rank=r.model.lora.rank if r.model.lora else 0)
+    answers, prompt = r.rollout.prompts * r.group, mean(facts.prompt_lengths or (r.data.max_prompt_tokens,))
+    answer = min(float(r.sampling.max_tokens), mean(facts.solution_lengths) + 1 if facts.solution_lengths else r.sampling.max_tokens)
+    longest = max(facts.prompt_lengths or (r.data.max_prompt_tokens,)) + r.sampling.max_tokens
+    deepspeed = learner_kind(r) == "deepspeed"
+    on_cpu = device.name == "this CPU"
+    teachers = {name: model_facts(config, dtype) for name, config in facts.teachers.items()}
+    teachers |= {name: student for name, (kind, _) in facts.weights.items() if kind != "external"}
+    micro = min(r.learner.token_budget, answers * longest)
+    memory = {
+        "libraries": {"this process": _resident() if on_cpu else 2 * 10**9},
+        "learner": learner_memory(
+            student, ranks=1, zero_stage=r.learner.zero_stage if deepspeed else 0, checkpointing=r.model.gradient_checkpointing,
+            average=any(kind == "ema" for kind, _ in facts.weights.values()), micro_tokens=micro, chunk_bytes=r.learner.chunk_bytes,
+        ),
+        "engine": engine_memory(
+            student, rows=min(answers, max(1, r.engine.token_budget // longest)), tokens=longest, own_weights=deepspeed and r.learner.zero_stage == 3
+        ),
+    }  # fmt: skip
+    for name, needs in objective.needs.signals.items():
+        kind = facts.weights.get(name, ("frozen", None))[0]
+        memory[f"teacher {name}"] = teacher_memory(
+            teachers.get(name, student), own_weights=kind == "external" or (kind == "frozen" and r.model.lora is None),
+            micro_tokens=min(r.learner.token_budget, answers * longest), num_tokens=round(answers * answer), hidden=needs.hidden, chunk_bytes=0,
+        )  # fmt: skip
+    scored = [teachers.get(name, student) for name in objective.needs.signals]
+    seconds = _seconds(student, scored, device, answers, prompt, answer, r.group, r.model.gradient_checkpointing)
+    state = 8 + (4 if student.item < 4 else 0)
+    return Plan(
+        device=device,
+        memory=memory,
+        seconds=seconds,
+        steps=r.steps,
+        checkpoint=student.parameters * student.item + student.trainable * (state + student.item),
+        answer_tokens=answer,
+        assumed=(
+            f"answers of {answer:.0f} tokens ({'as the reference solutions' if facts.solution_lengths else 'sampling.max_tokens'})",
+            f"{CPU_SHARE:.0%} of this CPU's speed" if on_cpu
+            else f"{TRAINING_SHARE:.0%} of the stated arithmetic in training, {SCORING_SHARE:.0%} in scoring, {DECODING_SHARE:.0%} of the bandwidth",
+        ),
+    )  # fmt: skip
+
+
+def _seconds(
+    student: ModelFacts, scored: Sequence[ModelFacts], device: Device, answers: int, prompt: float, answer: float, group: int, checkpointing: bool
+) -> dict[str, float]:
+    """Seconds a step by phase: 2 operations a parameter and token forward, 4 backward, 2 more where the forward is repeated."""
+    on_cpu = device.name == "this CPU"
+    training, scoring = (CPU_SHARE, CPU_SHARE) if on_cpu else (TRAINING_SHARE, SCORING_SHARE)
+    prefill = 2 * student.parameters * (answers / group) * prompt / (device.flops * scoring)
+    a_token = max(
+        2 * student.parameters * answers / (device.flops * scoring), student.parameters * student.item / (device.bandwidth * DECODING_SHARE)
+    )
+    tokens = answers * (prompt + answer)
+    return {
+        "rollout": prefill + answer * a_token,
+        "teacher": sum(2 * model.parameters * tokens / (device.flops * scoring) for model in scored),
+        "learn": (8 if checkpointing else 6) * student.parameters * tokens / (device.flops * training),
+    }
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def _machine_memory() -> int:
+    return int(next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")).split()[1]) * 1024

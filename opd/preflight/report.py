@@ -1,0 +1,93 @@
+"""`opd check RECIPE`: findings and plan of a recipe, as text. No GPU and no weights; seconds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from opd.config import parse_overrides
+from opd.preflight.checks import CHECKS, disk, error
+from opd.preflight.facts import Finding, gather
+from opd.preflight.plan import Plan, find_device, make_plan
+from opd.recipe import Recipe
+from opd.stages import read_stages
+
+
+def check(reference: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> bool:
+    """Prints what is wrong with a recipe (every stage of it) and what it will need; true when nothing would stop it.
+
+    The override device=h100 plans for that card instead of this machine's CPU. Raises ValueError for a recipe that cannot be read at all.
+    """
+    changes = parse_overrides(overrides)
+    device = str(changes.pop("device", ""))
+    clean = True
+    stages = read_stages(reference, changes)
+    to_come = {f"runs/{stage.name}" for stage in stages}
+    for recipe in stages:
+        starts_later = recipe.init in to_come  # from a stage that this file trains first: the same architecture
+        found, plan = examine(recipe.model_copy(update={"init": ""}) if starts_later else recipe, device)
+        print(render(recipe, found, plan), end="")
+        clean &= not any(finding.severity == "error" for finding in found)
+    return clean
+
+
+def examine(recipe: Recipe, device: str = "") -> tuple[list[Finding], Plan | None]:
+    """All findings, gravest first, and the plan where the model's configuration could be read."""
+    facts, found = gather(recipe)
+    found += [finding for look in CHECKS for finding in look(facts)]
+    plan = None
+    if facts.config is not None and facts.objective is not None:
+        plan = make_plan(facts, find_device(device, getattr(torch, recipe.model.dtype)))
+        found += disk(facts, plan.checkpoint)
+        if plan.bytes > plan.device.memory:
+            found.append(error(_too_much(plan)))
+    order = ("error", "warning", "note")
+    return sorted(dict.fromkeys(found), key=lambda finding: order.index(finding.severity)), plan
+
+
+def _too_much(plan: Plan) -> str:
+    role, parts = max(plan.memory.items(), key=lambda item: sum(item[1].values()))
+    part = max(parts, key=lambda name: parts[name])
+    return (
+        f"the plan needs {_size(plan.bytes)}, {plan.device.name} has {_size(plan.device.memory)}; the largest part is {role}: {part} "
+        f"({_size(parts[part])}): {REMEDIES.get(part, 'take a smaller model')}"
+    )
+
+
+REMEDIES = {
+    "activations": "lower learner.token_budget, or model.gradient_checkpointing=true",
+    "optimizer": "train LoRA adapters (model.lora={rank: 32}), or more ranks with learner.zero_stage=2",
+    "gradients": "train LoRA adapters (model.lora={rank: 32}), or more ranks with learner.zero_stage=2",
+    "weights": "model.dtype=bfloat16, LoRA (its frozen teacher is no second copy), or more ranks with learner.zero_stage=3",
+    "cache": "lower engine.token_budget",
+    "average": "teacher=frozen keeps no average, or LoRA",
+    "hand-over": "a support of top-k instead of full, or fewer answers a step",
+}
+
+
+def render(recipe: Recipe, found: Sequence[Finding], plan: Plan | None) -> str:
+    """The findings, then tables of memory and time."""
+    lines = [f"{recipe.name or recipe.method or 'recipe'}: " + (_count(found) or "nothing to complain of")]
+    lines += [f"  {finding.severity:8}{finding.sentence}" for finding in found]
+    if plan is None:
+        return "\n".join([*lines, "  no plan: the model's configuration or the objective could not be read", ""])
+    lines.append(f"  memory on {plan.device.name}: {_size(plan.bytes)} of {_size(plan.device.memory)} (roles take turns: not the sum of the rows)")
+    for role, parts in plan.memory.items():
+        shown = ", ".join(f"{part} {_size(size)}" for part, size in parts.items() if size)
+        lines.append(f"    {role:14}{_size(sum(parts.values())):>10}   {shown}")
+    total = sum(plan.seconds.values())
+    phases = ", ".join(f"{phase} {seconds:.2g} s" for phase, seconds in plan.seconds.items())
+    lines.append(f"  time: about {total:.2g} s a step ({phases}), {plan.hours:.2g} h for {plan.steps} steps, evaluation not counted")
+    lines.append(f"  disk: {_size(plan.checkpoint)} a checkpoint")
+    lines.append(f"  assumed: {'; '.join(plan.assumed)}")
+    return "\n".join(lines) + "\n"
+
+
+def _count(found: Sequence[Finding]) -> str:
+    counts = {severity: sum(finding.severity == severity for finding in found) for severity in ("error", "warning", "note")}
+    return ", ".join(f"{count} {severity}{'s' if count > 1 else ''}" for severity, count in counts.items() if count)
+
+
+def _size(number: float) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
