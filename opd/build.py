@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from opd_rollout.mixing import Partner
 from opd_rollout.torch_engine import TorchEngine
 from opd_rollout.types import Sampling
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ from opd.problems import Problems, load_problems, without_long
 from opd.prompts import check_dataset_hint, check_lengths
 from opd.recipe import EMA, Recipe
 from opd.run import NoSink, Sink
+from opd.sampler import Sampler, parse_sampler
 from opd.source import Codec, RolloutSource, SourceSettings, parse_source
 from opd.student import external_model, load_model, load_tokenizer, pad_id, room_for_prompts, student_path
 from opd.teacher.local import LocalTeacher, frozen_copy
@@ -59,6 +61,7 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
         raise ValueError("sampling.temperature is 0: there is nothing to learn from greedy answers; greedy evaluation is eval.temperatures=[0]")
     parse_rules(recipe.guard.action, recipe.guard.rules)
     objective, choices = objective_of(recipe), {name: parse_weights(name, signal.weights) for name, signal in recipe.signals.items()}
+    sampler = parse_sampler(recipe.rollout.sampler)
     problems = load_problems(recipe, verifier)
     mixture = parse_source(recipe.rollout.source)
     check_dataset_hint(problems.train if mixture.hint and mixture.student < 1 else (), mixture.hint)
@@ -92,8 +95,9 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     for module in {model, spoken, *teachers.values()} if check is not None else ():
         module.get_decoder().register_forward_pre_hook(check)
     codec = Codec(encode=encode, tokenize=partial(chat.tokenize, tokenizer), decode=partial(chat.decode, tokenizer), end=stop_ids[0])
+    writer = engine if sampler is None else drawn_with(sampler, spoken, teachers, recipe, tokenizer)
     show = partial(prompt_context, tokenizer, specs[mixture.view], room, encode) if mixture.view else None
-    source = RolloutSource(engine, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show)
+    source = RolloutSource(writer, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show)
     weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), vocab_size) for name, (kind, _) in choices.items()}
     return Parts(
         tokenizer=tokenizer,
@@ -136,8 +140,24 @@ def setting_of(recipe: Recipe) -> Setting:
     source = "student" if mixture.student == 1 or mixture.view else "dataset" if mixture.student == 0 else "mixed"
     sampled_in = None if mixture.student == 1 or not mixture.view else mixture.view if mixture.student == 0 else f"{mixture.view}, in part"
     return Setting(
-        signals=tuple(recipe.signals), group=recipe.group, source=source, max_tokens=recipe.sampling.max_tokens, sampled_in=sampled_in
-    )
+        signals=tuple(recipe.signals), group=recipe.group, source=source, max_tokens=recipe.sampling.max_tokens, sampled_in=sampled_in,
+        sampler=recipe.rollout.sampler != "student",
+    )  # fmt: skip
+
+
+def drawn_with(
+    sampler: Sampler, student: torch.nn.Module, teachers: Mapping[str, torch.nn.Module], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> TorchEngine:
+    """An engine in which a teacher draws tokens with the student. Raises ValueError unless the sampler's signal has a model of its own."""
+    if sampler.signal not in teachers:
+        own = ", ".join(sorted(teachers)) or "none"
+        raise ValueError(
+            f"rollout.sampler draws with the signal {sampler.signal!r}, which has no model of its own here (signals that have: {own}); "
+            "give it weights {external: {path: FOLDER}}, or frozen without LoRA"
+        )
+    partner = Partner(model=teachers[sampler.signal], mix=sampler.mix)
+    options = {"pad_id": pad_id(tokenizer), "token_budget": recipe.engine.token_budget, "vocab_size": len(tokenizer)}
+    return TorchEngine(student, partner=partner, **options)
 
 
 def add_adapters(model: torch.nn.Module, recipe: Recipe) -> None:

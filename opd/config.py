@@ -84,7 +84,7 @@ def _place(error: Exception) -> str:
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """`top` over `base`, mapping by mapping; choices (teacher, view, source ...) and lists are replaced whole."""
-    whole = {"teacher", "view", "objective", "source", "verifier", "weights", "shape", "columns"}
+    whole = {"teacher", "view", "objective", "source", "sampler", "verifier", "weights", "shape", "columns"}
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key not in whole

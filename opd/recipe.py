@@ -100,6 +100,10 @@ class Rollout(_Frozen):
 
     prompts: Positive = Field(default=32, description="prompts a step")
     source: Choice = Field(default="student", description="student | {dataset: HINT} | {mixed: {student: share, dataset: HINT}}")
+    sampler: Choice = Field(
+        default="student",
+        description="who draws the student's tokens: student | {mixture: {share: s}} | {interleave: {k: n}} | teacher, with signal: main",
+    )
     filter: Literal["none", "mixed_groups"] = Field(default="none", description="mixed_groups drops groups whose rewards are all equal and refills")
     max_refill: NonNegative = Field(default=4, description="extra rounds of generation to refill a filtered batch")
     overlong: Literal["keep", "mask"] = Field(default="keep", description="mask: completions cut at max_tokens leave the loss")

@@ -26,6 +26,8 @@ class Setting:
     vocabulary: int | None = None
     max_tokens: int | None = None
     sampled_in: str | None = None
+    sampler: bool = False
+    """Whether a teacher helps to draw the tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,6 +321,17 @@ def sampled_by_the_policy(term: Term, setting: Setting) -> Finding | None:
     )
 
 
+def drawn_with_a_teacher(term: Term, setting: Setting) -> Finding | None:
+    sampled = term.kind == "surrogate" or (term.support is not None and term.support.kind == "sampled")
+    corrected = any(name_of(weight) in ("sampler_ratio", "engine_ratio") for weight in term.weights)
+    if not setting.sampler or not sampled or corrected:
+        return None
+    return Finding(
+        reason="rollout.sampler lets a teacher draw tokens, so an estimate over sampled tokens is not one under the student",
+        legal="weight: sampler_ratio or engine_ratio on the term; rollout.sampler: student; or a divergence on full | student_topk | teacher_topk",
+    )
+
+
 def group_has_siblings(term: Term, setting: Setting) -> Finding | None:
     if setting.group != 1 or "group" not in term.reads:
         return None
@@ -350,5 +363,6 @@ RULES: tuple[Rule, ...] = (
     penalty_in_the_reward,
     weight_reads_signal,
     sampled_by_the_policy,
+    drawn_with_a_teacher,
     group_has_siblings,
 )

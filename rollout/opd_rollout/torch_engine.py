@@ -4,6 +4,7 @@ Legend: P distinct prompts of a batch, B requests still open, L longest prompt, 
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ from transformers.cache_utils import Cache
 from opd_rollout.backbone import check_head, dense_logits, evaluating, head_of
 from opd_rollout.cache import DecodeMask, check_layers, grouped_attention, slot_cache
 from opd_rollout.layout import split_by_budget
-from opd_rollout.sampling import check_sampling, draw, uniforms
+from opd_rollout.mixing import Partner
+from opd_rollout.sampling import check_sampling, draw, truncate, uniforms
 from opd_rollout.scoring import score_tokens
 from opd_rollout.types import Completion, GenerateRequest, Sampling, ScoreRequest, TokenScores, WeightSource
 
@@ -22,14 +24,31 @@ _COMPACT_BELOW = 0.75
 """Share of open rows at which finished ones are dropped: moving the cache costs about as much as one decode step."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Prefilled:
-    """Where decoding starts: logits [B, V] of the first completion token, and a cache in which every prompt ends at column L."""
+@dataclass(slots=True, kw_only=True)
+class _Stream:
+    """One model in the midst of decoding: logits [B, V] of the next token, and a cache in which every prompt ends at column L."""
 
+    model: nn.Module
+    head: Head
     logits: Tensor
     cache: Cache
-    lengths_B: Tensor
-    longest: int
+    mask: DecodeMask
+
+    def select(self, index: Tensor) -> None:
+        """Only these rows go on."""
+        for holder in (self.mask, *self.cache.layers):
+            holder.select(index)
+
+    def feed(self, token: Tensor, position: Tensor, step: int) -> None:
+        """Reads one more token of every row."""
+        hidden = self.model.get_decoder()(
+            input_ids=token.unsqueeze(1),
+            attention_mask=self.mask.at(step),
+            position_ids=position,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        self.logits = self.head(hidden[:, -1], dense_logits)
 
 
 class TorchEngine:
@@ -37,7 +56,8 @@ class TorchEngine:
 
     token_budget bounds rows x (longest prompt + max_tokens) of a batch, in tokens; pad_id fills short rows and is never read.
     vocab_size: valid ids where the head is padded. The module is put into evaluation mode for each call and back afterwards.
-    Identical batches give identical tokens; in other batch shapes fp32 logits move by about 1e-5, and a token may change.
+    Identical batches give identical tokens; in other batch shapes fp32 logits move by about 1e-5, and a token may change. With a partner,
+    tokens are drawn from what the two models make together (see opd_rollout.mixing); only the own model gets weights and scores.
     """
 
     def __init__(
@@ -50,8 +70,10 @@ class TorchEngine:
         packed_scores: bool = False,
         chunk_bytes: int | None = None,
         vocab_size: int | None = None,
+        partner: Partner | None = None,
     ) -> None:
         """Raises ValueError for a model whose cache or head this engine cannot serve."""
+        self._partner = partner
         self.model = model
         self.version = version
         self._pad_id = pad_id
@@ -60,13 +82,16 @@ class TorchEngine:
         self._chunk_bytes = chunk_bytes
         self._vocab_size = vocab_size
         self._config = model.config.get_text_config()
-        check_layers(self._config, type(model).__name__)
-        with evaluating(model):
-            check_head(model, self._head())
+        for each in self._models():
+            check_layers(each.config.get_text_config(), type(each).__name__)
+            with evaluating(each):
+                check_head(each, self._head(each))
 
     def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Completion]:
         """Completions in the order of the requests. Raises ValueError before any work for values or prompts that cannot be served."""
         check_sampling(sampling)
+        if self._partner is not None and sampling.temperature == 0:
+            raise ValueError("temperature is 0, and a mixture of two models has no greedy token; sample at a positive temperature")
         self._check_prompts([request.prompt_ids for request in requests], sampling.max_tokens)
         first_seen: dict[tuple[int, ...], int] = {}
         for index, request in enumerate(requests):
@@ -74,7 +99,10 @@ class TorchEngine:
         grouped = sorted(range(len(requests)), key=lambda index: first_seen[requests[index].prompt_ids])
         lengths = [len(requests[index].prompt_ids) + sampling.max_tokens for index in grouped]
         completions: dict[int, Completion] = {}
-        with evaluating(self.model), grouped_attention(self._config), torch.no_grad():
+        with ExitStack() as prepared, torch.no_grad():
+            for model in self._models():
+                prepared.enter_context(evaluating(model))
+                prepared.enter_context(grouped_attention(model.config.get_text_config()))
             for batch in split_by_budget(lengths, self._token_budget):
                 members = [grouped[position] for position in batch]
                 completions.update(zip(members, self._decode([requests[index] for index in members], sampling), strict=True))
@@ -84,7 +112,7 @@ class TorchEngine:
         """See opd_rollout.scoring.score_tokens."""
         return score_tokens(
             self.model,
-            self._head(),
+            self._head(self.model),
             requests,
             temperature=temperature,
             token_budget=self._token_budget,
@@ -111,8 +139,11 @@ class TorchEngine:
     def close(self) -> None:
         """Nothing outlives a call, so there is nothing to release."""
 
-    def _head(self) -> Head:
-        return head_of(self.model, vocab_size=self._vocab_size)
+    def _models(self) -> tuple[nn.Module, ...]:
+        return (self.model,) if self._partner is None else (self.model, self._partner.model)
+
+    def _head(self, model: nn.Module) -> Head:
+        return head_of(model, vocab_size=self._vocab_size)
 
     def _check_prompts(self, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> None:
         limit = getattr(self._config, "max_position_embeddings", None)
@@ -131,46 +162,44 @@ class TorchEngine:
     def _decode(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Completion]:
         prompt_rows: dict[tuple[int, ...], int] = {}
         row_of = [prompt_rows.setdefault(request.prompt_ids, len(prompt_rows)) for request in requests]
-        head = self._head()
-        device = head.weight.device
+        device = self._head(self.model).weight.device
         noise_BT = uniforms([request.seed for request in requests], sampling.max_tokens).to(device)
-        prefilled = self._prefill(list(prompt_rows), torch.tensor(row_of, device=device), head, sampling.max_tokens)
-        tokens_BT, logprobs_BT = self._decode_rows(prefilled, noise_BT, head, sampling)
+        row_of_B, longest = torch.tensor(row_of, device=device), max(map(len, prompt_rows))
+        ids = torch.tensor([[*prompt, *[self._pad_id] * (longest - len(prompt))] for prompt in prompt_rows], device=device)
+        lengths_P = torch.tensor([len(prompt) for prompt in prompt_rows], device=device)
+        streams = [self._prefill(model, ids, lengths_P, row_of_B, sampling.max_tokens) for model in self._models()]
+        tokens_BT, logprobs_BT = self._decode_rows(streams, lengths_P[row_of_B], noise_BT, sampling)
         return _completions(tokens_BT.cpu(), logprobs_BT.float().cpu(), sampling, self.version)
 
-    def _prefill(self, prompts: list[tuple[int, ...]], row_of_B: Tensor, head: Head, max_tokens: int) -> _Prefilled:
-        device = head.weight.device
-        longest = max(len(prompt) for prompt in prompts)
-        ids = torch.tensor([[*prompt, *[self._pad_id] * (longest - len(prompt))] for prompt in prompts], device=device)
-        lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        cache = slot_cache(self._config)
+    def _prefill(self, model: nn.Module, ids: Tensor, lengths_P: Tensor, row_of_B: Tensor, max_tokens: int) -> _Stream:
+        config, head, longest = model.config.get_text_config(), self._head(model), ids.shape[1]
+        cache = slot_cache(config)
         # pads stand on the right here, where no real token of a causal model looks, so no mask is needed
-        hidden = self.model.get_decoder()(
+        hidden = model.get_decoder()(
             input_ids=ids,
-            position_ids=torch.arange(longest, device=device).expand(len(ids), -1),
+            position_ids=torch.arange(longest, device=ids.device).expand(len(ids), -1),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        last = hidden[torch.arange(len(ids), device=device), lengths_P - 1]
+        last = hidden[torch.arange(len(ids), device=ids.device), lengths_P - 1]
         column_BL = None
         if int(lengths_P.min()) < longest:
-            column_PL = torch.arange(longest, device=device) - (longest - lengths_P).unsqueeze(1)
+            column_PL = torch.arange(longest, device=ids.device) - (longest - lengths_P).unsqueeze(1)
             column_BL = column_PL.clamp_(min=0)[row_of_B]
         for layer in cache.layers:
             layer.spread(row_of_B, column_BL, longest + max_tokens - 1)
-        return _Prefilled(logits=head(last, dense_logits)[row_of_B], cache=cache, lengths_B=lengths_P[row_of_B], longest=longest)
+        mask = DecodeMask(lengths_P[row_of_B], longest, max_tokens, config, model.dtype)
+        return _Stream(model=model, head=head, logits=head(last, dense_logits)[row_of_B], cache=cache, mask=mask)
 
-    def _decode_rows(self, start: _Prefilled, noise: Tensor, head: Head, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    def _decode_rows(self, streams: Sequence[_Stream], lengths_B: Tensor, noise: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """Tokens and log-probabilities [B, T]; what stands after a row's stop id is not part of its completion."""
-        decoder, cache, logits = self.model.get_decoder(), start.cache, start.logits
-        mask = DecodeMask(start.lengths_B, start.longest, sampling.max_tokens, self._config, self.model.dtype)
         tokens_BT = torch.zeros(noise.shape, dtype=torch.int64, device=noise.device)
-        logprobs_BT = logits.new_zeros(noise.shape)
+        logprobs_BT = streams[0].logits.new_zeros(noise.shape)
         stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=noise.device)
-        rows, positions = torch.arange(len(noise), device=noise.device), start.lengths_B.unsqueeze(1)
+        rows, positions = torch.arange(len(noise), device=noise.device), lengths_B.unsqueeze(1)
         is_open = torch.ones_like(rows, dtype=torch.bool)
         for step in range(sampling.max_tokens):
-            token, logp = draw(logits, noise[:, step], temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+            token, logp = self._draw(streams, noise[:, step], sampling)
             tokens_BT[rows, step], logprobs_BT[rows, step] = token, logp
             is_open &= ~torch.isin(token, stops)
             num_open = int(is_open.sum())
@@ -179,17 +208,21 @@ class TorchEngine:
             if num_open <= _COMPACT_BELOW * len(rows):
                 index = is_open.nonzero().squeeze(1)
                 rows, noise, positions, token, is_open = (each[index] for each in (rows, noise, positions, token, is_open))
-                for holder in (mask, *cache.layers):
-                    holder.select(index)
-            hidden = decoder(
-                input_ids=token.unsqueeze(1),
-                attention_mask=mask.at(step),
-                position_ids=positions + step,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-            logits = head(hidden[:, -1], dense_logits)
+                for stream in streams:
+                    stream.select(index)
+            for stream in streams:
+                stream.feed(token, positions + step, step)
         return tokens_BT, logprobs_BT
+
+    def _draw(self, streams: Sequence[_Stream], uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+        if self._partner is None:
+            options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+            return draw(streams[0].logits, uniform, **options)
+        width = min(stream.logits.shape[-1] for stream in streams)  # heads may be padded differently
+        own, other = ((stream.logits[:, :width] / sampling.temperature).log_softmax(-1) for stream in streams)
+        if sampling.top_k or sampling.top_p < 1:
+            own = truncate(own, top_p=sampling.top_p, top_k=sampling.top_k)
+        return draw(self._partner.mix(own, other), uniform, temperature=1.0)
 
 
 def _completions(tokens_BT: Tensor, logprobs_BT: Tensor, sampling: Sampling, version: int) -> list[Completion]:

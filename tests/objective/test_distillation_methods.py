@@ -95,7 +95,8 @@ def minillm(answers):
     def loss(a):
         ratio = (a.at(a.now) - a.at(a.old)).exp()
         clipped = -torch.minimum(ratio * future(a), ratio.clamp(0.8, 1.2) * future(a))
-        return reverse_kl(log(a.now), teacher(a)) + clipped
+        drawn = (a.at(a.old) - a.at(a.engine)).exp().clamp(max=100.0)  # the engine's distribution is the mixture with the teacher
+        return drawn * (reverse_kl(log(a.now), teacher(a)) + clipped)
 
     return token_mean(answers, loss)
 
@@ -240,7 +241,12 @@ def tsd_kd(answers):
     return 0.1 * first + token_mean(answers, direct) + unsure
 
 
+def skd(answers):
+    return token_mean(answers, lambda a: forward_kl(log(a.now), teacher(a)))
+
+
 METHODS = {
+    "skd": skd,
     "opd_full": opd_full,
     "opd": opd,
     "gkd": gkd,
@@ -260,6 +266,7 @@ METHODS = {
 }
 WITHOUT = {  # what a method would be without the part that sets it apart
     "minillm": {"t1__coef": 0.0},
+    "skd": {"t0__distill": "reverse_kl"},
     "taid": {"without": ["0.target"]},
     "opd_topk": {"t0__distill": "reverse_kl", "t0__allow": ["truncated_reverse_kl"]},
     "tip": {"without": ["0.weight"]},

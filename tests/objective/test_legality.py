@@ -21,6 +21,7 @@ GROUPED = {"policy": "ppo_clip", "advantage": "group_centered"}
 RATIO = {"policy": "reinforce", "advantage": "teacher_logratio", "weight": "sampler_ratio"}
 ALONE = Setting(signals=(), group=8, source="student")
 
+DRAWN = Setting(signals=("main",), group=8, source="student", sampler=True)
 BOTH = Setting(signals=("main", "reference"), group=8, source="student")
 
 LEGAL = [
@@ -62,6 +63,8 @@ LEGAL = [
     (distill("expected_advantage", topk("student", 8, "drop"), target="log_ratio"), BOTH, ()),
     (distill({"held_skew_reverse_kl": {"alpha": 0.1}}, topk("teacher", 8), weight="confidence_gap"), TEACHER, ()),
     ({"student_entropy": {}, "coef": -0.01}, ALONE, ()),
+    (distill("reverse_kl"), DRAWN, ()),
+    ({**GROUPED, "weight": {"engine_ratio": {"high": 5.0}}}, DRAWN, ()),
     ({**GROUPED, "route": "from_student"}, Setting(signals=(), group=4, source="mixed"), ()),
     ({"nll": {}, "route": "from_dataset"}, Setting(signals=(), group=1, source="mixed"), ()),
     ({"nll": {}, "route": "correct_by_student_perplexity"}, ALONE, ()),
@@ -116,6 +119,8 @@ ILLEGAL = [
     ({**GROUPED, "shape": {"kl_penalty": {"coef": 0.1}}}, TEACHER, "does not declare the signal 'reference'", "signals:", None),
     ({**GROUPED, "shape": {"kl_penalty": {"coef": 0.1, "signal": "main", "kind": "k2"}}}, TEACHER, "inside the reward", "kind: k1", "k2_reward"),
     ({**GROUPED, "shape": {"kl_penalty": {"coef": 0.1, "signal": "main", "kind": "k3"}}}, TEACHER, "inside the reward", "k2", "k3_reward"),
+    (GROUPED, DRAWN, "lets a teacher draw tokens", "sampler_ratio", None),
+    ({"reference_kl": "k2", "signal": "main"}, DRAWN, "lets a teacher draw tokens", "sampler_ratio", None),
     (distill("plackett_luce", topk("student", 8)), TEACHER, "orders candidate tokens", "tail: drop", None),
     (distill("plackett_luce"), TEACHER, "named divergences only", "student_topk", None),
     (distill("reverse_kl", topk("teacher", 8), weight="soft_or"), TEACHER, "same vocabulary entries", "student_topk", None),

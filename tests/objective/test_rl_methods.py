@@ -64,6 +64,11 @@ def sft(answers):
     return -sum(a.at(a.now).sum() for a in answers) / tokens(answers)
 
 
+def rft(answers):
+    right = [a for a in answers if a.reward > 0.5]
+    return -sum(a.at(a.now).sum() for a in right) / tokens(right)
+
+
 def gspo(answers):
     total = 0.0
     for a in answers:
@@ -131,6 +136,8 @@ def icepop(answers):
 
 METHODS = {
     "sft": sft,
+    "seq_kd": sft,  # on answers that the teacher wrote
+    "rft": rft,
     "grpo": grpo,
     "dr_grpo": dr_grpo,
     "rloo": rloo,
@@ -146,6 +153,7 @@ METHODS = {
 }
 WITHOUT = {  # what a method would be without the part that sets it apart
     "dapo": {"without": ["0.shape"]},
+    "rft": {"without": ["0.route"]},
     "dr_grpo": {"without": ["0.reduce"]},
     "rloo": {"t0__advantage": "group_centered"},
     "gspo": {"t0__policy": {"ppo_clip": {"low": 3e-4, "high": 4e-4}}},

@@ -56,6 +56,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below
         "opd.loop",
         "opd.run",
         "opd.source",
+        "opd.sampler",
     },
     {
         "opd.problems",
