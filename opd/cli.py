@@ -17,6 +17,7 @@ USAGE = """usage: opd COMMAND [NAME] [key=value ...]
   compare COMPARISON   several arms x seeds under one budget -> runs/<name>/report.html
   eval    MODEL_OR_RUN avg@k, pass@k, maj@k with standard errors
   inspect RUN          token-level viewer -> <run>/inspect.html; other=RUN lays a second run beside it
+  diagnose RECIPE      which teacher and view suit the student, before any training -> runs/diagnose-.../diagnosis.html
   bundle  RUN step=N   one step's rollouts, scores and weights in a file -> <run>/bundles/
   replay  BUNDLE       that step again, bit by bit; with objective=... another objective on the same rollouts
   show    [RECIPE]     the recipe with every default filled in; alone: lists recipes, methods and runs
@@ -84,6 +85,10 @@ def _inspect(words: Sequence[str]) -> None:
     print(import_module("opd.reports").inspect(_name(words, "inspect RUN"), parse_overrides(words[1:])))
 
 
+def _diagnose(words: Sequence[str]) -> None:
+    print(import_module("opd.diagnosis.run").diagnose_and_report(_name(words, "diagnose RECIPE"), parse_overrides(words[1:])))
+
+
 def _bundle(words: Sequence[str]) -> None:
     print(import_module("opd.replay").bundle(_name(words, "bundle RUN step=N"), parse_overrides(words[1:])))
 
@@ -113,6 +118,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "compare": _compare,
     "eval": _eval,
     "inspect": _inspect,
+    "diagnose": _diagnose,
     "bundle": _bundle,
     "replay": _replay,
     "show": _show,

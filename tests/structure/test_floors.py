@@ -100,7 +100,7 @@ HOMES = {  # third-party package -> modules that may import it
     "math_verify": {"opd.verify.math"},
     "wandb": {"opd.track"},
     "matplotlib": {"opd.comparison", "opd.viewer"},
-    "jinja2": {"opd.comparison", "opd.viewer"},
+    "jinja2": {"opd.comparison", "opd.viewer", "opd.diagnosis"},
     "trl": {"opd.comparison.outside"},
     "ray": {"opd_rollout.vllm", "opd_rollout.weight_sync", "opd.launch"},
     "vllm": {"opd_rollout.vllm", "opd_rollout.weight_sync", "opd.launch"},

@@ -1,0 +1,1 @@
+"""Which teacher, view and supports suit a student, found out before any training."""
