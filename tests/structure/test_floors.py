@@ -68,6 +68,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below
         "opd.build",
         "opd.cli",
         "opd.comparison",
+        "opd.diagnosis",
         "opd.overview",
         "opd.preflight",
         "opd.reference",
