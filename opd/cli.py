@@ -17,6 +17,7 @@ USAGE = """usage: opd COMMAND [NAME] [key=value ...]
   compare COMPARISON   several arms x seeds under one budget -> runs/<name>/report.html
   eval    MODEL_OR_RUN avg@k, pass@k, maj@k with standard errors
   inspect RUN          token-level viewer -> <run>/inspect.html; other=RUN lays a second run beside it
+  doctor  RUN          where the seconds went, who waited for whom, whether asynchrony would help
   diagnose RECIPE      which teacher and view suit the student, before any training -> runs/diagnose-.../diagnosis.html
   bundle  RUN step=N   one step's rollouts, scores and weights in a file -> <run>/bundles/
   replay  BUNDLE       that step again, bit by bit; with objective=... another objective on the same rollouts
@@ -85,6 +86,10 @@ def _inspect(words: Sequence[str]) -> None:
     print(import_module("opd.reports").inspect(_name(words, "inspect RUN"), parse_overrides(words[1:])))
 
 
+def _doctor(words: Sequence[str]) -> None:
+    print(import_module("opd.doctor").doctor(_name(words, "doctor RUN"), parse_overrides(words[1:])))
+
+
 def _diagnose(words: Sequence[str]) -> None:
     print(import_module("opd.diagnosis.run").diagnose_and_report(_name(words, "diagnose RECIPE"), parse_overrides(words[1:])))
 
@@ -118,6 +123,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "compare": _compare,
     "eval": _eval,
     "inspect": _inspect,
+    "doctor": _doctor,
     "diagnose": _diagnose,
     "bundle": _bundle,
     "replay": _replay,

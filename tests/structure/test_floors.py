@@ -69,6 +69,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below
         "opd.cli",
         "opd.comparison",
         "opd.diagnosis",
+        "opd.doctor",
         "opd.overview",
         "opd.preflight",
         "opd.reference",
