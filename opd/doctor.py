@@ -146,14 +146,15 @@ def _differences(values: Sequence[float | None]) -> list[float]:
 
 
 def _line(tokens: Sequence[float], seconds: Sequence[float] | None) -> dict[str, float] | None:
-    """A robust line: the slowest tenth of the steps (a busy machine) is left out."""
+    """A line through the steps; the tenth that lies farthest above it (a busy machine) is left out and the line drawn again."""
     if seconds is None:
         return None
-    pairs = sorted(zip(steady(tokens), steady(seconds), strict=True), key=lambda pair: pair[1] / max(pair[0], 1.0))
-    kept = [pair for pair in pairs[: max(3, int(0.9 * len(pairs)))] if pair[0] > 0]
-    if len(kept) < 8 or len({pair[0] for pair in kept}) < 3:
+    x, y = np.array([pair for pair in zip(steady(tokens), steady(seconds), strict=True) if pair[0] > 0]).reshape(-1, 2).T
+    if len(x) < 8 or len(set(x.tolist())) < 3:
         return None
-    x, y = np.array(kept).T
+    slope, fixed = np.polyfit(x, y, 1)
+    kept = np.argsort(y - slope * x - fixed, kind="stable")[: math.ceil(0.9 * len(x))]
+    x, y = x[kept], y[kept]
     slope, fixed = np.polyfit(x, y, 1)
     spread = float(((y - y.mean()) ** 2).sum())
     r2 = 1.0 - float(((y - slope * x - fixed) ** 2).sum()) / spread if spread else 0.0
@@ -178,8 +179,8 @@ def advice(found: Mapping[str, Any]) -> list[str]:
     if answers and answers["longest"] > 2 * answers["mean"]:
         said.append(
             f"Recorded answers: the longest of a step is {answers['longest'] / answers['mean']:.1f} times the mean. A batch that waits for "
-            f"its longest answer leaves {1 - answers['mean'] / answers['longest']:.0%} of its rows idle: generate more rows than fit at once, or lower "
-            "sampling.max_tokens. In the learner, learner.packed=true removes the padding that such lengths bring."
+            f"its longest answer leaves {1 - answers['mean'] / answers['longest']:.0%} of its rows idle: generate more rows than fit at once, or "
+            "lower sampling.max_tokens. In the learner, learner.packed=true removes the padding that such lengths bring."
         )
     if slow["seconds_above"] > 0.05 * found["seconds"]:
         said.append(
