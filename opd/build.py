@@ -15,6 +15,7 @@ from opd_rollout.types import Sampling
 from transformers import PreTrainedTokenizerBase
 
 from opd import chat, pretrained
+from opd.choices import name_of, nearest, parameters_of
 from opd.config import recipe_hash
 from opd.contexts import SignalViews, check_asking_view, check_hints, prompt_context
 from opd.guard import parse_rules
@@ -30,8 +31,10 @@ from opd.source import Codec, RolloutSource, SourceSettings, parse_source
 from opd.student import external_model, load_model, load_tokenizer, pad_id, room_for_prompts, student_path
 from opd.teacher.local import LocalTeacher, frozen_copy
 from opd.teacher.score import SignalScorer, Weights
+from opd.token_bytes import token_bytes
 from opd.types import Prompt, Verdict, Verifier
-from opd.views import resolve_view
+from opd.views import ViewSpec, resolve_view
+from opd.writing import AnnotatedSource, Desk, Writer, check_writer
 
 CHECKED_PROMPTS = 32  # of an endless stream, before the run starts; a file is checked whole
 
@@ -43,7 +46,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     engine: TorchEngine
     learner: Learner
-    source: RolloutSource
+    source: RolloutSource | AnnotatedSource
     scorer: SignalScorer
     objective: Objective
     views: SignalViews
@@ -72,6 +75,7 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     check_asking_view(mixture.view, specs)
     check_support_sizes(objective, len(tokenizer))
     check_hidden_signals(objective, choices)
+    check_writers(recipe, specs, objective)
     model, encode = load_model(recipe, tokenizer), partial(_encode, tokenizer)
     room = room_for_prompts(model, recipe.sampling.max_tokens, "the student")
     longest_prompt = min(recipe.data.max_prompt_tokens, room)
@@ -98,6 +102,7 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     writer = engine if sampler is None else drawn_with(sampler, spoken, teachers, recipe, tokenizer)
     show = partial(prompt_context, tokenizer, specs[mixture.view], room, encode) if mixture.view else None
     source = RolloutSource(writer, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show)
+    source = with_writers(source, recipe, engine, tokenizer, room + recipe.sampling.max_tokens, stop_ids)
     weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), vocab_size) for name, (kind, _) in choices.items()}
     return Parts(
         tokenizer=tokenizer,
@@ -111,6 +116,37 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
         encode=encode,
         stop_ids=stop_ids,
     )
+
+
+def with_writers(
+    source: RolloutSource, recipe: Recipe, engine: TorchEngine, tokenizer: PreTrainedTokenizerBase, positions: int, stop_ids: tuple[int, ...]
+) -> RolloutSource | AnnotatedSource:
+    """The source, and whoever writes about its answers."""
+    if not recipe.writers:
+        return source
+    desk = Desk(
+        engine=engine,
+        render=partial(chat.render, tokenizer),
+        decode=partial(chat.decode, tokenizer),
+        pieces=partial(token_bytes, tokenizer),
+        room=positions - max(writer.max_tokens for writer in recipe.writers.values()),
+        stop_ids=stop_ids,
+    )
+    return AnnotatedSource(source, {name: Writer(**writer.model_dump()) for name, writer in recipe.writers.items()}, desk)
+
+
+def check_writers(recipe: Recipe, specs: Mapping[str, ViewSpec], objective: Objective) -> None:
+    """Raises ValueError for a request that cannot be made, and for views and weights that read what nobody writes."""
+    for name, writer in recipe.writers.items():
+        check_writer(name, writer.ask)
+    read = {f"signals.{name}.view": parameters_of(spec.view).get("name") for name, spec in specs.items() if name_of(spec.view) == "note"}
+    marks = {f"weight of term {t.name!r}": parameters_of(f).get("name") for t in objective.terms for f in t.fields if name_of(f) == "marked"}
+    for where, name in {**read, **marks}.items():
+        declared = ", ".join(sorted(recipe.writers)) or "none"
+        if name not in recipe.writers:
+            raise ValueError(f"{where} reads what {name!r} writes{nearest(str(name), recipe.writers)}; declared: {declared}. Add writers.{name}")
+        if where in marks and not recipe.writers[name].points:
+            raise ValueError(f"{where} needs tokens that {name!r} points at; set writers.{name}.points=true")
 
 
 def checked(verify: Verifier, check: Callable[[], None]) -> Verifier:

@@ -99,7 +99,10 @@ class Rollout(_Frozen):
     """Who answers and which groups are kept."""
 
     prompts: Positive = Field(default=32, description="prompts a step")
-    source: Choice = Field(default="student", description="student | {dataset: HINT} | {mixed: {student: share, dataset: HINT}}")
+    source: Choice = Field(
+        default="student",
+        description="student | {dataset: HINT} | {view: SIGNAL} | {mixed: {student: share, dataset: HINT}} (or view: SIGNAL in its place)",
+    )
     sampler: Choice = Field(
         default="student",
         description="who draws the student's tokens: student | {mixture: {share: s}} | {interleave: {k: n}} | teacher, with signal: main",
@@ -138,6 +141,19 @@ class Signal(_Frozen):
 
     weights: Choice = Field(default="frozen", description="live | frozen | {ema: {rate: r, every: steps}} | {external: {path: p}}")
     view: Choice = Field(default="plain", description="name in opd.views, or {name: {parameters}}")
+
+
+class Writer(_Frozen):
+    """A request that the student answers about each answer before the views are made; a view `note` may show the text, a weight `marked` use it."""
+
+    ask: str = Field(description="the request, with {question} {solution} {answer} {attempt} {feedback} or {segments} (the attempt's, numbered)")
+    role: str = Field(default="", description="system message; empty: none")
+    about: Literal["all", "correct", "wrong"] = Field(default="all", description="which answers")
+    max_tokens: Positive = Field(default=64, description="longest text, tokens; texts are greedy and count among the student's tokens")
+    points: bool = Field(default=False, description="the first line names segments of the attempt by number: their tokens are marked")
+    coverage: float = Field(default=0.25, gt=0, le=1, description="largest marked share of an answer's tokens")
+    until: NonNegative = Field(default=0, description="step from which nothing is written any more; 0: never")
+    budget: NonNegative = Field(default=0, description="tokens a step at most (and rank); requests beyond it are left out and counted; 0: no limit")
 
 
 class Updates(_Frozen):
@@ -242,6 +258,7 @@ class Recipe(_Frozen):
     teacher: Choice = Field(default="", description="sugar for signals.main.weights")
     view: Choice = Field(default="", description="sugar for signals.main.view")
     signals: dict[str, Signal] = Field(default={}, description="named scorers; `teacher` and `view` make the one called main")
+    writers: dict[str, Writer] = Field(default={}, description="texts that the student writes about answers, by the name that views and weights use")
     objective: list[dict[str, Any]] = Field(default=[], description="terms, summed; see docs/concepts.md")
     updates: Updates = Updates()
     optimizer: Optimizer = Optimizer()

@@ -42,6 +42,7 @@ class Answer:
     status: str = "score"
     masked: bool = False
     inside: torch.Tensor | None = None
+    marks: dict = field(default_factory=dict)
 
     def at(self, logits):
         """Log-probs of the answer's own tokens [T]."""
@@ -81,7 +82,7 @@ class Batch:
             verdict = Verdict(status=a.status, reward=a.reward, correct=a.reward > 0.5)
             prompt = Prompt(id=str(a.group), messages=(), domain=a.domain)
             judged.append(
-                Judged(prompt=prompt, prompt_ids=(1, 2), completion=completion, text="", verdict=verdict, group=a.group, member=member)
+                Judged(prompt=prompt, prompt_ids=(1, 2), completion=completion, text="", verdict=verdict, group=a.group, member=member, marks=a.marks)
             )
             old = log(a.old)
             k = objective.needs.student_topk or 1
@@ -166,6 +167,9 @@ def one_batch(objective, shared, logits, rows):
     full = {}
     for term in objective.needs.full_terms:
         hidden = rows.signals[term.signal].hidden
+        if hidden is None:  # no answer here has the view, as in opd.learner.loss
+            full[term.name] = logits.new_zeros(len(logits))
+            continue
         if term.support.kind == "hidden":
             full[term.name] = hidden_distance(logits, hidden)
             continue

@@ -644,3 +644,54 @@ def test_off_policy_terms_need_a_ratio():
         dense_load("pi_distill", t2__policy="reinforce")
     dense_load("pi_distill", t0__policy="reinforce")
     dense_load("pi_distill", t2__policy="reinforce", t2__weight="sampler_ratio")
+
+
+# TRACE (arXiv:2605.10194)
+
+
+def test_trace_by_hand():
+    """Ten tokens, the fourth and fifth marked, KL 0.4 and 0.2 there: lambda x mean x 2/10."""
+    _, objective = dense_load("trace")
+    for step, share in ((5, 0.5), (10, 0.5), (25, 0.25), (40, 0.0), (60, 0.0)):
+        grpo, spans, distill = objective.at(step, {}).terms
+        assert (grpo.coef, spans.coef, distill.coef) == pytest.approx((1.0, 1 - share / 0.5, share))
+    distill = objective.terms[2]
+    mask = torch.zeros(10, dtype=torch.bool).index_fill(0, torch.tensor([3, 4]), True)
+    answer = replace(sequence(torch.zeros(10)), marks={"spans": mask})
+    [weight] = distill.fields[0]([answer], alone)
+    kl_t = torch.tensor([9.0, 9, 9, 0.4, 0.2, 9, 9, 9, 9, 9]).double()
+    assert (weight * kl_t).sum() / 10 == pytest.approx(0.06) and distill.reduce.kind == "sequence_mean"
+    assert distill.dense.entry_clip == 0.05
+    [outside] = objective.terms[0].fields[0]([answer], alone)
+    [inside] = objective.terms[1].fields[0]([answer], alone)
+    assert torch.equal(outside + inside, torch.ones(10).double()), "GRPO covers every token once the annealing is over"
+    [nobody] = objective.terms[0].fields[0]([sequence(torch.zeros(10))], alone)
+    assert nobody.min() == 1.0, "an answer that nobody marked is GRPO's"
+
+
+@pytest.mark.parametrize("step", [0, 20, 50])
+def test_trace_from_recipe_to_gradient(step):
+    batch = Batch.make(signals=("main",))
+    for n, a in enumerate(batch.answers):
+        right = a.reward > 0.5
+        a.marks = {"spans": torch.arange(len(a.tokens)) % 2 == n % 2} if right else {}
+        a.teachers = a.teachers if right else {}
+    share = 0.5 - 0.5 * min(max((step - 10) / 30, 0), 1)
+
+    def formula(answers, marks=lambda a: a.marks):
+        tokens, total = sum(len(a.tokens) for a in answers), 0.0
+        shown = [a for a in answers if a.teachers]
+        for a, advantage in zip(answers, grpo_std(answers), strict=True):
+            r = (a.at(a.now) - a.at(a.old)).exp()
+            on = marks(a).get("spans", torch.zeros(len(a.tokens), dtype=torch.bool)).double()
+            total = total - ((1 - on * share / 0.5) * torch.minimum(r * advantage, r.clamp(0.8, 1.28) * advantage)).sum() / tokens
+            if a.teachers:
+                p, q = a.now.log_softmax(-1), a.teachers["main"].log_softmax(-1)
+                total = total + share * (on * (q.exp() * (q - p)).clamp_max(0.05).sum(-1)).mean() / len(shown)
+        return total
+
+    _, objective = dense_load("trace")
+    batch.expect(objective, formula, step=step)
+    if share:
+        with pytest.raises(AssertionError):
+            batch.expect(objective, lambda answers: formula(answers, marks=lambda a: {}), step=step)

@@ -27,6 +27,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below
         "opd.bpe",
         "opd.chat",
         "opd.contexts",
+        "opd.token_bytes",
         "opd.credit",
         "opd.evidence",
         "opd.objective",
@@ -57,6 +58,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below
         "opd.run",
         "opd.source",
         "opd.sampler",
+        "opd.writing",
     },
     {
         "opd.problems",
