@@ -15,9 +15,9 @@ from opd_rollout.types import Sampling
 from transformers import PreTrainedTokenizerBase
 
 from opd import chat, pretrained
-from opd.choices import name_of, nearest, parameters_of
+from opd.build_views import checked_views, with_writers
 from opd.config import recipe_hash
-from opd.contexts import SignalViews, check_asking_view, check_hints, prompt_context
+from opd.contexts import SignalViews, prompt_context
 from opd.guard import parse_rules
 from opd.learner.torch_learner import torch_learner
 from opd.learner.types import Learner, LearnerSettings, OptimizerSettings
@@ -31,10 +31,8 @@ from opd.source import Codec, RolloutSource, SourceSettings, parse_source
 from opd.student import external_model, load_model, load_tokenizer, pad_id, room_for_prompts, student_path
 from opd.teacher.local import LocalTeacher, frozen_copy
 from opd.teacher.score import SignalScorer, Weights
-from opd.token_bytes import token_bytes
 from opd.types import Prompt, Verdict, Verifier
-from opd.views import ViewSpec, resolve_view
-from opd.writing import AnnotatedSource, Desk, Writer, check_writer
+from opd.writing import AnnotatedSource
 
 CHECKED_PROMPTS = 32  # of an endless stream, before the run starts; a file is checked whole
 
@@ -69,13 +67,8 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     mixture = parse_source(recipe.rollout.source)
     check_dataset_hint(problems.train if mixture.hint and mixture.student < 1 else (), mixture.hint)
     tokenizer = load_tokenizer(recipe, problems)
-    specs = {name: resolve_view(signal.view, problems.templates) for name, signal in recipe.signals.items()}
-    for name, spec in specs.items():
-        check_hints(name, spec, problems.train)
-    check_asking_view(mixture.view, specs)
+    specs = checked_views(recipe, problems, objective, choices)
     check_support_sizes(objective, len(tokenizer))
-    check_hidden_signals(objective, choices)
-    check_writers(recipe, specs, objective)
     model, encode = load_model(recipe, tokenizer), partial(_encode, tokenizer)
     room = room_for_prompts(model, recipe.sampling.max_tokens, "the student")
     longest_prompt = min(recipe.data.max_prompt_tokens, room)
@@ -116,37 +109,6 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
         encode=encode,
         stop_ids=stop_ids,
     )
-
-
-def with_writers(
-    source: RolloutSource, recipe: Recipe, engine: TorchEngine, tokenizer: PreTrainedTokenizerBase, positions: int, stop_ids: tuple[int, ...]
-) -> RolloutSource | AnnotatedSource:
-    """The source, and whoever writes about its answers."""
-    if not recipe.writers:
-        return source
-    desk = Desk(
-        engine=engine,
-        render=partial(chat.render, tokenizer),
-        decode=partial(chat.decode, tokenizer),
-        pieces=partial(token_bytes, tokenizer),
-        room=positions - max(writer.max_tokens for writer in recipe.writers.values()),
-        stop_ids=stop_ids,
-    )
-    return AnnotatedSource(source, {name: Writer(**writer.model_dump()) for name, writer in recipe.writers.items()}, desk)
-
-
-def check_writers(recipe: Recipe, specs: Mapping[str, ViewSpec], objective: Objective) -> None:
-    """Raises ValueError for a request that cannot be made, and for views and weights that read what nobody writes."""
-    for name, writer in recipe.writers.items():
-        check_writer(name, writer.ask)
-    read = {f"signals.{name}.view": parameters_of(spec.view).get("name") for name, spec in specs.items() if name_of(spec.view) == "note"}
-    marks = {f"weight of term {t.name!r}": parameters_of(f).get("name") for t in objective.terms for f in t.fields if name_of(f) == "marked"}
-    for where, name in {**read, **marks}.items():
-        declared = ", ".join(sorted(recipe.writers)) or "none"
-        if name not in recipe.writers:
-            raise ValueError(f"{where} reads what {name!r} writes{nearest(str(name), recipe.writers)}; declared: {declared}. Add writers.{name}")
-        if where in marks and not recipe.writers[name].points:
-            raise ValueError(f"{where} needs tokens that {name!r} points at; set writers.{name}.points=true")
 
 
 def checked(verify: Verifier, check: Callable[[], None]) -> Verifier:
@@ -300,16 +262,6 @@ def check_support_sizes(objective: Objective, vocab_size: int) -> None:
             raise ValueError(
                 f"term {term.name!r}: support k is {term.support.k} but the vocabulary has {vocab_size} tokens; "
                 f"lower objective support k to at most {vocab_size}, or use support: full"
-            )
-
-
-def check_hidden_signals(objective: Objective, choices: Mapping[str, tuple[str, Any]]) -> None:
-    """Raises ValueError where hidden states of two different models would be compared."""
-    for term in objective.terms:
-        if term.support and term.support.kind == "hidden" and term.signal and choices[term.signal][0] == "external":
-            raise ValueError(
-                f"term {term.name!r}: match: hidden_states compares the student with itself under another view, and signals.{term.signal} is "
-                "another model, whose hidden states mean something else; use teacher: live | frozen | {ema: {}}, or distill: forward_kl"
             )
 
 

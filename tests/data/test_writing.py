@@ -5,7 +5,8 @@ import torch
 from opd_rollout.types import Completion
 
 from opd.bpe import train_byte_bpe
-from opd.build import check_writers, objective_of
+from opd.build import objective_of
+from opd.build_views import check_writers
 from opd.config import load_recipe
 from opd.tasks import TASKS
 from opd.tasks.tokenizer import character_tokenizer

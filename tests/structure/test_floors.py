@@ -68,6 +68,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below
         "opd",
         "opd.api",
         "opd.build",
+        "opd.build_views",
         "opd.cli",
         "opd.comparison",
         "opd.diagnosis",

@@ -1,0 +1,71 @@
+"""The views and writers of a recipe: resolved, judged against its data and objective, put around the source."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from opd_rollout.torch_engine import TorchEngine
+from transformers import PreTrainedTokenizerBase
+
+from opd import chat
+from opd.choices import name_of, nearest, parameters_of
+from opd.contexts import check_asking_view, check_hints
+from opd.objective import Objective
+from opd.problems import Problems
+from opd.recipe import Recipe
+from opd.source import RolloutSource, parse_source
+from opd.token_bytes import token_bytes
+from opd.views import ViewSpec, resolve_view
+from opd.writing import AnnotatedSource, Desk, Writer, check_writer
+
+
+def checked_views(recipe: Recipe, problems: Problems, objective: Objective, choices: Mapping[str, tuple[str, Any]]) -> dict[str, ViewSpec]:
+    """Every signal's view. Raises ValueError where it could never show anything, or something else reads what is not there."""
+    specs = {name: resolve_view(signal.view, problems.templates) for name, signal in recipe.signals.items()}
+    for name, spec in specs.items():
+        check_hints(name, spec, problems.train)
+    check_asking_view(parse_source(recipe.rollout.source).view, specs)
+    check_hidden_signals(objective, choices)
+    check_writers(recipe, specs, objective)
+    return specs
+
+
+def with_writers(
+    source: RolloutSource, recipe: Recipe, engine: TorchEngine, tokenizer: PreTrainedTokenizerBase, positions: int, stop_ids: tuple[int, ...]
+) -> RolloutSource | AnnotatedSource:
+    """The source, and whoever writes about its answers."""
+    if not recipe.writers:
+        return source
+    desk = Desk(
+        engine=engine,
+        render=partial(chat.render, tokenizer),
+        decode=partial(chat.decode, tokenizer),
+        pieces=partial(token_bytes, tokenizer),
+        room=positions - max(writer.max_tokens for writer in recipe.writers.values()),
+        stop_ids=stop_ids,
+    )
+    return AnnotatedSource(source, {name: Writer(**writer.model_dump()) for name, writer in recipe.writers.items()}, desk)
+
+
+def check_hidden_signals(objective: Objective, choices: Mapping[str, tuple[str, Any]]) -> None:
+    """Raises ValueError where hidden states of two different models would be compared."""
+    for term in objective.terms:
+        if term.support and term.support.kind == "hidden" and term.signal and choices[term.signal][0] == "external":
+            raise ValueError(
+                f"term {term.name!r}: match: hidden_states compares the student with itself under another view, and signals.{term.signal} is "
+                "another model, whose hidden states mean something else; use teacher: live | frozen | {ema: {}}, or distill: forward_kl"
+            )
+
+
+def check_writers(recipe: Recipe, specs: Mapping[str, ViewSpec], objective: Objective) -> None:
+    """Raises ValueError for a request that cannot be made, and for views and weights that read what nobody writes."""
+    for name, writer in recipe.writers.items():
+        check_writer(name, writer.ask)
+    read = {f"signals.{name}.view": parameters_of(spec.view).get("name") for name, spec in specs.items() if name_of(spec.view) == "note"}
+    marks = {f"weight of term {t.name!r}": parameters_of(f).get("name") for t in objective.terms for f in t.fields if name_of(f) == "marked"}
+    for where, name in {**read, **marks}.items():
+        declared = ", ".join(sorted(recipe.writers)) or "none"
+        if name not in recipe.writers:
+            raise ValueError(f"{where} reads what {name!r} writes{nearest(str(name), recipe.writers)}; declared: {declared}. Add writers.{name}")
+        if where in marks and not recipe.writers[name].points:
+            raise ValueError(f"{where} needs tokens that {name!r} points at; set writers.{name}.points=true")
