@@ -101,8 +101,11 @@ def _train_in(folder: Path, recipe: Recipe, verifier: Callable[..., Any] | None,
 
 
 def train_run(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Path:
-    """One run of a comparison: quiet, without W&B."""
-    return train(recipe, {**overrides, "track.wandb": "disabled"}, folder, quiet=True)
+    """One run of a comparison: quiet, without W&B. A run that a guard rail pauses has failed, for nobody is there to look."""
+    try:
+        return train(recipe, {**overrides, "track.wandb": "disabled"}, folder, quiet=True)
+    except Paused as paused:
+        raise RuntimeError(f"paused by {paused}") from paused
 
 
 def evaluate_run(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Path:

@@ -190,7 +190,10 @@ def advice(found: Mapping[str, Any]) -> list[str]:
     if grown := {name: ratio for name, ratio in found["drift"].items() if ratio > 1.5}:
         told = ", ".join(f"{name} {ratio:.1f} times" for name, ratio in grown.items())
         said.append(f"Slower towards the end than at first: {told} (longer answers, memory, or a busier machine).")
-    said.append("Staleness, packing, K of a top-k support and other hardware were not varied in this run: what they would change is not measured.")
+    said.append(
+        "Staleness, packing, K of a top-k support and other hardware were not varied in this run: what they would change is not measured. The "
+        "learner's side can be: opd bundle RUN step=N, then opd replay BUNDLE learner.packed=true, or another K in objective=..., shows its seconds."
+    )
     return said
 
 

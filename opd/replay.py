@@ -37,6 +37,8 @@ HIDDEN_MEBIBYTES = 64  # up to here a bundle also holds the teachers' hidden sta
 MAY_CHANGE = ("method", "objective", "updates", "optimizer.lr", "optimizer.clip", "learner.token_budget", "learner.packed", "learner.chunk_bytes")
 """Keys that a replay may set: all others decide the rollouts and scores, which a bundle holds fixed."""
 
+SHOWN = ("loss/", "gradient_norm", "entropy/", "gap/", "tokens/learner", "seconds/learn")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
@@ -136,7 +138,7 @@ def check_inputs(folder: Path, resolved: Mapping[str, Any], recipe: Recipe, part
         if key in resolved and resolved[key] != found[key]:
             raise ValueError(
                 f"{folder} cannot be done again: {what} is not the run's ({key}: {resolved[key]} -> {found[key]}). Put it back"
-                + ("; a verifier given from Python is given again: opd.bundle(run, step, verifier=fn)" if key == "verifier" else "")
+                + ("; a verifier given from Python is given again: opd.replay.freeze(run, step, verifier=fn)" if key == "verifier" else "")
             )
 
 
@@ -320,7 +322,7 @@ def describe(result: Replayed) -> str:
     tokens = sum(len(sample.judged.completion.token_ids) for sample in result.bundle.samples)
     lines = [f"{result.bundle.run}, step {result.bundle.step}: {len(result.bundle.samples)} answers, {tokens} tokens"]
     lines.append(f"{'':<28}{'recorded':>18}{'replayed':>18}")
-    names = sorted({name for outcome in (before, now) for name in outcome.meters if name.startswith(("loss/", "gradient_norm", "entropy/", "gap/"))})
+    names = sorted({name for outcome in (before, now) for name in outcome.meters if name.startswith(SHOWN)})
     for name in names:
         cells = [f"{outcome.meters[name].mean:.6g}" if name in outcome.meters else "-" for outcome in (before, now)]
         lines.append(f"{name:<28}{cells[0]:>18}{cells[1]:>18}")
