@@ -65,7 +65,7 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     sampler = parse_sampler(recipe.rollout.sampler)
     problems = load_problems(recipe, verifier)
     mixture = parse_source(recipe.rollout.source)
-    check_dataset_hint(problems.train if mixture.hint and mixture.student < 1 else (), mixture.hint)
+    check_dataset_hint(problems.train if mixture.reads_data else (), mixture.hint)
     tokenizer = load_tokenizer(recipe, problems)
     specs = checked_views(recipe, problems, objective, choices)
     check_support_sizes(objective, len(tokenizer))
@@ -135,10 +135,9 @@ def objective_of(recipe: Recipe) -> Objective:
 def setting_of(recipe: Recipe) -> Setting:
     """What the rest of a recipe says to its objective."""
     mixture = parse_source(recipe.rollout.source)
-    source = "student" if mixture.student == 1 or mixture.view else "dataset" if mixture.student == 0 else "mixed"
     sampled_in = None if mixture.student == 1 or not mixture.view else mixture.view if mixture.student == 0 else f"{mixture.view}, in part"
     return Setting(
-        signals=tuple(recipe.signals), group=recipe.group, source=source, max_tokens=recipe.sampling.max_tokens, sampled_in=sampled_in,
+        signals=tuple(recipe.signals), group=recipe.group, source=mixture.kind, max_tokens=recipe.sampling.max_tokens, sampled_in=sampled_in,
         sampler=recipe.rollout.sampler != "student",
     )  # fmt: skip
 
@@ -271,10 +270,10 @@ def sampling_of(recipe: Recipe, stop_ids: tuple[int, ...]) -> Sampling:
 
 
 def source_settings(recipe: Recipe, room: int) -> SourceSettings:
-    share, hint, view = parse_source(recipe.rollout.source)
-    r = recipe.rollout
+    mixture, r = parse_source(recipe.rollout.source), recipe.rollout
     return SourceSettings(
-        num_prompts=r.prompts, group=recipe.group, seed=recipe.seed, student_share=share, dataset_hint=hint, view=view, filter=r.filter,
+        num_prompts=r.prompts, group=recipe.group, seed=recipe.seed, student_share=mixture.student, dataset_hint=mixture.hint,
+        view=mixture.view, paired=mixture.paired, schedule=mixture.schedule, filter=r.filter,
         max_refill=r.max_refill, overlong=r.overlong, max_prompt_tokens=min(recipe.data.max_prompt_tokens, room),
     )  # fmt: skip
 

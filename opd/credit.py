@@ -23,7 +23,8 @@ from opd.pooling import Pool
 class GroupOutcome:
     """How the G answers to one prompt fared. Where `valid` is false the verifier gave no verdict and the rest means nothing.
 
-    reward [G] float64 (shaped, where the term shapes it), correct, valid, truncated [G] bool, length [G] tokens.
+    reward [G] float64 (shaped, where the term shapes it), correct, valid, truncated [G] bool, length [G] tokens. logratio [G]: summed
+    log student - log reference of each answer, for credits that compare pairs (they read "own_logp"), else zeros.
     """
 
     reward: Tensor
@@ -31,6 +32,7 @@ class GroupOutcome:
     valid: Tensor
     length: Tensor
     truncated: Tensor
+    logratio: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property
     def pass_rate(self) -> float:
@@ -84,6 +86,21 @@ def max_rl(group: GroupOutcome) -> Tensor:
 def verdict_sign(group: GroupOutcome) -> Tensor:
     """1 for a correct answer, -1 for a wrong one [G], 0 without a verdict: the class, for credits that contrast the two."""
     return torch.where(group.valid, torch.where(group.correct, 1.0, -1.0), 0.0).double()
+
+
+@reads("pair", "own_logp")
+def pair_preference(group: GroupOutcome, *, beta: Positive = 0.1, reference: str = "reference") -> Tensor:
+    """beta x the mean over pairs of a right and a wrong answer of sigmoid(-beta (ratio right - ratio wrong)), plus for right, minus for wrong [G].
+
+    With these advantages REINFORCE on whole answers has the gradient of -log sigmoid(...) at rollout weights: DPO (arXiv 2305.18290), with
+    the data's answer as the right one SPIN (2401.01335).
+    """
+    right, wrong = group.valid & group.correct, group.valid & ~group.correct
+    if not right.any() or not wrong.any():
+        return torch.zeros_like(group.reward)
+    pull = torch.sigmoid(-beta * (group.logratio[:, None] - group.logratio[None, :]))
+    pull = torch.where(right[:, None] & wrong[None, :], pull, 0.0) * (beta / float(right.sum() * wrong.sum()))
+    return pull.sum(1) - pull.sum(0)
 
 
 def raw_reward(group: GroupOutcome) -> Tensor:
@@ -230,6 +247,7 @@ CREDITS = {
     "leave_one_out": leave_one_out,
     "max_rl": max_rl,
     "raw_reward": raw_reward,
+    "pair_preference": pair_preference,
     "verdict_sign": verdict_sign,
 }
 

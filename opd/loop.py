@@ -23,7 +23,7 @@ Views = Mapping[str, Sequence[tuple[int, ...] | None]]  # signal name -> a conte
 class RolloutSource(Protocol):
     """Answers and verdicts for a step; everything about prompts, filters, refills and mixtures lives behind it."""
 
-    def collect(self, step: int) -> list[Judged]: ...
+    def collect(self, step: int, metrics: Mapping[str, float]) -> list[Judged]: ...
 
     def meters(self) -> Mapping[str, Meter]: ...
 
@@ -82,7 +82,7 @@ def train_step(step: int, s: System) -> tuple[StepReport, list[Sample]]:
     """One round of the method: returns what it did and the samples it learned from."""
     objective = s.objective.at(step, s.last)  # every schedule as the number that it gives now
     with s.clock("rollout"):
-        judged = s.source.collect(step)  # the student answers, the verifier judges (filter, refill and mixtures live here)
+        judged = s.source.collect(step, s.last)  # the student answers, the verifier judges (filter, refill and mixtures live here)
     with s.clock("views"):
         views = s.view(judged)  # what each signal may see and the student may not
     with s.clock("prepare"):

@@ -101,7 +101,7 @@ class Rollout(_Frozen):
     prompts: Positive = Field(default=32, description="prompts a step")
     source: Choice = Field(
         default="student",
-        description="student | {dataset: HINT} | {view: SIGNAL} | {mixed: {student: share, dataset: HINT}} (or view: SIGNAL in its place)",
+        description="student | {dataset: HINT} | {view: SIGNAL} | {paired: {dataset: HINT}} | {mixed: {student: share, dataset or view: NAME}}",
     )
     sampler: Choice = Field(
         default="student",

@@ -15,7 +15,9 @@ from opd_rollout.engine import Engine
 from opd_rollout.sampling import request_seed
 from opd_rollout.types import Completion, GenerateRequest, Sampling
 
-from opd.choices import nearest
+from opd.choices import nearest, resolve
+from opd.objective.schedules import SCHEDULES
+from opd.objective.terms import Schedule, scheduled_value
 from opd.types import Judged, Meter, Prompt, Verdict, Verifier
 from opd.verify import judge
 
@@ -50,7 +52,8 @@ class SourceSettings:
     """How a step's batch is put together.
 
     student_share: probability that the student answers a prompt as it is, else the prompt's hint named `dataset_hint` is the (only) answer,
-    or the student answers while it reads the view of the signal `view`. filter
+    or the student answers while it reads the view of the signal `view`; schedule gives it anew at every step. paired: every prompt gets the
+    student's answers and the dataset's as the last of its group. filter
     "mixed_groups" drops groups whose scored rewards are all equal and draws others, at most `max_refill` times. overlong "mask":
     completions cut at max_tokens leave the loss. max_error_share: at this share of verifier errors in a step the run stops.
     """
@@ -61,6 +64,8 @@ class SourceSettings:
     student_share: float = 1.0
     dataset_hint: str = ""
     view: str = ""
+    paired: bool = False
+    schedule: Schedule | None = None
     filter: Literal["none", "mixed_groups"] = "none"
     max_refill: int = 4
     overlong: Literal["keep", "mask"] = "keep"
@@ -90,13 +95,17 @@ class RolloutSource:
         self._meters: dict[str, Meter] = {}
         self._totals = {"generated_tokens": 0, "discarded_tokens": 0, "verifier_errors": 0}
 
-    def collect(self, step: int) -> list[Judged]:
+    def collect(self, step: int, metrics: Mapping[str, float] | None = None) -> list[Judged]:
         """A step's judged answers, groups numbered from 0 in the order drawn, members within each.
 
         With a filter the batch may hold fewer groups than asked for; when no group passes, the unfiltered groups of the last round come
         back. Raises ValueError for a prompt that is too long or lacks the dataset's answer, and when the verifier fails on too large a
         share.
         """
+        found: dict[str, float] = {}
+        if self.settings.schedule is not None:
+            share = scheduled_value(self.settings.schedule, "rollout.source", step, metrics or {}, found)
+            self.settings = replace(self.settings, student_share=min(max(share, 0.0), 1.0))
         kept: list[list[Judged]] = []
         dropped: list[list[Judged]] = []
         answered: list[list[Judged]] = []
@@ -111,6 +120,7 @@ class RolloutSource:
         if not kept:
             kept, dropped = dropped[-len(answered) :], dropped[: -len(answered)]
         self._account(kept, dropped, rounds)
+        self._meters |= {name: Meter(sum=value, count=1.0) for name, value in found.items()}
         return [replace(item, group=group) for group, members in enumerate(kept) for item in members]
 
     def meters(self) -> Mapping[str, Meter]:
@@ -149,6 +159,8 @@ class RolloutSource:
         for prompt, ids, ours in zip(prompts, encoded, from_student, strict=True):
             completions = [next(remaining) for _ in range(settings.group)] if ours or asked else [self._dataset_answer(prompt)]
             completions = completions if ours or not asked else [replace(completion, source=VIEW) for completion in completions]
+            if settings.paired:
+                completions = [*completions, self._dataset_answer(prompt)]
             groups.append([self._judge(prompt, ids, completion, member) for member, completion in enumerate(completions)])
         return groups
 
@@ -199,31 +211,56 @@ class RolloutSource:
 
 
 class Mixture(NamedTuple):
-    """Who answers: the student with probability `student`, else the data (the hint `hint`) or the student under a signal's view (`view`)."""
+    """Who answers: the student with probability `student`, else the data (the hint `hint`) or the student under a signal's view (`view`).
+
+    paired: the student and the data both answer every prompt. schedule: gives `student` anew at every step.
+    """
 
     student: float
     hint: str = ""
     view: str = ""
+    paired: bool = False
+    schedule: Schedule | None = None
+
+    @property
+    def kind(self) -> Literal["student", "dataset", "mixed"]:
+        """Whose answers a term may meet; under a view it is the student who answers."""
+        if self.paired or self.schedule is not None:
+            return "mixed"
+        return "student" if self.student == 1 or self.view else "dataset" if self.student == 0 else "mixed"
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether some answers come from the prompts' hint."""
+        return self.kind != "student" and bool(self.hint)
 
 
 def parse_source(choice: Any) -> Mixture:
-    """The mixture of `student`, `{dataset: HINT}`, `{view: SIGNAL}` or `{mixed: {student: SHARE, dataset: HINT}}` (or view: SIGNAL).
+    """The mixture of `student`, `{dataset: HINT}`, `{view: SIGNAL}`, `{paired: {dataset: HINT}}` or `{mixed: {student: SHARE, dataset: HINT}}`
+    (or view: SIGNAL); SHARE is a number or a schedule.
 
     Raises ValueError for anything else.
     """
-    form = "student | {dataset: HINT} | {view: SIGNAL} | {mixed: {student: SHARE, dataset: HINT}} | {mixed: {student: SHARE, view: SIGNAL}}"
+    form = (
+        "student | {dataset: HINT} | {view: SIGNAL} | {paired: {dataset: HINT}} | {mixed: {student: SHARE, dataset: HINT}} | "
+        "{mixed: {student: SHARE, view: SIGNAL}}"
+    )
     if choice == "student":
         return Mixture(1.0)
     if isinstance(choice, Mapping) and len(choice) == 1:
         [(name, value)] = choice.items()
         given = dict(value) if name == "mixed" and isinstance(value, Mapping) else {"student": 0.0, name: value}
-        share = given.pop("student", None)
+        if name == "paired" and isinstance(value, Mapping) and set(value) == {DATASET} and isinstance(value[DATASET], str) and value[DATASET]:
+            return Mixture(1.0, value[DATASET], paired=True)
+        share, schedule = given.pop("student", None), None
+        if isinstance(share, Mapping):
+            share, schedule = 0.5, resolve(share, SCHEDULES, "rollout.source.mixed.student")
         number = isinstance(share, int | float) and not isinstance(share, bool)
         if number and 0 <= share <= 1 and len(given) == 1:
             [(kind, other)] = given.items()
             if kind in (DATASET, VIEW) and isinstance(other, str) and other:
-                return Mixture(float(share), other if kind == DATASET else "", other if kind == VIEW else "")
-    raise ValueError(f"rollout.source is {choice!r}; write {form}, with SHARE between 0 and 1")
+                return Mixture(float(share), other if kind == DATASET else "", other if kind == VIEW else "", schedule=schedule)
+    raise ValueError(f"rollout.source is {choice!r}; write {form}, with SHARE between 0 and 1 (or a schedule)")
 
 
 def check_settings(settings: SourceSettings) -> None:
@@ -234,7 +271,7 @@ def check_settings(settings: SourceSettings) -> None:
         raise ValueError(f"the student's share must lie between 0 and 1, found {settings.student_share}")
     if settings.student_share < 1 and not settings.dataset_hint and not settings.view:
         raise ValueError("rollout.source mixes in the dataset but names no hint to learn from, e.g. {dataset: solution}")
-    if settings.filter == "mixed_groups" and (settings.group < 2 or (settings.student_share < 1 and not settings.view)):
+    if settings.filter == "mixed_groups" and (settings.group < 2 or settings.paired or (settings.student_share < 1 and not settings.view)):
         raise ValueError(
             "rollout.filter mixed_groups compares the student's answers to one prompt: it needs group 2 or more and source student"
         )

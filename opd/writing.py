@@ -52,7 +52,7 @@ class Writer:
 class Source(Protocol):
     """The part of opd.loop.RolloutSource that is passed on."""
 
-    def collect(self, step: int) -> list[Judged]: ...
+    def collect(self, step: int, metrics: Mapping[str, float]) -> list[Judged]: ...
 
     def meters(self) -> Mapping[str, Meter]: ...
 
@@ -83,9 +83,9 @@ class AnnotatedSource:
         self._kept: dict[str, dict[str, str]] = {name: {} for name in writers}  # prompt id -> text, of writers about the question alone
         self._meters: dict[str, Meter] = {}
 
-    def collect(self, step: int) -> list[Judged]:
+    def collect(self, step: int, metrics: Mapping[str, float] | None = None) -> list[Judged]:
         """The source's answers, written about by every writer in turn. Within a step equal requests are written once."""
-        judged, tokens = self.source.collect(step), 0
+        judged, tokens = self.source.collect(step, metrics or {}), 0
         self._meters = {}
         for name, writer in self._writers.items():
             if writer.until and step >= writer.until:

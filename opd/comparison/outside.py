@@ -35,7 +35,7 @@ def train_sft(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Path:
     resolved = load_recipe(recipe, {**overrides, "track.wandb": "disabled", "learner.kind": "torch"})
     if api.finished(folder):
         return folder
-    share, hint, _view = parse_source(resolved.rollout.source)
+    share, hint, *_ = parse_source(resolved.rollout.source)
     if share > 0 or not hint:
         raise ValueError(f"SFTTrainer learns from references: set rollout.source to {{dataset: HINT}}, not {resolved.rollout.source!r}")
     parts = build_parts(resolved)

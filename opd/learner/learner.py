@@ -68,7 +68,7 @@ class PolicyLearner:
         """
         several = self.settings.minibatches * self.settings.epochs > 1
         elsewhere = any(self._updater.gather(any(one.completion.source == "view" for one in judged)))  # sampled in another context than here
-        if not (needs.student_topk or needs.entropy or (needs.old_logp and several) or elsewhere):
+        if not (needs.student_topk or needs.entropy or needs.own_logp or (needs.old_logp and several) or elsewhere):
             return [None] * len(judged)
         requests = [
             ScoreRequest(context_ids=one.prompt_ids, completion_ids=one.completion.token_ids, k=needs.student_topk) for one in judged

@@ -10,7 +10,7 @@ import torch
 from opd_rollout.types import TokenScores
 from torch import Tensor
 
-from opd.choices import what_it_reads
+from opd.choices import parameters_of, what_it_reads
 from opd.credit import AnswerFacts, GroupOutcome, SequenceSignals
 from opd.objective.compose import IN_VIEW, keep_field, kept_tokens, length_field, weight_field
 from opd.objective.routes import RouteInput
@@ -19,7 +19,7 @@ from opd.pooling import Pool, alone
 from opd.types import Judged, Prepared, Sample
 
 Views = Mapping[str, Sequence[tuple[int, ...] | None]]
-VIEW = "view"
+DATASET, VIEW = "dataset", "view"  # who wrote an answer: see opd.source
 """Source of an answer that the student sampled while it read a signal's view."""
 
 
@@ -118,7 +118,9 @@ def _columns(term: Term, judged: Sequence[Judged], known: Sequence[SequenceSigna
     """Routes, then advantages, then the weights that join makes: each may depend on those before. here: whether the term's context exists."""
     groups, places = _groups(term, judged, known)
     plain = {number: group_outcome(answers) for number, (answers, _) in groups.items()}  # routes go by the verifier's rewards
-    outcomes = {number: group_outcome(answers, rewards) for number, (answers, rewards) in groups.items()}
+    pairs = term.credit is not None and "own_logp" in what_it_reads(term.credit)
+    ratios = _logratios(term, judged, known) if pairs else {}
+    outcomes = {number: group_outcome(*group, pairs=pairs, logratio=ratios.get(number)) for number, group in groups.items()}
     likelihoods = _likelihoods(term, judged, known)
     routes = []
     for answer, signals, place, present in zip(judged, known, places, here, strict=True):
@@ -170,6 +172,17 @@ def _likelihoods(term: Term, judged: Sequence[Judged], known: Sequence[SequenceS
     return {group: {name: torch.stack(values) for name, values in means.items()} for group, means in found.items()}
 
 
+def _logratios(term: Term, judged: Sequence[Judged], known: Sequence[SequenceSignals]) -> dict[int, Tensor]:
+    """Summed log student - log reference of each group's answers, by group number, for a credit that compares pairs; NaN without a view."""
+    reference = parameters_of(term.credit)["reference"] if term.credit else ""
+    found: dict[int, list[Tensor]] = {}
+    for answer, signals in zip(judged, known, strict=True):
+        scores = signals.scores.get(reference)
+        gap = torch.full_like(signals.student_logp, torch.nan) if scores is None else signals.student_logp - scores.sampled
+        found.setdefault(answer.group, []).append(torch.where(signals.loss_mask, gap, 0.0).double().sum())
+    return {group: torch.stack(values) for group, values in found.items()}
+
+
 def _shaping(term: Term, answer: Judged, signals: SequenceSignals) -> float:
     if not term.shape or not term.signals <= signals.scores.keys():
         return 0.0
@@ -177,15 +190,22 @@ def _shaping(term: Term, answer: Judged, signals: SequenceSignals) -> float:
     return sum(shaping(facts) for shaping in term.shape)
 
 
-def group_outcome(answers: Sequence[Judged], rewards: Sequence[float] | None = None) -> GroupOutcome:
-    """The outcome of one prompt's answers, in the order given; `rewards` in the place of the verdicts' where a term shapes them."""
+def group_outcome(
+    answers: Sequence[Judged], rewards: Sequence[float] | None = None, *, pairs: bool = False, logratio: Tensor | None = None
+) -> GroupOutcome:
+    """The outcome of one prompt's answers, in the order given; `rewards` in the place of the verdicts' where a term shapes them.
+
+    An answer of the data beside the student's is none of its outcomes, unless `pairs` are compared. logratio: see GroupOutcome.
+    """
+    sampled = any(a.completion.source != DATASET for a in answers)
     rewards = [a.verdict.reward for a in answers] if rewards is None else rewards
     return GroupOutcome(
         reward=torch.tensor(rewards, dtype=torch.float64),
         correct=torch.tensor([a.verdict.correct for a in answers]),
-        valid=torch.tensor([a.verdict.status == "score" for a in answers]),
+        valid=torch.tensor([a.verdict.status == "score" and (pairs or not sampled or a.completion.source != DATASET) for a in answers]),
         length=torch.tensor([len(a.completion.token_ids) for a in answers]),
         truncated=torch.tensor([a.completion.finish == "length" for a in answers]),
+        logratio=torch.zeros(len(answers), dtype=torch.float64) if logratio is None else logratio,
     )
 
 

@@ -305,6 +305,8 @@ def weight_reads_signal(term: Term, setting: Setting) -> Finding | None:
 def sampled_by_the_policy(term: Term, setting: Setting) -> Finding | None:
     if setting.source in (None, "student") or (setting.source == "mixed" and name_of(term.route) == "from_student"):
         return None
+    if term.credit is not None and "own_logp" in term.reads:  # compares answers, whoever wrote them
+        return None
     sampled = term.kind == "surrogate" or (term.support is not None and term.support.kind == "sampled")
     ratio = term.reads & {"old_logp", "behaviour_logp"}
     if not sampled and not ratio:

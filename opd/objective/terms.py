@@ -124,11 +124,13 @@ class Needs:
     """What an objective asks of the steps before it.
 
     old_logp: a term compares with the weights of the rollout; with one update a batch the learner may leave it out (the ratio is then 1).
+    own_logp: a function made before the step reads the student's log-probs of answers that it did not sample.
     entropy: a weight reads the student's. student_topk: k of the ids that `prepare` must choose, 0 for none.
     separable: no term needs whole rows of the vocabulary or a whole answer, so the loss can run chunk by chunk.
     """
 
     old_logp: bool
+    own_logp: bool
     entropy: bool
     student_topk: int
     signals: Mapping[str, SignalNeeds]
@@ -165,6 +167,7 @@ class Objective:
         full_terms = tuple(term for term in self.terms if term.support and term.support.kind in ("full", "hidden"))
         return Needs(
             old_logp="old_logp" in reads,
+            own_logp="own_logp" in reads,
             entropy="entropy" in reads or any(term.kind == "entropy" for term in self.terms),
             student_topk=max((t.support.k for t in self.terms if t.support and t.support.kind == "student_topk"), default=0),
             signals={name: self._signal_needs(name) for name in sorted(set().union(*(term.signals for term in self.terms)))},
@@ -186,19 +189,19 @@ def _at(term: Term, step: int, metrics: Mapping[str, float], found: dict[str, fl
         if function is None or not any(isinstance(value, Scheduled) for value in parameters_of(function).values()):
             return function
         numbers = {
-            name: _value(value.schedule, f"{term.name}/{name_of(function)}.{name}", step, metrics, found)
+            name: scheduled_value(value.schedule, f"{term.name}/{name_of(function)}.{name}", step, metrics, found)
             for name, value in parameters_of(function).items()
             if isinstance(value, Scheduled)
         }
         return partial(function, **numbers)
 
-    coef = _value(term.coef, f"{term.name}/coef", step, metrics, found) if callable(term.coef) else term.coef
+    coef = scheduled_value(term.coef, f"{term.name}/coef", step, metrics, found) if callable(term.coef) else term.coef
     single = {name: bound(getattr(term, name)) for name in ("loss", "target", "credit", "route")}
     several = {name: tuple(map(bound, getattr(term, name))) for name in ("weights", "gates", "fields", "token_credits", "shape")}
     return replace(term, coef=coef, **single, **several)
 
 
-def _value(schedule: Schedule, place: str, step: int, metrics: Mapping[str, float], found: dict[str, float]) -> float:
+def scheduled_value(schedule: Schedule, place: str, step: int, metrics: Mapping[str, float], found: dict[str, float]) -> float:
     """What the schedule gives; also noted in `found`, with what it remembers, unless it is constant."""
     prefix = f"schedule/{place}"
     if "state" not in what_it_reads(schedule):

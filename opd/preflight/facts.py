@@ -70,8 +70,8 @@ def gather(recipe: Recipe) -> tuple[Facts, list[Finding]]:
     attempt(partial(check_tracking, recipe.track.wandb))
     problems = attempt(partial(load_problems, recipe, None))
     if problems:
-        share, hint, view = parse_source(recipe.rollout.source)
-        attempt(lambda: check_dataset_hint(problems.train if share < 1 and not view else (), hint))
+        mixture = parse_source(recipe.rollout.source)
+        attempt(lambda: check_dataset_hint(problems.train if mixture.reads_data else (), mixture.hint))
     views = _views(recipe, problems, attempt)
     path = attempt(partial(student_path, recipe))
     tokenizer = attempt(partial(load_tokenizer, recipe, problems)) if problems and path is not None else None

@@ -9,7 +9,7 @@ from opd_rollout.sampling import request_seed
 from opd_rollout.types import Completion, GenerateRequest, Sampling
 
 from opd.prompts import shuffled_stream
-from opd.source import Codec, RolloutSource, SourceSettings, parse_source, student_answers
+from opd.source import Codec, Mixture, RolloutSource, SourceSettings, parse_source, student_answers
 from opd.types import Meter, Prompt, Verdict
 
 SAMPLING = Sampling(max_tokens=4, stop_ids=(0,))
@@ -335,7 +335,35 @@ def test_too_long_prompt_is_refused():
     ],
 )
 def test_source_choices(choice, parsed):
-    assert parse_source(choice) == parsed
+    assert parse_source(choice)[:3] == parsed and parse_source(choice).schedule is None
+
+
+def test_in_pairs_the_data_answers_every_prompt_after_the_student():
+    assert parse_source({"paired": {"dataset": "solution"}}) == Mixture(1.0, "solution", paired=True)
+    source, _ = make(group=2, paired=True, dataset_hint="solution")
+    judged = source.collect(0)
+    assert [(j.group, j.member, j.completion.source) for j in judged[:4]] == [
+        (0, 0, "student"), (0, 1, "student"), (0, 2, "dataset"), (1, 0, "student"),
+    ]  # fmt: skip
+    assert source.meters()["rollout/dataset_share"].mean == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="mixed_groups"):
+        make(group=2, paired=True, dataset_hint="solution", filter="mixed_groups")
+
+
+def test_a_scheduled_share_of_the_student_is_the_schedules_and_is_remembered_in_the_metrics():
+    loop = {"rise_when_worse": {"metric": "eval/dev", "tolerance": 0.1, "rise": 1.0}}
+    mixture = parse_source({"mixed": {"student": loop, "dataset": "solution"}})
+    assert mixture.kind == "mixed" and mixture.reads_data
+    source, _ = make(dataset_hint="solution", student_share=mixture.student, schedule=mixture.schedule)
+    metrics, writers = {}, []
+    for step, accuracy in enumerate((None, 0.8, 0.75, 0.6, 0.9)):
+        metrics |= {} if accuracy is None else {"eval/dev": accuracy}
+        writers.append({j.completion.source for j in source.collect(step, metrics)})
+        metrics |= {name: meter.mean for name, meter in source.meters().items()}
+    assert writers == [{"dataset"}, {"dataset"}, {"dataset"}, {"student"}, {"student"}]
+    assert metrics["schedule/rollout.source"] == 1.0 and "schedule/rollout.source/reference" in metrics
+    with pytest.raises(ValueError, match="did you mean 'linear'"):
+        parse_source({"mixed": {"student": {"linar": {}}, "dataset": "solution"}})
 
 
 @pytest.mark.parametrize(
@@ -353,7 +381,7 @@ def test_source_choices(choice, parsed):
     ],
 )
 def test_other_sources_are_refused(choice):
-    with pytest.raises(ValueError, match=r"write student \| \{dataset: HINT\} \| \{view: SIGNAL\} \| \{mixed"):
+    with pytest.raises(ValueError, match=r"write student \| \{dataset: HINT\} \| \{view: SIGNAL\} \| \{paired"):
         parse_source(choice)
 
 

@@ -53,7 +53,7 @@ class FakeSource:
     def __init__(self, judged):
         self.judged, self.loaded = judged, None
 
-    def collect(self, step):
+    def collect(self, step, metrics):
         return list(self.judged)
 
     def meters(self):

@@ -17,6 +17,7 @@ from opd.credit import (
     group_centered,
     leave_one_out,
     max_rl,
+    pair_preference,
     raw_reward,
     teacher_logratio,
 )
@@ -48,6 +49,7 @@ def group(reward, valid=None):
         valid=torch.ones(count, dtype=torch.bool) if valid is None else torch.tensor(valid),
         length=torch.full((count,), 5),
         truncated=torch.zeros(count, dtype=torch.bool),
+        logratio=torch.zeros(count, dtype=torch.float64),
     )
 
 
@@ -85,6 +87,14 @@ def test_one_judged_answer_has_no_baseline_and_no_credit(name):
 
 def test_equal_rewards_give_zero_even_when_divided_by_their_deviation():
     assert group_centered(group([0.7, 0.7, 0.7]), std=True).abs().max().item() == 0.0
+
+
+def test_pair_preference_by_hand():
+    """One right answer at log-ratio 1, wrong ones at 0 and 3, beta .5: sigmoid(-.5) and sigmoid(1), each times .5 / 2 pairs."""
+    outcome = replace(group([1.0, 0.0, 0.0]), logratio=torch.tensor([1.0, 0.0, 3.0]).double())
+    near, far = 0.25 / (1 + math.exp(0.5)), 0.25 / (1 + math.exp(-1.0))
+    assert pair_preference(outcome, beta=0.5).tolist() == pytest.approx([near + far, -near, -far])
+    assert pair_preference(group([1.0, 1.0])).tolist() == [0.0, 0.0] == pair_preference(group([0.0, 0.0])).tolist()
 
 
 def test_raw_reward_is_the_reward():

@@ -1,10 +1,12 @@
 """Distillation methods: each recipe against its loss written out over dense fp64 logits, and against itself without what sets it apart."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from opd.objective import Setting, build_objective
 from tests.objective.dense import Batch, load, log
 
 K = 3
@@ -245,8 +247,112 @@ def skd(answers):
     return token_mean(answers, lambda a: forward_kl(log(a.now), teacher(a)))
 
 
+def distillm(answers):
+    def loss(a):
+        lp, lq = log(a.now), teacher(a)
+        return reverse_kl(lp, torch.logaddexp(lp + math.log(0.1), lq + math.log(0.9)))
+
+    return token_mean(answers, loss)
+
+
+def paired():
+    """The last answer of each group comes with the data."""
+    batch = Batch.make(signals=("main", "reference"))
+    for a in (batch.answers[3], batch.answers[7]):
+        a.source, a.reward = "dataset", 1.0
+    return batch
+
+
+def parts(answers):
+    return [a for a in answers if a.source == "dataset"], [a for a in answers if a.source != "dataset"]
+
+
+def distillm2(answers):
+    data, ours = parts(answers)
+
+    def on_data(a):
+        lp, lq = log(a.now), teacher(a)
+        return forward_kl(torch.logaddexp(lq + math.log(0.1), lp + math.log(0.9)), lq)
+
+    def on_ours(a):
+        lp, lq = lumped(a.now, top(a.old)), lumped(a.teachers["main"], top(a.old))
+        return reverse_kl(lp, torch.logaddexp(lp.detach() + math.log(0.1), lq + math.log(0.9)))
+
+    return sequence_mean(data, on_data) + sequence_mean(ours, on_ours)
+
+
+def redi(answers):
+    data, ours = parts(answers)
+    wrong = [a for a in ours if a.reward < 0.5]
+    return sequence_mean(data, lambda a: -a.at(a.now)) - 0.8 * sequence_mean(wrong, lambda a: -a.at(a.now))
+
+
+def adpa(answers):
+    data, ours = parts(answers)
+
+    def linear(a):
+        ids = top(a.old)
+        advantage = teacher(a).gather(-1, ids) - teacher(a, "reference").gather(-1, ids)
+        return -(lumped(a.now, ids, False).exp() * advantage).sum(-1)
+
+    return token_mean(data, lambda a: -a.at(a.now)) + token_mean(ours, linear)
+
+
+def dpo(answers):
+    """-log sigmoid of each pair's margin, a mean over the pairs of a group, then over all answers as the recipe's denominator counts."""
+    total = 0.0
+    for group in {a.group for a in answers}:
+        mates = [a for a in answers if a.group == group]
+        ratio = {id(a): (a.at(a.now) - a.at(a.teachers["reference"])).sum() for a in mates}
+        pairs = [(r, w) for r in mates if r.reward > 0.5 for w in mates if w.reward < 0.5]
+        total = total - sum(torch.nn.functional.logsigmoid(0.1 * (ratio[id(r)] - ratio[id(w)])) for r, w in pairs) / len(pairs)
+    return total / len(answers)
+
+
+PAIRED = {"distillm2": distillm2, "redi": redi, "adpa": adpa}
+PAIRED_WITHOUT = {
+    "distillm2": {"t1__distill": {"skew_reverse_kl": {"alpha": 0.1}}},
+    "redi": {"t1__coef": 0.0},
+    "adpa": {"t1__coef": 0.0},
+    "dpo": {"t0__advantage": "raw_reward", "t0__route": "from_student"},
+}
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_a_method_of_pairs_is_its_papers_loss(name):
+    paired().expect(load(name)[1], PAIRED[name])
+
+
+@pytest.mark.parametrize("name", PAIRED_WITHOUT)
+def test_a_method_of_pairs_without_its_own_part_is_another(name):
+    whole, plain = (paired().run(objective)[1] for objective in (load(name)[1], load(name, **PAIRED_WITHOUT[name])[1]))
+    assert max(float((a - b).abs().max()) for a, b in zip(whole, plain, strict=True)) > 1e-4
+
+
+def test_dpo_has_the_gradient_of_its_papers_loss_at_rollout_weights():
+    batch = paired()
+    for a in batch.answers:
+        a.old = a.now
+    _, gradients, _ = batch.run(load("dpo")[1])
+    free = [replace(a, now=a.now.clone().requires_grad_()) for a in batch.answers]
+    dpo(free).backward()
+    for a, found in zip(free, gradients, strict=True):
+        torch.testing.assert_close(found, a.now.grad, rtol=0, atol=1e-10)
+
+
+def test_an_answer_of_the_data_leaves_the_students_baseline_alone():
+    """group_centered over the student's answers only, whatever the data's answer beside them is worth."""
+    spec = {"policy": "reinforce", "advantage": "group_centered", "route": "from_student"}
+    objective = build_objective([spec], Setting(signals=(), group=3, source="mixed"))
+    batch = paired()
+    ours = Batch([a for a in batch.answers if a.source == "student"])
+    both, alone = batch.run(objective), ours.run(objective)
+    torch.testing.assert_close(both[0], alone[0], rtol=0, atol=1e-12)
+
+
 METHODS = {
     "skd": skd,
+    "distillm": distillm,
     "opd_full": opd_full,
     "opd": opd,
     "gkd": gkd,
@@ -266,6 +372,7 @@ METHODS = {
 }
 WITHOUT = {  # what a method would be without the part that sets it apart
     "minillm": {"t1__coef": 0.0},
+    "distillm": {"t0__distill": "reverse_kl"},
     "skd": {"t0__distill": "reverse_kl"},
     "taid": {"without": ["0.target"]},
     "opd_topk": {"t0__distill": "reverse_kl", "t0__allow": ["truncated_reverse_kl"]},
