@@ -7,6 +7,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from opd.config import load_recipe, parse_overrides, parse_recipe, recipe_hash
 from opd.errors import Paused
 from opd.eval import Codec, EvalResult, EvalSettings, decoding_name, write_evaluation
 from opd.eval import evaluate as evaluate_problems
+from opd.freezing import Recorder
 from opd.guard import parse_rules
 from opd.guarding import RunGuard
 from opd.learner.memory import is_out_of_memory
@@ -90,10 +92,12 @@ def _train_in(folder: Path, recipe: Recipe, verifier: Callable[..., Any] | None,
         open_run(folder, recipe, facts(recipe, parts))
         if not existed:
             held.enter_context(claimed(folder))
-        run = make_run(recipe, folder, parts, status, view)
+        system = make_system(parts, clock)
+        if recipe.track.bundle_steps:
+            system = replace(system, teachers=Recorder(parts, system.last, weights=True, wanted=lambda: status.coming in recipe.track.bundle_steps))
+        run = make_run(recipe, folder, parts, status, view, system.teachers)
         stop.at_once = False
         with _recording(folder, run, view, status):
-            system = make_system(parts, clock)
             reason = train_loop(system, run, recipe.steps)
             report_final(recipe, folder, parts, run, system)
             status.write("finished", reason)
@@ -176,8 +180,8 @@ def make_system(parts: Parts, clock: PhaseClock) -> System:
     )  # fmt: skip
 
 
-def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Status, view: LiveView) -> TrainingRun:
-    """The run folder's side of the loop."""
+def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Status, view: LiveView, teachers: Any = None) -> TrainingRun:
+    """The run folder's side of the loop. teachers: the system's, which may record steps for bundles."""
     ev, ck, tr = recipe.eval, recipe.checkpoint, recipe.track
     plan = Plan(
         steps=recipe.steps, evaluate_every=ev.every, evaluate_first=ev.before, checkpoint_every=ck.every, keep=ck.keep, keep_best=ck.best,
@@ -205,6 +209,7 @@ def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Status, view: L
         ),
         save_tokenizer=parts.tokenizer.save_pretrained,
         guard=make_guard(recipe),
+        freeze=partial(teachers.write, folder, recipe) if isinstance(teachers, Recorder) else None,
     )
 
 

@@ -38,10 +38,11 @@ class Bundle:
     """Step `step` (counted from 1) of run `run`.
 
     recipe: resolved, as JSON. config: the model's config.json. vocab_size, pad_id: what the learner took from the tokenizer. last: the metrics
-    that schedules read. hidden: signal -> the teacher's final hidden states [T, D] of each answer (None without a view), from which any
-    support can be scored; empty where they were left out. heads: signal -> the head behind them. frozen: parameters that are not trained.
-    learner: masters, optimiser and average before the step; both empty in a bundle that holds the weights' name (`before`) alone.
-    equals_run: whether the step, done again, gave the numbers in the run's metrics. threads: of torch, which order its sums.
+    that schedules read. views: signal -> the context ids of each answer (None: no view). hidden: signal -> the teacher's final hidden states
+    [T, D] of each answer (None without a view), from which any support can be scored; empty where they were left out. heads: signal -> the head
+    behind them. frozen: parameters that are not trained. learner: masters, optimiser and average before the step; both empty in a bundle that
+    holds the weights' name (`before`) alone. equals_run: whether the step, done again, gave the numbers in the run's metrics. threads: of torch,
+    which order its sums.
     """
 
     run: str
@@ -52,6 +53,7 @@ class Bundle:
     pad_id: int
     last: Mapping[str, float]
     samples: Sequence[Sample]
+    views: Mapping[str, Sequence[Sequence[int] | None]]
     hidden: Mapping[str, Sequence[Tensor | None]]
     heads: Mapping[str, HeadView]
     frozen: Mapping[str, Tensor]

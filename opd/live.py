@@ -103,6 +103,11 @@ class Status:
     def step(self, step: int) -> None:
         self._step = step
 
+    @property
+    def coming(self) -> int:
+        """The step that is under way or comes next, counted from 1."""
+        return self._step + 1
+
     def write(self, state: str, why: str = "") -> None:
         self._written = time.monotonic()
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -237,6 +237,9 @@ class Track(_Frozen):
     texts: bool = Field(default=True, description="false keeps questions, answers and hints out of W&B")
     samples_every: NonNegative = Field(default=25, description="steps between sample files for `opd inspect`; 0: only the last step")
     samples: Positive = Field(default=16, description="rollouts a sample file")
+    bundle_steps: list[Positive] = Field(
+        default=[], description="steps that are frozen into bundles/ as they happen, for `opd replay`; `opd bundle` makes one of a run that repeats"
+    )
 
 
 class Recipe(_Frozen):

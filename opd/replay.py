@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from opd_kernels import HeadView, selected_logprobs, topk_logprobs
-from opd_rollout.types import ScoreRequest, TokenScores
+from opd_rollout.types import TokenScores
 from torch import Tensor
 
 from opd import pretrained
@@ -22,18 +22,17 @@ from opd.build import Parts, add_adapters, average_of, build_parts, check_suppor
 from opd.bundle import Bundle, Outcome, read_bundle, weights_name, write_bundle
 from opd.config import load_recipe, parse_overrides, parse_recipe
 from opd.errors import NotReproduced
+from opd.freezing import HIDDEN_MEBIBYTES, Recorder, bundle_path
 from opd.learner.types import Learner
 from opd.live import PhaseClock, Status, StopRequest
-from opd.loop import System, TeacherScorer, Views, train_step
+from opd.loop import System, train_step
 from opd.objective import Objective, SignalNeeds, join
 from opd.randomness import seed_generators
 from opd.recipe import Recipe
 from opd.run import read_checkpoint
 from opd.runfolder import INPUTS, checkpoint_step, checkpoints, environment, read_lines
-from opd.student import pad_id
 from opd.types import Judged, Meter, Prepared, Sample
 
-HIDDEN_MEBIBYTES = 64  # up to here a bundle also holds the teachers' hidden states and heads, so that every objective can be replayed
 MAY_CHANGE = ("method", "objective", "updates", "optimizer.lr", "optimizer.clip", "learner.token_budget", "learner.packed", "learner.chunk_bytes")
 """Keys that a replay may set: all others decide the rollouts and scores, which a bundle holds fixed."""
 
@@ -48,50 +47,6 @@ class Replayed:
     outcome: Outcome
     same_objective: bool
     reproduced: bool
-
-
-class Recorder:
-    """Passes scores on (opd.loop.TeacherScorer) and keeps what a bundle needs of them: heads, and hidden states while they fit."""
-
-    def __init__(self, inner: TeacherScorer, parts: Parts) -> None:
-        self._inner, self._parts = inner, parts
-        self.kept_heads: dict[str, HeadView] = {}
-        self.hidden: dict[str, list[Tensor | None]] = {}
-
-    def score(self, judged: Sequence[Judged], views: Views, prepared: Sequence[Prepared | None]) -> list[Mapping[str, TokenScores]]:
-        found = self._inner.score(judged, views, prepared)
-        meters = dict(self._inner.meters())
-        for name, weights in self._parts.scorer.weights.items():
-            if weights.head is not None:
-                self._keep_hidden(name, judged, views[name])
-        self._meters = meters
-        return found
-
-    def _keep_hidden(self, name: str, judged: Sequence[Judged], contexts: Sequence[tuple[int, ...] | None]) -> None:
-        weights = self._parts.scorer.weights[name]
-        assert weights.head is not None
-        head = weights.head()
-        num_tokens = sum(len(one.completion.token_ids) for one in judged)
-        if (head.weight.numel() + num_tokens * head.weight.shape[1]) * head.weight.element_size() > HIDDEN_MEBIBYTES << 20:
-            return
-        chosen = [n for n, context in enumerate(contexts) if context is not None and judged[n].completion.token_ids]
-        requests = [ScoreRequest(context_ids=contexts[n] or (), completion_ids=judged[n].completion.token_ids, hidden=True) for n in chosen]
-        scores = dict(zip(chosen, weights.scores(requests), strict=True))
-        self.hidden[name] = [scores[n].hidden if n in scores else None for n in range(len(judged))]
-        self.kept_heads[name] = copied(head)
-
-    def heads(self) -> Mapping[str, HeadView]:
-        heads = self._inner.heads()
-        self.kept_heads |= {name: copied(head) for name, head in heads.items()}
-        return heads
-
-    def meters(self) -> Mapping[str, Meter]:
-        return self._meters
-
-
-def copied(head: HeadView) -> HeadView:
-    """The head with tensors of its own: a live one moves with the coming update."""
-    return replace(head, weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
 
 
 def freeze(run: str | Path, step: int, *, weights: bool = True, verifier: Callable[..., Any] | None = None) -> Path:
@@ -112,9 +67,13 @@ def freeze(run: str | Path, step: int, *, weights: bool = True, verifier: Callab
     with tempfile.TemporaryDirectory() as scratch:
         system = make_system(parts, PhaseClock(Status(Path(scratch) / "status.json", recipe.steps), StopRequest()))
         rerun(folder, system, step - 1)
-        bundle = _frozen(folder, step, recipe, parts, system, rows[step], weights)
+        recorder = Recorder(parts, system.last, weights=weights, wanted=lambda: True)
+        report, samples = train_step(step - 1, replace(system, teachers=recorder))
+        row = rows[step]
+        equal = all(row.get(name) == report.meters[name].mean for name in ("loss/total", "gradient_norm") if name in report.meters)
+        bundle = recorder.bundle(folder.name, recipe, report, samples, equals_run=equal)
     parts.learner.close()
-    path = folder / "bundles" / f"step-{step:06d}.safetensors"
+    path = bundle_path(folder, step)
     write_bundle(path, bundle)
     return path
 
@@ -156,45 +115,6 @@ def rerun(folder: Path, system: System, step: int) -> None:
             system.last["eval/dev"] = dev[current]  # schedules may read it
 
 
-def _frozen(
-    folder: Path, step: int, recipe: Recipe, parts: Parts, system: System, row: Mapping[str, Any], weights: bool
-) -> Bundle:
-    recorder, learner, model = Recorder(system.teachers, parts), parts.learner, parts.engine.model
-    state, last = copied_tensors(learner.state()) if weights else {}, dict(system.last)
-    trained = set() if not weights else {name.removeprefix("model.") for name in state["masters"]}
-    named = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    report, samples = train_step(step - 1, replace(system, teachers=recorder))
-    equals_run = all(row.get(name) == report.meters[name].mean for name in ("loss/total", "gradient_norm") if name in report.meters)
-    return Bundle(
-        run=folder.name,
-        step=step,
-        recipe=recipe.model_dump(mode="json"),
-        config=model.config.to_json_string(use_diff=False),
-        vocab_size=len(parts.tokenizer),
-        pad_id=pad_id(parts.tokenizer),
-        last=last,
-        samples=samples,
-        hidden=recorder.hidden,
-        heads=recorder.kept_heads,
-        frozen={name: tensor for name, tensor in named.items() if weights and name not in trained},
-        learner=state,
-        before=weights_name(named),
-        outcome=Outcome(meters=report.meters, skipped=report.skipped, weights=weights_name(dict(model.named_parameters()))),
-        equals_run=equals_run,
-        threads=torch.get_num_threads(),
-        packages=environment()["packages"],
-    )
-
-
-def copied_tensors(value: Any) -> Any:
-    """A nest of mappings and sequences with every tensor copied."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: copied_tensors(item) for key, item in value.items()}
-    return [copied_tensors(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
     """The part of a tokenizer that a learner needs."""
@@ -218,11 +138,11 @@ def replay(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) 
     recipe = replayed_recipe(bundle, changes)
     torch.set_num_threads(bundle.threads)
     learner = rebuilt_learner(bundle, recipe)
-    objective, samples, heads = objective_of(recipe), bundle.samples, bundle.heads
+    objective, samples, heads = objective_of(recipe).at(bundle.step - 1, bundle.last), bundle.samples, bundle.heads
     check_support_sizes(objective, bundle.vocab_size)
     if recipe.objective != parse_recipe(dict(bundle.recipe), resolved=True).objective:
         samples = rescored(bundle, objective, learner)
-    report = learner.step(list(samples), objective.at(bundle.step - 1, bundle.last), heads)
+    report = learner.step(list(samples), objective, heads)
     named = dict(learner.policy.model.named_parameters())
     outcome = Outcome(meters={**_step_meters(bundle), **report.meters}, skipped=report.skipped, weights=weights_name(named))
     same = outcome.weights == bundle.outcome.weights and all(
@@ -288,7 +208,7 @@ def rescored(bundle: Bundle, objective: Objective, learner: Learner) -> list[Sam
                         f"hidden states (they exceed {HIDDEN_MEBIBYTES} MiB): replay objectives on support sampled"
                     )
                 scores[n][name] = sample.scores[name]
-    return join(judged, prepared, scores, objective)
+    return join(judged, prepared, scores, objective, views=bundle.views)
 
 
 def scores_from(

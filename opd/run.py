@@ -136,9 +136,10 @@ class TrainingRun:
         write_samples: Callable[[Path, int, Sequence[Sample]], Sequence[Sequence[Any]]],
         save_tokenizer: Callable[[Path], None],
         guard: Guard | None = None,
+        freeze: Callable[[StepReport, Sequence[Sample]], Any] | None = None,
     ) -> None:
         self.folder, self.plan, self.status, self.view = folder, plan, status, view
-        self.guard = guard
+        self.guard, self._freeze = guard, freeze
         self.progress, self.sink, self._cut = Progress(), NoSink(), Cut(source={}, last={}, generators={})
         self._open_sink, self._evaluate_dev, self._write_samples, self._save_tokenizer = open_sink, evaluate_dev, write_samples, save_tokenizer
 
@@ -232,6 +233,8 @@ class TrainingRun:
             rows = self._write_samples(self.folder / "samples" / f"step-{step:06d}.jsonl", step, samples)
             if rows:
                 self.sink.table("samples", SAMPLE_COLUMNS, rows, step)
+        if self._freeze:
+            self._freeze(report, samples)
         self._count_skipped(report)
         if self.guard:
             with s.clock("guard"):  # a phase in which stopping is safe

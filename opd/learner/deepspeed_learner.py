@@ -71,7 +71,7 @@ class DeepSpeedUpdater:
         low_precision = policy.head.weight.dtype == torch.bfloat16
         self.stage = max(1, zero_stage) if low_precision else zero_stage
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
-        self.replayable, self.sharded = self.stage <= 1, self.stage == 3
+        self.replayable, self.sharded, self.whole = self.stage <= 1, self.stage == 3, self.stage == 0
         self._own = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
         self._everything = list(policy.parameters())
         self._largest = settings.clip

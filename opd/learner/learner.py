@@ -158,6 +158,11 @@ class PolicyLearner:
                 named = [(name, tensor.clone()) for name, tensor in named]
         return ModuleWeights(version=version, named=tuple(named))
 
+    @property
+    def whole(self) -> bool:
+        """Whether `state` can be had."""
+        return self._updater.whole
+
     def state(self) -> dict[str, Any]:
         """Everything that the next update depends on besides the frozen weights, as plain values and tensors (not copies).
 

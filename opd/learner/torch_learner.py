@@ -25,7 +25,7 @@ def torch_learner(
 class TorchUpdater:
     """An opd.learner.types.Updater of one process. Parameters below fp32 are trained through fp32 masters."""
 
-    world_size, rank, replayable, sharded = 1, 0, True, False
+    world_size, rank, replayable, sharded, whole = 1, 0, True, False, True
 
     def __init__(self, policy: Policy, settings: OptimizerSettings) -> None:
         self.module = policy

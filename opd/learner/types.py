@@ -107,7 +107,8 @@ class Updater(Protocol):
     """The part in which learners differ: how gradients become an update, and where optimiser state lives.
 
     module: what a forward pass calls (the policy, or an engine around it). replayable: the gradients of an interrupted backward pass
-    can be thrown away, because no collective runs inside it. sharded: outside of `whole_weights` parameters are not whole.
+    can be thrown away, because no collective runs inside it. sharded: outside of `whole_weights` parameters are not whole. whole: every
+    rank holds all of the optimiser, so that `state` can be had.
     """
 
     module: nn.Module
@@ -115,6 +116,7 @@ class Updater(Protocol):
     rank: int
     replayable: bool
     sharded: bool
+    whole: bool
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of the sum of `loss` over the ranks."""

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import struct
 from dataclasses import replace
 
@@ -129,6 +130,27 @@ def test_scores_from_hidden_states_are_the_scorers(runs):
         found = scores_from(hidden, bundle.heads["main"], sample.judged, SignalNeeds(student_support=True), sample.prepared, 1.0)
         torch.testing.assert_close(found.logp, sample.scores["main"].logp, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found.tail_logp, sample.scores["main"].tail_logp, atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_may_be_frozen_while_it_happens(tmp_path):
+    """Also in a run that was interrupted, and whose verifier would not give the same verdicts again."""
+    torch.set_num_threads(1)
+    coin = {"task": "expr", "verifier": {"fn": "tests.run.forked:coin"}}
+    often = {"every": 3, "keep": 5, "best": False}
+    recipe = {**TINY, **RUNS["rewards"], "data": coin, "track": {**TINY["track"], "bundle_steps": [2, 4]}, "checkpoint": often}
+    folder = train(parse_recipe(recipe), folder=tmp_path / "r", quiet=True)
+    kept = {step: (folder / f"bundles/step-{step:06d}.safetensors") for step in (2, 4)}
+    assert sorted((folder / "bundles").iterdir()) == sorted(kept.values())
+    found = {step: replay(path) for step, path in kept.items()}
+    assert all(result.reproduced and result.bundle.step == step for step, result in found.items())
+    rows = {row["step"]: row for row in read_lines(folder / "metrics.jsonl")}
+    assert all(result.outcome.meters["loss/total"].mean == rows[step]["loss/total"] for step, result in found.items())
+    kept[4].unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-000005")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000003"]
+    (folder / "status.json").write_text(json.dumps({"state": "preempted", "step": 3, "steps": 5, "why": ""}))
+    train(parse_recipe(recipe), folder=folder, quiet=True)
+    assert replay(kept[4]).outcome.weights == found[4].outcome.weights
 
 
 def test_a_bundle_without_weights_keeps_their_name(runs):

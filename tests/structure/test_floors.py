@@ -73,6 +73,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below
         "opd.comparison",
         "opd.diagnosis",
         "opd.doctor",
+        "opd.freezing",
         "opd.overview",
         "opd.preflight",
         "opd.reference",
