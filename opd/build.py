@@ -104,7 +104,7 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
         source=source,
         scorer=SignalScorer(weights, objective.needs.signals),
         objective=objective,
-        views=SignalViews(tokenizer, specs, room_for_views),
+        views=SignalViews(tokenizer, specs, room_for_views, {name: signal.domain for name, signal in recipe.signals.items()}),
         problems=replace(problems, verify=verify),
         encode=encode,
         stop_ids=stop_ids,

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd import chat
 from opd.choices import name_of, nearest, parameters_of
-from opd.contexts import check_asking_view, check_hints
+from opd.contexts import check_asking_view, check_domains, check_hints
 from opd.objective import Objective
 from opd.problems import Problems
 from opd.recipe import Recipe
@@ -24,6 +24,7 @@ def checked_views(recipe: Recipe, problems: Problems, objective: Objective, choi
     specs = {name: resolve_view(signal.view, problems.templates) for name, signal in recipe.signals.items()}
     for name, spec in specs.items():
         check_hints(name, spec, problems.train)
+    check_domains({name: signal.domain for name, signal in recipe.signals.items()}, problems.train)
     check_asking_view(parse_source(recipe.rollout.source).view, specs)
     check_hidden_signals(objective, choices)
     check_writers(recipe, specs, objective)

@@ -73,14 +73,20 @@ def render_views(
 class SignalViews:
     """Every signal's contexts of a step's answers (opd.loop.Viewer), and the counts of the last call."""
 
-    def __init__(self, tokenizer: chat.Tokenizer, specs: Mapping[str, ViewSpec], max_context_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: chat.Tokenizer, specs: Mapping[str, ViewSpec], max_context_tokens: int, domains: Mapping[str, str] | None = None
+    ) -> None:
+        """domains: signal -> the domain whose prompts alone it sees; a signal that is not named, or has "", sees all."""
+        self._domains = dict(domains or {})
         self._tokenizer, self._specs, self._max_context_tokens = tokenizer, dict(specs), max_context_tokens
         self._meters: dict[str, Meter] = {}
 
     def __call__(self, judged: Sequence[Judged]) -> dict[str, list[tuple[int, ...] | None]]:
         contexts = {}
         for name, spec in self._specs.items():
-            contexts[name], counts = render_views(self._tokenizer, judged, spec, self._max_context_tokens)
+            found, counts = render_views(self._tokenizer, judged, spec, self._max_context_tokens)
+            domain = self._domains.get(name, "")
+            contexts[name] = [ids if in_domain(answer.prompt, domain) else None for answer, ids in zip(judged, found, strict=True)]
             for what in ("shortened", "dropped"):
                 self._meters[f"views/{name}_{what}"] = Meter(sum=float(getattr(counts, what)), count=float(len(judged)))
         return contexts
@@ -88,6 +94,23 @@ class SignalViews:
     def meters(self) -> Mapping[str, Meter]:
         """Shares of answers whose hint was shortened, or whose view was dropped because it did not fit."""
         return self._meters
+
+
+def in_domain(prompt: Prompt, domain: str) -> bool:
+    """Whether a prompt belongs to a domain: "" holds all, math holds math and math/algebra."""
+    return not domain or prompt.domain == domain or prompt.domain.startswith(f"{domain}/")
+
+
+def check_domains(domains: Mapping[str, str], prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError for a signal that would see no prompt, and for prompts that no signal sees although every signal has a domain."""
+    there = ", ".join(sorted({repr(prompt.domain) for prompt in prompts}))
+    for name, domain in domains.items():
+        if domain and prompts and not any(in_domain(prompt, domain) for prompt in prompts):
+            near = nearest(domain, {prompt.domain for prompt in prompts})
+            raise ValueError(f"signals.{name}.domain: no training prompt has the domain {domain!r}{near}; found: {there}")
+    lost = sorted({prompt.domain for prompt in prompts if domains and not any(in_domain(prompt, domain) for domain in domains.values())})
+    if lost:
+        raise ValueError(f"signals: no teacher sees the prompts of the domain {lost[0]!r}; declare a signal with that domain, or one without")
 
 
 def prompt_context(

@@ -141,6 +141,7 @@ class Signal(_Frozen):
 
     weights: Choice = Field(default="frozen", description="live | frozen | {ema: {rate: r, every: steps}} | {external: {path: p}}")
     view: Choice = Field(default="plain", description="name in opd.views, or {name: {parameters}}")
+    domain: str = Field(default="", description="score only prompts of this domain (or of its parts, domain/...); empty: all")
 
 
 class Writer(_Frozen):

@@ -409,6 +409,24 @@ def test_micro_batches_change_nothing(batch, name):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
+def test_mopd_asks_each_domains_teacher_under_one_denominator():
+    batch = Batch.make(signals=("first", "second"))
+    for a in batch.answers:
+        del a.teachers["second" if a.group == 0 else "first"]
+
+    def loss(a):
+        ratio = (a.at(a.old) - a.at(a.engine)).exp()
+        [name] = a.teachers
+        return torch.where((ratio >= 0.2) & (ratio <= 5.0), ratio, 0.0) * reinforce(a, rollout_ratio(a, name))
+
+    def whole(answers):
+        return token_mean(answers, loss)
+
+    batch.expect(load("mopd")[1], whole)
+    one = batch.run(load("mopd", t1__coef=0.0)[1])[1]
+    assert all(float(g.abs().max()) == 0.0 for g, a in zip(one, batch.answers, strict=True) if a.group == 1)
+
+
 def test_paced_changes_its_divergence_at_the_stage(batch):
     def second(answers):
         weight = {0: 0.25, 1: 3 / 16}

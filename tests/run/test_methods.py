@@ -23,7 +23,8 @@ from opd.tasks.tokenizer import character_tokenizer
 
 torch.set_num_threads(1)
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-READABLE = {  # texts in the alphabet of the test's task, whose base reads one kind of hint at a time
+READABLE = {
+    "mopd": {"signals.second.domain": ""},  # texts in the alphabet of the test's task, whose base reads one kind of hint at a time
     "trace": {
         "writers.spans.ask": "S{solution}\n{segments}",
         "writers.spans.max_tokens": 8,
