@@ -198,8 +198,17 @@ def renormalised_needs_two(term: Term, setting: Setting) -> Finding | None:
     )
 
 
+def drawn_support(term: Term, setting: Setting) -> Finding | None:
+    if not term.support or term.support.kind != "teacher_sample" or (term.loss and name_of(term.loss) == "forward_kl"):
+        return None
+    return Finding(
+        reason=f"{name_of(term.loss) if term.loss else ''} is not linear in the teacher, so an estimate of the teacher from draws biases it",
+        legal="distill: forward_kl with support: teacher_sample, or support: full | student_topk | teacher_topk",
+    )
+
+
 def dropped_tail(term: Term, setting: Setting) -> Finding | None:
-    if not term.support or not term.support.sparse or term.support.tail != "drop":
+    if not term.support or not term.support.sparse or term.support.tail != "drop" or term.support.kind == "teacher_sample":
         return None
     name = name_of(term.loss) if term.loss else ""
     if name == "stop_gradient_reverse_kl" and term.support.kind == "student_topk":
@@ -355,6 +364,7 @@ RULES: tuple[Rule, ...] = (
     token_clip_is_sparse,
     k_fits,
     renormalised_needs_two,
+    drawn_support,
     dropped_tail,
     renormalised_reverse,
     sampled_estimator,

@@ -18,21 +18,21 @@ Tail = Literal["bucket", "renormalise", "drop"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """kind: the whole vocabulary, the sampled token, or the k likeliest tokens of one side (`sampled` adds the sampled token).
+    """kind: the whole vocabulary, the sampled token, the k likeliest tokens of one side (`sampled` adds the sampled token), or k draws.
 
     "hidden" is no support: both sides' last hidden states are compared, before any vocabulary.
 
     tail: "bucket" keeps the outside mass as one more category, "renormalise" makes both sides sum to one inside, "drop" does neither.
     """
 
-    kind: Literal["full", "hidden", "sampled", "student_topk", "teacher_topk"]
+    kind: Literal["full", "hidden", "sampled", "student_topk", "teacher_topk", "teacher_sample"]
     k: int = 0
     tail: Tail = "bucket"
     sampled: bool = False
 
     @property
     def sparse(self) -> bool:
-        return self.kind in ("student_topk", "teacher_topk")
+        return self.kind in ("student_topk", "teacher_topk", "teacher_sample")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,11 @@ def student_topk(*, k: Count, tail: Tail = "bucket", sampled: bool = False) -> S
 
 def teacher_topk(*, k: Count, tail: Tail = "bucket", sampled: bool = False) -> Support:
     return Support(kind="teacher_topk", k=k, tail=tail, sampled=sampled)
+
+
+def teacher_sample(*, draws: Count) -> Support:
+    """Ids drawn from the teacher at each token, by how often they came (RS-KD, arXiv 2503.16870): unbiased for the forward KL's gradient."""
+    return Support(kind="teacher_sample", k=draws, tail="drop")
 
 
 def first_occurrence(ids: Tensor) -> Tensor:
@@ -114,4 +119,4 @@ def _mass(logp: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen, logp, PAD_LOGP).clamp_min(PAD_LOGP).logsumexp(-1)
 
 
-SUPPORTS = {"full": full, "sampled": sampled, "student_topk": student_topk, "teacher_topk": teacher_topk}
+SUPPORTS = {"full": full, "sampled": sampled, "student_topk": student_topk, "teacher_topk": teacher_topk, "teacher_sample": teacher_sample}

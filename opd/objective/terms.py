@@ -111,9 +111,10 @@ class Term:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignalNeeds:
-    """What a scorer must deliver: its own top `k`, log-probs at the student's top-k ids, final hidden states, the sampled tokens."""
+    """What a scorer must deliver: its own top `k`, ids in `draws`, log-probs at the student's top-k ids, final hidden states, the sampled tokens."""
 
     k: int = 0
+    draws: int = 0
     student_support: bool = False
     hidden: bool = False
     sampled: bool = True
@@ -179,6 +180,7 @@ class Objective:
         supports = [term.support for term in self.terms if signal in term.supported_signals and term.support]
         return SignalNeeds(
             k=max((s.k for s in supports if s.kind == "teacher_topk"), default=0),
+            draws=max((s.k for s in supports if s.kind == "teacher_sample"), default=0),
             student_support=any(s.kind == "student_topk" for s in supports),
             hidden=any(s.kind in ("full", "hidden") for s in supports),
         )

@@ -84,7 +84,7 @@ def _request(judged: Judged, context: tuple[int, ...] | None, prepared: Prepared
         assert prepared is not None and prepared.topk_ids is not None, "the learner prepares the ids of a student_topk support"
         support_ids = prepared.topk_ids
     return ScoreRequest(
-        context_ids=context, completion_ids=judged.completion.token_ids, support_ids=support_ids, k=need.k, hidden=need.hidden
+        context_ids=context, completion_ids=judged.completion.token_ids, support_ids=support_ids, k=need.k, draws=need.draws, hidden=need.hidden
     )
 
 
@@ -94,4 +94,5 @@ def _check_coverage(name: str, request: ScoreRequest, scores: TokenScores) -> No
     assert scores.sampled.shape == (length,), f"signal {name!r}: {tuple(scores.sampled.shape)} scores for {length} tokens"
     if request.support_ids is not None:
         assert scores.ids.shape == request.support_ids.shape, f"signal {name!r} answered other ids than were asked for"
+    assert not request.draws or scores.ids.shape == (length, request.draws), f"signal {name!r} cannot draw ids"
     assert not request.hidden or (scores.hidden is not None and len(scores.hidden) == length), f"signal {name!r}: hidden states are missing"

@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from opd_kernels import Head, HeadView, selected_logprobs, topk_logprobs
+from opd_kernels import PAD_LOGP, Head, HeadView, selected_logprobs, topk_logprobs
 from torch import Tensor, nn
 
-from opd_rollout.backbone import evaluating, hidden_states
+from opd_rollout.backbone import dense_logits, evaluating, hidden_states
 from opd_rollout.layout import PASS_TOKENS, lay_out, split_by_budget, to_device
+from opd_rollout.sampling import uniforms
 from opd_rollout.types import ScoreRequest, TokenScores
 
 
@@ -56,9 +57,9 @@ def view_hash(context_ids: Sequence[int]) -> str:
     return hashlib.blake2b(",".join(map(str, context_ids)).encode(), digest_size=8).hexdigest()
 
 
-def _kind(request: ScoreRequest) -> tuple[int, int]:
-    """Requests of one kind share a call of the head: (columns of support_ids or 0, k)."""
-    return (0 if request.support_ids is None else request.support_ids.shape[1], request.k)
+def _kind(request: ScoreRequest) -> tuple[int, int, int]:
+    """Requests of one kind share a call of the head: (columns of support_ids or 0, k, draws)."""
+    return (0 if request.support_ids is None else request.support_ids.shape[1], request.k, request.draws)
 
 
 def _check_requests(requests: Sequence[ScoreRequest], limit: int | None) -> None:
@@ -69,10 +70,10 @@ def _check_requests(requests: Sequence[ScoreRequest], limit: int | None) -> None
                 f"request {index} has {len(request.context_ids)} context and {len(request.completion_ids)} completion tokens, but the "
                 f"scorer has {limit} positions; shorten the context (its hint)"
             )
+        if (request.support_ids is not None) + (request.k > 0) + (request.draws > 0) > 1:
+            raise ValueError(f"request {index} asks for more than one of support_ids, k = {request.k} and draws = {request.draws}; choose one")
         if request.support_ids is None:
             continue
-        if request.k:
-            raise ValueError(f"request {index} asks for support_ids and for k = {request.k}; choose one")
         if request.support_ids.dim() != 2 or len(request.support_ids) != len(request.completion_ids) or not request.support_ids.shape[1]:
             raise ValueError(
                 f"request {index} has support_ids of shape {list(request.support_ids.shape)}; it must be "
@@ -91,6 +92,9 @@ def _score_batch(
         found = head(hidden_ND, partial(_at_support, token_N=layout.token, support_NK=support_NK, options=options))
     elif requests[0].k:
         found = head(hidden_ND, partial(_at_topk, token_N=layout.token, k=requests[0].k, options=options))
+    elif requests[0].draws:
+        noise = torch.cat([_noise(request) for request in requests]).to(hidden_ND.device)
+        found = head(hidden_ND, partial(_at_draws, token_N=layout.token, noise_NK=noise, options=options))
     else:
         found = head(hidden_ND, partial(_at_token, token_N=layout.token, options=options))
     counts = [len(request.completion_ids) for request in requests]
@@ -111,6 +115,32 @@ def _at_token(hidden_ND: Tensor, view: HeadView, *, token_N: Tensor, options: di
 def _at_topk(hidden_ND: Tensor, view: HeadView, *, token_N: Tensor, k: int, options: dict[str, Any]) -> dict[str, Tensor]:
     found = topk_logprobs(hidden_ND, view.weight, k, always_include=token_N, **view.keywords(), **options)
     return {"sampled": found.logp[:, 0], "ids": found.ids, "logp": found.logp, "tail_logp": found.tail_logp, "entropy": found.entropy}
+
+
+def _noise(request: ScoreRequest) -> Tensor:
+    """Uniform numbers [T, draws] that depend on the request's tokens alone: the same answer gets the same draws."""
+    seed = int(view_hash((*request.context_ids, *request.completion_ids)), 16) >> 1
+    return uniforms([seed], len(request.completion_ids) * request.draws).view(len(request.completion_ids), request.draws)
+
+
+def _at_draws(
+    hidden_ND: Tensor, view: HeadView, *, token_N: Tensor, noise_NK: Tensor, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Ids drawn with replacement from each token's distribution, each once, with the log of its share of the draws."""
+    found = _at_token(hidden_ND, view, token_N=token_N, options=options)
+    draws, pad = noise_NK.shape[1], torch.tensor(PAD_LOGP, device=hidden_ND.device)
+    rows = max(1, (options["chunk_bytes"] or 1 << 26) // (16 * view.weight.shape[0]))  # fp32 logits, fp64 sums and what lies between
+    pieces = []
+    for hidden, noise in zip(hidden_ND.split(rows), noise_NK.split(rows), strict=True):
+        logits = dense_logits(hidden, view) / options["temperature"]
+        cumulative = logits.double().softmax(-1).cumsum(-1)
+        pieces.append(torch.searchsorted(cumulative, noise * cumulative[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1))
+    ids = (torch.cat(pieces) if pieces else noise_NK.long()).sort(-1).values
+    counts = (ids.unsqueeze(-1) == ids.unsqueeze(-2)).sum(-1)
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    logp = torch.where(first, (counts / draws).log(), pad).to(found["logp"])
+    return found | {"ids": torch.where(first, ids, -1), "logp": logp, "tail_logp": torch.full_like(found["tail_logp"], PAD_LOGP)}
 
 
 def _at_support(

@@ -51,12 +51,14 @@ class Completion:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
     """Score `completion_ids` after `context_ids`; `support_ids` [T, K] int64 (-1 pads) asks for log-probs at given ids,
-    `k` > 0 for the scorer's own top-k joined with the completion's token, `hidden` for the final hidden states."""
+    `k` > 0 for the scorer's own top-k joined with the completion's token, `draws` > 0 for that many ids drawn from its distribution at each
+    token, `hidden` for the final hidden states."""
 
     context_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     support_ids: Tensor | None = None
     k: int = 0
+    draws: int = 0
     hidden: bool = False
 
 
@@ -65,7 +67,8 @@ class TokenScores:
     """True log-probabilities (nats, never renormalised) of one completion under one scorer and one context.
 
     sampled [T]: of the completion's own tokens. ids [T, K] int64, logp [T, K], tail_logp [T]: the support, -1 and -1e4 where padded;
-    with `k` > 0 column 0 is the completion's token and columns 1..k the top-k. entropy [T], nats. hidden [T, D] or None.
+    with `k` > 0 column 0 is the completion's token and columns 1..k the top-k; with `draws` > 0 the ids drawn, each once, at the logarithm of
+    how often it was drawn (the one exception: an estimate), and no tail. entropy [T], nats. hidden [T, D] or None.
     view_hash identifies the context's token ids; version the scorer's weights.
     """
 

@@ -83,7 +83,7 @@ def with_small_supports(choice):
     if isinstance(choice, list):
         return [with_small_supports(item) for item in choice]
     if isinstance(choice, dict):
-        return {key: min(value, 5) if key == "k" else with_small_supports(value) for key, value in choice.items()}
+        return {key: min(value, 5) if key in ("k", "draws") else with_small_supports(value) for key, value in choice.items()}
     return choice
 
 
