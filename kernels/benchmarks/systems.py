@@ -84,7 +84,8 @@ def sparse_oracle(inputs: Inputs) -> Tensor:
 
 
 def sparse_task(*, gpu: bool) -> Task:
-    systems = {"eager": eager, "eager_logsumexp": eager_logsumexp, "composable": composable, "fused": fused}
+    systems = {"eager": eager, "eager_logsumexp": eager_logsumexp, "composable": composable, "fused": fused,
+               "three_products_alone": three_products}  # fmt: skip
     if gpu:
         systems = {"eager": eager, "eager_fp32_logits": eager_fp32_logits, "eager_logsumexp": eager_logsumexp,
                    "torch_compile_chunks": compiled_chunks, "composable": composable, "fused": fused,
@@ -194,6 +195,13 @@ def dense_task(*, gpu: bool) -> Task:
         systems["liger_fused_linear_jsd"] = dense_liger_triton
     oracle = functools.partial(dense_ours, hinted=False, backend="reference")
     return Task(name="dense JSD between two heads", systems=systems, oracle=oracle, baseline="liger_fused_linear_jsd" if gpu else "eager")
+
+
+def three_products(inputs: Inputs) -> Tensor:
+    """Whole logits, and both gradients' products with them: what forward and backward cannot do without; composable needs a fourth."""
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    logits = hidden @ weight.T
+    return (logits @ weight)[0, 0] + (logits.T @ hidden)[0, 0]
 
 
 # --- scoring: top-k with tail, no gradient --------------------------------------------------------------------------------

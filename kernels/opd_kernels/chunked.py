@@ -80,7 +80,7 @@ class _Selected(torch.autograd.Function):
 
 def _grid(head: Projection, ids: Tensor, parts: int) -> tuple[Placement, Scratch]:
     tokens, device = head.hidden.shape[0], head.hidden.device
-    elements = chunk_budget(head.options, device, whole_rows=False) // (parts * head.dtype.itemsize)
+    elements = chunk_budget(head.options, device, row_sets=0) // (parts * head.dtype.itemsize)
     tile_rows, tile_columns = tile_shape(tokens, head.columns, head.hidden.shape[1], elements, device)
     where = place(ids, head, tile_rows=tile_rows, tile_columns=tile_columns)
     return where, Scratch(tile_rows * tile_columns, parts, head)

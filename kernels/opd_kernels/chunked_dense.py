@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_kernels.chunked_rows import RowChunks, part_of, row_chunks
+from opd_kernels.chunked_rows import RowChunks, add_gradients, fill, part_of, row_chunks, sums_of
 from opd_kernels.distributed import combine_sums, reduce_hidden_gradient, sum_ranks
 from opd_kernels.divergence_maths import entries
 from opd_kernels.dlogits import GradientSums, add_tile, gradient_sums
@@ -97,11 +97,11 @@ def _fill_rows(head: Projection, chunks: RowChunks, copy: int) -> Tensor:
     """Writes the logits of a chunk into scratch and returns their log-normalisers [C], over the columns of all ranks."""
     tokens = head.hidden.shape[0]
     rows_x = chunks.logits.view(copy, tokens, head.columns)
+    fill(rows_x, head, chunks)
     sums = empty_sums(tokens, rows_x)
-    for columns in spans(head.columns, chunks.columns):
-        x = rows_x[:, columns]
-        logits_into(x, head, slice(0, tokens), head.weight_tile(columns.start, columns.stop), columns.start)
-        accumulate(x, sums, chunks.tiles.view(0, *x.shape), None)
+    for rows in spans(tokens, chunks.inner):
+        x = rows_x[rows]
+        accumulate(x, sums_of(sums, rows), chunks.tiles.view(0, *x.shape), None)
     sums = combine_sums(sums, head.options.process_group)
     return sums.m + sums.l.log()
 
@@ -111,10 +111,10 @@ def _chunk_sums(head: Projection, chunks: RowChunks, divergence: Divergence, log
     tokens = head.hidden.shape[0]
     lp, lq = (chunks.logits.view(copy, tokens, head.columns) for copy in (0, 1))
     totals = lp.new_zeros(2, tokens)
-    for columns in spans(head.columns, _narrow(chunks.columns)):
-        value, slope = entries(divergence, normalized(lp[:, columns], logz_s), normalized(lq[:, columns], logz_t))
-        totals[0] += value.sum(dim=1)
-        totals[1] += slope.sum(dim=1)
+    for rows in spans(tokens, _narrow(chunks.inner)):
+        value, slope = entries(divergence, normalized(lp[rows], logz_s[rows]), normalized(lq[rows], logz_t[rows]))
+        totals[0, rows] = value.sum(dim=1)
+        totals[1, rows] = slope.sum(dim=1)
     totals = sum_ranks(totals, head.options.process_group)
     return TokenSums(logz_s=logz_s, logz_t=logz_t, divergence=totals[0], slope=totals[1])
 
@@ -130,11 +130,11 @@ def _add_chunk(
 ) -> None:
     tokens = head.hidden.shape[0]
     lp_rows, lq_rows = (chunks.logits.view(copy, tokens, head.columns) for copy in (0, 1))
-    for columns in spans(head.columns, _narrow(chunks.columns)):
-        lp, lq = (normalized(x[:, columns], logz) for x, logz in ((lp_rows, sums.logz_s), (lq_rows, sums.logz_t)))
-        dlogits = _dlogits(lp, lq, head, slice(0, tokens), divergence, sums, token_weight)
-        block = None if gradients.weight is None else gradients.weight[columns]
-        add_tile(gradients, dlogits, head.hidden, head.weight_tile(columns.start, columns.stop), rows, columns, block)
+    for inner in spans(tokens, _narrow(chunks.inner)):
+        lp, lq = (normalized(x[inner], logz[inner]) for x, logz in ((lp_rows, sums.logz_s), (lq_rows, sums.logz_t)))
+        part = TokenSums(logz_s=sums.logz_s[inner], logz_t=sums.logz_t[inner], divergence=sums.divergence[inner], slope=sums.slope[inner])
+        lp_rows[inner] = _dlogits(lp, lq, head, inner, divergence, part, token_weight[inner])
+    add_gradients(gradients, lp_rows, head, chunks, rows)
 
 
 def _backward(
@@ -142,7 +142,7 @@ def _backward(
 ) -> GradientSums:
     tokens, device = student.hidden.shape[0], student.hidden.device
     copies = 2 + _WORKING_COPIES
-    elements = chunk_budget(student.options, device, whole_rows=False) // (copies * student.dtype.itemsize)
+    elements = chunk_budget(student.options, device, row_sets=0) // (copies * student.dtype.itemsize)
     hidden_size = max(student.hidden.shape[1], teacher.hidden.shape[1])
     tile_rows, tile_columns = tile_shape(tokens, student.columns, hidden_size, elements, device)
     scratch = Scratch(tile_rows * tile_columns, 2, student)
@@ -183,6 +183,6 @@ def _dlogits(lp: Tensor, lq: Tensor, head: Projection, rows: slice, divergence: 
     return dlogits.mul_(softcap_slope(lp + sums.logz_s[:, None], head, rows))
 
 
-def _narrow(columns: int) -> int:
-    """Columns of a tile where several working copies of it are held."""
-    return max(1, columns // 4)
+def _narrow(rows: int) -> int:
+    """Rows worked on together where several working copies of them are held."""
+    return max(1, rows // 4)

@@ -10,23 +10,28 @@ import torch
 from torch import Tensor
 
 from opd_kernels.distributed import collect_selected, combine_sums, reduce_hidden_gradient, smallest_over_ranks
-from opd_kernels.dlogits import GradientSums, add_tile, dlogits_, gradient_sums
+from opd_kernels.dlogits import GradientSums, add_tile, dlogits_, dlogits_of_mass_, gradient_sums
 from opd_kernels.placement import owned_ids, place
 from opd_kernels.precomputed import attach, needs_gradient
 from opd_kernels.products import Projection, Scratch, logits_into, projection
 from opd_kernels.running import MASKED, accumulate, accumulate_below, empty_sums
 from opd_kernels.selection import RunningSums, Upstream, coefficients, finalize
-from opd_kernels.tiling import chunk_rows, inner_columns, spans
+from opd_kernels.tiling import cast_columns, chunk_rows, inner_rows, spans
 from opd_kernels.topk import RunningTopk, block_maxima
 from opd_kernels.types import LogitOptions, LossFn, SelectedLogprobs, TopkLogprobs, chunk_budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowChunks:
-    """Scratch for whole rows of `rows` tokens and for tiles inside them."""
+    """Scratch for whole rows of `rows` tokens. Products are as wide as they can be; elementwise work goes a few rows at a time.
+
+    columns: of one product, all of them unless the weight must be cast first. inner: rows that are worked on together. tiles: two areas
+    of `inner` rows.
+    """
 
     rows: int
-    columns: int  # of an inner tile
+    columns: int
+    inner: int
     logits: Scratch
     tiles: Scratch
 
@@ -34,10 +39,25 @@ class RowChunks:
 def row_chunks(head: Projection, copies: int = 1) -> RowChunks:
     """Sizes and scratch for `copies` sets of whole rows, the same on all ranks of a process group."""
     device = head.hidden.device
-    elements = chunk_budget(head.options, device, whole_rows=True) // (copies * head.dtype.itemsize)
+    elements = chunk_budget(head.options, device, row_sets=copies) // (copies * head.dtype.itemsize)
     rows = smallest_over_ranks(chunk_rows(head.hidden.shape[0], head.columns, elements), head.options.process_group, device)
-    columns = inner_columns(rows, head.columns, device)
-    return RowChunks(rows=rows, columns=columns, logits=Scratch(rows * head.columns, copies, head), tiles=Scratch(rows * columns, 2, head))
+    columns = max(1, head.columns) if head.weight.dtype == head.hidden.dtype else cast_columns(head.columns, head.hidden.shape[1], device)
+    inner = min(rows, inner_rows(head.columns, copies, device))
+    tiles = Scratch(inner * head.columns, 2, head)
+    return RowChunks(rows=rows, columns=columns, inner=inner, logits=Scratch(rows * head.columns, copies, head), tiles=tiles)
+
+
+def fill(rows_x: Tensor, head: Projection, chunks: RowChunks) -> None:
+    """Writes the logits of all columns into rows_x [C, V]."""
+    for columns in spans(head.columns, chunks.columns):
+        logits_into(rows_x[:, columns], head, slice(0, rows_x.shape[0]), head.weight_tile(columns.start, columns.stop), columns.start)
+
+
+def add_gradients(sums: GradientSums, dlogits: Tensor, head: Projection, chunks: RowChunks, rows: slice) -> None:
+    """Adds the products of dlogits [C, V] for the chunk `rows`."""
+    for columns in spans(head.columns, chunks.columns):
+        block = None if sums.weight is None else sums.weight[columns]
+        add_tile(sums, dlogits[:, columns], head.hidden, head.weight_tile(columns.start, columns.stop), rows, columns, block)
 
 
 def part_of(head: Projection, rows: slice) -> Projection:
@@ -61,12 +81,10 @@ def topk_logprobs(hidden: Tensor, weight: Tensor, k: int, *, always_include: Ten
 
 
 def _score_chunk(head: Projection, chunks: RowChunks, k: int, always_include: Tensor | None) -> tuple[Tensor, ...]:
-    tokens, group, everyone = head.hidden.shape[0], head.options.process_group, slice(0, head.hidden.shape[0])
+    tokens, group = head.hidden.shape[0], head.options.process_group
     x = chunks.logits.view(0, tokens, head.columns)
-    maxima = []
-    for columns in spans(head.columns, chunks.columns):
-        logits_into(x[:, columns], head, everyone, head.weight_tile(columns.start, columns.stop), columns.start)
-        maxima.append(block_maxima(x[:, columns]))
+    fill(x, head, chunks)
+    maxima = torch.cat([block_maxima(x[rows]) for rows in spans(tokens, chunks.inner)])
     values, ids = _topk_of_ranks(head, x, k + 2, maxima)
     largest_outside = values[:, k]
     if always_include is None:
@@ -82,18 +100,22 @@ def _score_chunk(head: Projection, chunks: RowChunks, k: int, always_include: Te
     selected[row, slot] = x[row, column]
     x[row, column] = MASKED
     sums = RunningSums(m=largest_outside, l=x.new_zeros(tokens), t=x.new_zeros(tokens))
-    for columns in spans(head.columns, chunks.columns):
-        shape = (tokens, columns.stop - columns.start)
-        shifted, mass = chunks.tiles.view(0, *shape), chunks.tiles.view(1, *shape)
-        accumulate_below(x[:, columns], sums, shifted, mass, bounded=head.options.bias is None)
+    for rows in spans(tokens, chunks.inner):
+        shifted, mass = (chunks.tiles.view(area, rows.stop - rows.start, head.columns) for area in (0, 1))
+        accumulate_below(x[rows], sums_of(sums, rows), shifted, mass, bounded=head.options.bias is None)
     logp, tail_logp, logz, entropy = finalize(collect_selected(selected, owned, group), ids, combine_sums(sums, group))
     return ids, logp, tail_logp, logz, entropy
 
 
-def _topk_of_ranks(head: Projection, x: Tensor, k: int, maxima: list[Tensor]) -> tuple[Tensor, Tensor]:
+def sums_of(sums: RunningSums, rows: slice) -> RunningSums:
+    """The sums of some rows, as views."""
+    return RunningSums(m=sums.m[rows], l=sums.l[rows], t=sums.t[rows])
+
+
+def _topk_of_ranks(head: Projection, x: Tensor, k: int, maxima: Tensor) -> tuple[Tensor, Tensor]:
     best = RunningTopk(x.shape[0], k, x)
-    if maxima:
-        best.add(x, slice(0, x.shape[0]), head.options.vocab_start, torch.cat(maxima, dim=1))
+    if x.shape[1]:
+        best.add(x, slice(0, x.shape[0]), head.options.vocab_start, maxima)
     return best.result(head.options.process_group)
 
 
@@ -118,39 +140,47 @@ def fused_sparse_loss(
         losses, auxes = [], []
         for rows in spans(hidden.shape[0], chunks.rows):
             part = part_of(head, rows)
-            selected = _select_chunk(part, chunks, ids[rows], tail=tail, entropy=entropy, student_topk=student_topk)
+            selected, top = _select_chunk(part, chunks, ids[rows], tail=tail, entropy=entropy, student_topk=student_topk)
             loss, aux, upstream = run_loss(loss_fn, selected, tuple(extra[rows] for extra in extras), any(needs))
             losses.append(loss)
             auxes.append(aux)
             if upstream is not None:
-                _add_chunk(sums, part, chunks, rows, ids[rows], selected, upstream)
+                _add_chunk(sums, part, chunks, rows, ids[rows], selected, top, upstream)
         reduce_hidden_gradient(sums.hidden, options.process_group)
         total = torch.stack(losses).sum()
     return attach(total, sums, hidden, weight, options.bias), {name: torch.cat([aux[name] for aux in auxes]) for name in auxes[0]}
 
 
-def _select_chunk(head: Projection, chunks: RowChunks, ids: Tensor, *, tail: bool, entropy: bool, student_topk: int) -> SelectedLogprobs:
-    """Leaves the chunk's logits in scratch."""
-    tokens, group, everyone = head.hidden.shape[0], head.options.process_group, slice(0, head.hidden.shape[0])
-    where = place(ids, head, tile_rows=tokens, tile_columns=chunks.columns)
+def _select_chunk(
+    head: Projection, chunks: RowChunks, ids: Tensor, *, tail: bool, entropy: bool, student_topk: int
+) -> tuple[SelectedLogprobs, Tensor | None]:
+    """Also leaves in scratch what the gradient starts from: exp(x - top), with top [C]; or the logits, with None.
+
+    The second exponential of every logit is worth saving; a softcap's slope and the top k need the logits themselves.
+    """
+    keep_logits = head.options.softcap is not None or student_topk > 0
+    tokens, group = head.hidden.shape[0], head.options.process_group
+    where = place(ids, head, tile_rows=chunks.inner, tile_columns=max(1, head.columns))
     rows_x = chunks.logits.view(0, tokens, head.columns)
+    fill(rows_x, head, chunks)
     sums = empty_sums(tokens, rows_x)
     maxima = []
     selected = rows_x.new_zeros(ids.numel())
-    for j, columns in enumerate(spans(head.columns, chunks.columns)):
-        x, shape = rows_x[:, columns], (tokens, columns.stop - columns.start)
-        logits_into(x, head, everyone, head.weight_tile(columns.start, columns.stop), columns.start)
+    for i, rows in enumerate(spans(tokens, chunks.inner)):
+        x, chosen = rows_x[rows], where.tile(i, 0)
         if student_topk:
             maxima.append(block_maxima(x))
-        chosen = where.tile(0, j)
         selected[chosen.entry] = x[chosen.row, chosen.column]
         x[chosen.row, chosen.column] = float("-inf")
-        accumulate(x, sums, chunks.tiles.view(0, *shape), chunks.tiles.view(1, *shape) if entropy else None)
-    rows_x[where.row, where.column] = selected[where.entry]
-    topk_values, topk_ids = _topk_of_ranks(head, rows_x, student_topk, maxima) if student_topk else (None, None)
+        shifted, last = chunks.tiles.view(0, *x.shape), chunks.tiles.view(1, *x.shape) if keep_logits else x
+        accumulate(x, sums_of(sums, rows), shifted if entropy else last, last if entropy else None)
+    top = None if keep_logits else sums.m.clone()
+    if keep_logits:
+        rows_x[where.row, where.column] = selected[where.entry]
+    topk_values, topk_ids = _topk_of_ranks(head, rows_x, student_topk, torch.cat(maxima)) if student_topk else (None, None)
     selected = collect_selected(selected.view(ids.shape), owned_ids(ids, head), group)
     logp, tail_logp, logz, entropy_C = finalize(selected, ids, combine_sums(sums, group))
-    return SelectedLogprobs(
+    found = SelectedLogprobs(
         logp=logp,
         tail_logp=tail_logp if tail else None,
         logz=logz,
@@ -158,6 +188,7 @@ def _select_chunk(head: Projection, chunks: RowChunks, ids: Tensor, *, tail: boo
         topk_ids=topk_ids,
         topk_logp=None if topk_values is None else topk_values - logz[:, None],
     )
+    return found, top
 
 
 def run_loss(
@@ -182,16 +213,26 @@ def run_loss(
 
 
 def _add_chunk(
-    sums: GradientSums, head: Projection, chunks: RowChunks, rows: slice, ids: Tensor, selected: SelectedLogprobs, upstream: Upstream
+    sums: GradientSums,
+    head: Projection,
+    chunks: RowChunks,
+    rows: slice,
+    ids: Tensor,
+    selected: SelectedLogprobs,
+    top: Tensor | None,
+    upstream: Upstream,
 ) -> None:
-    """Turns the chunk's logits in scratch into gradients and adds up their products."""
+    """Turns what _select_chunk left in scratch into gradients and adds up their products."""
     tokens = head.hidden.shape[0]
     rule = coefficients(upstream, ids, selected.logp, selected.tail_logp, selected.logz, selected.entropy, head.row_scale())
-    where = place(ids, head, tile_rows=tokens, tile_columns=chunks.columns)
+    where = place(ids, head, tile_rows=chunks.inner, tile_columns=max(1, head.columns))
     rows_x = chunks.logits.view(0, tokens, head.columns)
-    for j, columns in enumerate(spans(head.columns, chunks.columns)):
-        x, shape, chosen = rows_x[:, columns], (tokens, columns.stop - columns.start), where.tile(0, j)
-        slope = chunks.tiles.view(1, *shape) if head.options.softcap is not None else None
-        dlogits_(x, head, slice(0, tokens), rule, chosen, chunks.tiles.view(0, *shape), slope)
-        block = None if sums.weight is None else sums.weight[columns]
-        add_tile(sums, x, head.hidden, head.weight_tile(columns.start, columns.stop), rows, columns, block)
+    for i, inner in enumerate(spans(tokens, chunks.inner)):
+        x = rows_x[inner]
+        scratch = chunks.tiles.view(0, *x.shape)
+        if top is not None:
+            dlogits_of_mass_(x, top[inner], inner, rule, where.tile(i, 0), scratch)
+            continue
+        slope = chunks.tiles.view(1, *x.shape) if head.options.softcap is not None else None
+        dlogits_(x, head, inner, rule, where.tile(i, 0), scratch, slope)
+    add_gradients(sums, rows_x, head, chunks, rows)

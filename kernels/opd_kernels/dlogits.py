@@ -35,6 +35,20 @@ def dlogits_(
     return x
 
 
+def dlogits_of_mass_(e: Tensor, top: Tensor, rows: slice, coefficients: Coefficients, chosen: TileIds, scratch: Tensor) -> Tensor:
+    """The same from e = exp(x - top) [C, V] where that has been formed already; top [C] is at least every x outside the chosen columns."""
+    distance = torch.where(top == float("-inf"), FLOOR, top - coefficients.reference[rows])
+    factor = distance.exp()
+    if coefficients.slope is None:
+        e.mul_((coefficients.scale[rows] * factor)[:, None])
+    else:
+        torch.log(e, out=scratch).add_(distance[:, None]).clamp_(min=FLOOR)
+        scratch.mul_((coefficients.slope[rows] * factor)[:, None]).add_((coefficients.scale[rows] * factor)[:, None])
+        e.mul_(scratch)
+    e[chosen.row, chosen.column] = coefficients.selected.flatten()[chosen.entry]
+    return e
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientSums:
     """Gradients of a head's inputs as they are added up, in the accumulation dtype but for weight; None where an input takes none."""

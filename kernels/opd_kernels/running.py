@@ -17,8 +17,9 @@ def empty_sums(tokens: int, like: Tensor) -> RunningSums:
 def accumulate(x: Tensor, sums: RunningSums, shifted: Tensor, mass: Tensor | None) -> None:
     """Adds the columns of x [C, cv] to sums, in place.
 
-    `shifted` is scratch like x and may be x itself; `mass` is another, or None to leave t alone. t is the moment about the maximum:
-    about zero it would lose the digits of a small entropy to those of large logits.
+    `shifted` is scratch like x; `mass` is another, or None to leave t alone. The last of the two that is given (mass, else shifted) may be
+    x itself, which then holds exp(x - m) afterwards. t is the moment about the maximum: about zero it would lose the digits of a small
+    entropy to those of large logits.
     """
     if x.shape[1] == 0:
         return
@@ -35,7 +36,7 @@ def accumulate(x: Tensor, sums: RunningSums, shifted: Tensor, mass: Tensor | Non
         torch.exp(shifted, out=mass)
         sums.t.add_(torch.where(sums.l == 0, 0.0, offset * sums.l)).mul_(decay)
         sums.l.mul_(decay).add_(mass.sum(dim=1))
-        sums.t.add_(mass.mul_(shifted).sum(dim=1))
+        sums.t.add_(shifted.mul_(mass).sum(dim=1))
     sums.m.copy_(top)
 
 

@@ -14,7 +14,7 @@ def spans(total: int, step: int) -> Iterator[slice]:
 
 def tile_shape(tokens: int, columns: int, hidden_size: int, element_budget: int, device: torch.device) -> tuple[int, int]:
     """(rows, columns) of a tile of at most element_budget elements, such that a [columns, hidden] weight tile also fits it."""
-    rows = min(tokens, 8192 if device.type == "cuda" else 1024, max(1, element_budget // _ALIGNMENT))
+    rows = min(tokens, 8192 if device.type == "cuda" else 4096, max(1, element_budget // _ALIGNMENT))
     width = max(1, element_budget // max(rows, hidden_size))
     return rows, _aligned(min(width, max(1, columns)))
 
@@ -25,10 +25,16 @@ def chunk_rows(tokens: int, columns: int, element_budget: int) -> int:
     return min(tokens, 1 << (fitting.bit_length() - 1))
 
 
-def inner_columns(rows: int, columns: int, device: torch.device) -> int:
-    """Columns of a tile that is worked on inside whole rows: on the CPU a tile the caches hold."""
+def inner_rows(columns: int, copies: int, device: torch.device) -> int:
+    """Whole rows that are worked on together: on the CPU as many as the caches hold with `copies` of them at hand."""
     elements = 1 << (24 if device.type == "cuda" else 19)
-    return _aligned(min(max(_ALIGNMENT, elements // rows), max(1, columns)))
+    return max(1, elements // (copies * max(1, columns)))
+
+
+def cast_columns(columns: int, hidden_size: int, device: torch.device) -> int:
+    """Rows of a weight that are cast together where operands need another dtype than the weight's."""
+    elements = 1 << (24 if device.type == "cuda" else 20)
+    return _aligned(min(max(_ALIGNMENT, elements // hidden_size), max(1, columns)))
 
 
 def _aligned(width: int) -> int:

@@ -109,7 +109,7 @@ class _Selected(torch.autograd.Function):
 
 def _select_all(head: RowHead, ids: Tensor, topk: int, tiles: Tiles) -> SelectedLogprobs:
     projection, columns, device = head.head, head.head.columns, ids.device
-    budget = chunk_budget(projection.options, device, whole_rows=False)
+    budget = chunk_budget(projection.options, device, row_sets=0)
     chunk = rows_in_budget(ids.shape[0], 4 * padded(columns), budget)
     scratch = TileScratch(chunk, columns, torch.float32, device)
     weight_tile = projection.weight_tile(0, columns)

@@ -106,7 +106,7 @@ def weight_block(sums: GradientSums, head: RowHead, width: int) -> Tensor | None
 def backward_shape(head: RowHead, copies: int) -> tuple[int, int]:
     """(rows, columns) of a backward tile with `copies` of the products and one of their gradient."""
     projection = head.head
-    budget = chunk_budget(projection.options, projection.hidden.device, whole_rows=False)
+    budget = chunk_budget(projection.options, projection.hidden.device, row_sets=0)
     entry_bytes = 4 * copies + head.gradient_dtype.itemsize
     return tile_in_budget(projection.hidden.shape[0], projection.columns, entry_bytes, 4 * projection.hidden.shape[1], budget)
 
@@ -116,7 +116,7 @@ def row_chunk(head: RowHead, copies: int, *, differentiate: bool) -> int:
     projection = head.head
     device, options = projection.hidden.device, projection.options
     row_bytes = padded(projection.columns) * (4 * copies + (head.gradient_dtype.itemsize if differentiate else 0))
-    rows = rows_in_budget(projection.hidden.shape[0], row_bytes, chunk_budget(options, device, whole_rows=True))
+    rows = rows_in_budget(projection.hidden.shape[0], row_bytes, chunk_budget(options, device, row_sets=1))
     return smallest_over_ranks(rows, options.process_group, device)
 
 

@@ -103,14 +103,15 @@ def accumulation_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def chunk_budget(options: LogitOptions, device: torch.device, *, whole_rows: bool) -> int:
+def chunk_budget(options: LogitOptions, device: torch.device, *, row_sets: int) -> int:
     """Scratch bytes of one operation: the given budget, or a default bounded by an eighth of the device's free memory.
 
-    The default can differ from call to call on a nearly full GPU, and with it the last bits of results: give a budget where that matters.
+    row_sets: how many sets of whole rows share it, 0 for tiles. The default can differ from call to call on a nearly full GPU, and with
+    it the last bits of results: give a budget where that matters.
     """
     if options.chunk_bytes is not None:
         return options.chunk_bytes
     if device.type != "cuda":
-        return (160 if whole_rows else 32) << 20
+        return (320 // row_sets if row_sets else 32) << 20
     free_bytes = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min((2560 if whole_rows else 768) << 20, max(free_bytes // 8, 64 << 20))
+    return min((2560 if row_sets else 768) << 20, max(free_bytes // 8, 64 << 20))
