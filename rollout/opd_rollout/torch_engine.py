@@ -168,8 +168,8 @@ class TorchEngine:
         ids = torch.tensor([[*prompt, *[self._pad_id] * (longest - len(prompt))] for prompt in prompt_rows], device=device)
         lengths_P = torch.tensor([len(prompt) for prompt in prompt_rows], device=device)
         streams = [self._prefill(model, ids, lengths_P, row_of_B, sampling.max_tokens) for model in self._models()]
-        tokens_BT, logprobs_BT = self._decode_rows(streams, lengths_P[row_of_B], noise_BT, sampling)
-        return _completions(tokens_BT.cpu(), logprobs_BT.float().cpu(), sampling, self.version)
+        tokens_BT, logprobs_BT, versions_T = self._decode_rows(streams, lengths_P[row_of_B], noise_BT, sampling)
+        return _completions(tokens_BT.cpu(), logprobs_BT.float().cpu(), sampling, versions_T)
 
     def _prefill(self, model: nn.Module, ids: Tensor, lengths_P: Tensor, row_of_B: Tensor, max_tokens: int) -> _Stream:
         config, head, longest = model.config.get_text_config(), self._head(model), ids.shape[1]
@@ -191,8 +191,12 @@ class TorchEngine:
         mask = DecodeMask(lengths_P[row_of_B], longest, max_tokens, config, model.dtype)
         return _Stream(model=model, head=head, logits=head(last, dense_logits)[row_of_B], cache=cache, mask=mask)
 
-    def _decode_rows(self, streams: Sequence[_Stream], lengths_B: Tensor, noise: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probabilities [B, T]; what stands after a row's stop id is not part of its completion."""
+    def _decode_rows(
+        self, streams: Sequence[_Stream], lengths_B: Tensor, noise: Tensor, sampling: Sampling
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Tokens and log-probabilities [B, T], and the weight version behind each column; what stands after a row's stop id is not part of
+        its completion."""
+        versions_T: list[int] = []
         tokens_BT = torch.zeros(noise.shape, dtype=torch.int64, device=noise.device)
         logprobs_BT = streams[0].logits.new_zeros(noise.shape)
         stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=noise.device)
@@ -200,6 +204,7 @@ class TorchEngine:
         is_open = torch.ones_like(rows, dtype=torch.bool)
         for step in range(sampling.max_tokens):
             token, logp = self._draw(streams, noise[:, step], sampling)
+            versions_T.append(self.version)  # a hook may load weights before a forward pass, and only there
             tokens_BT[rows, step], logprobs_BT[rows, step] = token, logp
             is_open &= ~torch.isin(token, stops)
             num_open = int(is_open.sum())
@@ -212,7 +217,7 @@ class TorchEngine:
                     stream.select(index)
             for stream in streams:
                 stream.feed(token, positions + step, step)
-        return tokens_BT, logprobs_BT
+        return tokens_BT, logprobs_BT, versions_T
 
     def _draw(self, streams: Sequence[_Stream], uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         if self._partner is None:
@@ -225,7 +230,7 @@ class TorchEngine:
         return draw(self._partner.mix(own, other), uniform, temperature=1.0)
 
 
-def _completions(tokens_BT: Tensor, logprobs_BT: Tensor, sampling: Sampling, version: int) -> list[Completion]:
+def _completions(tokens_BT: Tensor, logprobs_BT: Tensor, sampling: Sampling, versions_T: Sequence[int]) -> list[Completion]:
     stops = set(sampling.stop_ids)
     completions = []
     for row, logprobs in zip(tokens_BT.tolist(), logprobs_BT, strict=True):
@@ -239,12 +244,18 @@ def _completions(tokens_BT: Tensor, logprobs_BT: Tensor, sampling: Sampling, ver
                 source="student",
                 temperature=sampling.temperature,
                 finish="length" if end is None else "stop",
-                versions=((version, 0, length),),
+                versions=spans(versions_T[:length]),
             )
         )
         if not completions[-1].logprobs.isfinite().all():
             raise ValueError("the model's logits are NaN or infinite, so its weights are; go back to a checkpoint from before that")
     return completions
+
+
+def spans(versions: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    """(version, first token, one past the last) for every run of equal versions, e.g. [3, 3, 4] -> ((3, 0, 2), (4, 2, 3))."""
+    starts = [index for index, version in enumerate(versions) if index == 0 or version != versions[index - 1]]
+    return tuple((versions[start], start, end) for start, end in zip(starts, [*starts[1:], len(versions)], strict=True))
 
 
 def _check_manifest(own: dict[str, nn.Parameter], names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
