@@ -40,11 +40,14 @@ class Ahead:
         self._begun: dict[int, Future[Batch]] = {}
         self._after: Mapping[str, Any] = source.state()
         self._meters: dict[str, Meter] = {}
+        self._plain: dict[int, Any] = {}
+        self.loaded = -1  # version of the weights that the student was given last
+        self.seconds = 0.0  # that the answers given out last took to write
 
-    def begin(self, step: int) -> None:
-        """Collect a step in the background; nothing for one that was begun already."""
+    def begin(self, step: int, last: Mapping[str, float]) -> None:
+        """Collect a step in the background, with what is known now; nothing for one that was begun already."""
         if step not in self._begun:
-            self._begun[step] = self._pool.submit(self._work, step)
+            self._begun[step] = self._pool.submit(self._work, step, dict(last))
 
     def ready(self, step: int) -> None:
         """Wait until the step's answers are there, if they were begun."""
@@ -55,20 +58,21 @@ class Ahead:
         """Wait until nothing is in flight."""
         self._wait(list(self._begun.values()))
 
-    def collect(self, step: int) -> list[Judged]:
+    def collect(self, step: int, last: Mapping[str, float]) -> list[Judged]:
         """The step's answers, begun now where they were not; each is given out once. Raises what collecting them raised."""
-        self.begin(step)
+        self.begin(step, last)
         self._wait([self._begun[step]])
         batch = self._begun.pop(step).result()
-        self._after, self._meters = batch.after, {**batch.meters, "rollout/seconds": Meter(sum=batch.seconds, count=1.0)}
+        self._plain.pop(step, None)
+        self._after, self._meters, self.seconds = batch.after, dict(batch.meters), batch.seconds
         return list(batch.judged)
 
-    def collect_fresh(self, step: int, version: int, max_staleness: int) -> list[Judged]:
+    def collect_fresh(self, step: int, last: Mapping[str, float], version: int, max_staleness: int) -> list[Judged]:
         """The step's answers without groups that are too old for a learner at `version`; others are drawn where none is left."""
-        judged, dropped = self.collect(step), 0
+        judged, dropped = self.collect(step, last), 0
         while not (fresh := fresh_groups(judged, version, max_staleness)):
             dropped += num_groups(judged)
-            judged = self.collect(step)
+            judged = self.collect(step, last)
         dropped += num_groups(judged) - num_groups(fresh)
         self._meters |= {**staleness_meters(fresh, version), "staleness/dropped_groups": Meter(sum=float(dropped), count=1.0)}
         return fresh
@@ -85,7 +89,8 @@ class Ahead:
                 break  # the thread works in order: nothing behind it is done
             finished[step] = future.result()
         after = list(finished.values())[-1].after if finished else self._after
-        return {"source": after, "unused": [[step, to_plain(batch)] for step, batch in finished.items()]}
+        self._plain |= {step: to_plain(batch) for step, batch in finished.items() if step not in self._plain}
+        return {"source": after, "unused": [[step, self._plain[step]] for step in finished]}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken. Raises ValueError while something is in flight."""
@@ -101,9 +106,9 @@ class Ahead:
         """Ends the thread; close the engine first, which ends what it waits for."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _work(self, step: int) -> Batch:
+    def _work(self, step: int, last: Mapping[str, float]) -> Batch:
         started = time.perf_counter()
-        judged = self._source.collect(step)
+        judged = self._source.collect(step, last)
         seconds = time.perf_counter() - started
         return Batch(judged=tuple(judged), meters=dict(self._source.meters()), after=self._source.state(), seconds=seconds)
 

@@ -17,7 +17,8 @@ from opd_rollout.parity import audit
 from opd_rollout.sampling import request_seed
 from opd_rollout.types import GenerateRequest, Sampling
 
-from opd import chat
+from opd import chat, loop_async
+from opd.ahead import Ahead
 from opd.build import Parts, build_parts, check_tracking, input_facts, open_sink
 from opd.config import load_recipe, parse_overrides, parse_recipe, recipe_hash
 from opd.errors import Paused
@@ -84,6 +85,7 @@ def _train_in(folder: Path, recipe: Recipe, verifier: Callable[..., Any] | None,
         seed_generators(recipe.seed)
         parts = build_parts(recipe, verifier=verifier, check=clock.check)
         held.callback(parts.learner.close)
+        held.callback(parts.engine.close)
         view = LiveView(folder.name, recipe.steps, quiet=quiet)
         held.callback(view.close)
         for note in parts.problems.notes:
@@ -98,10 +100,25 @@ def _train_in(folder: Path, recipe: Recipe, verifier: Callable[..., Any] | None,
         run = make_run(recipe, folder, parts, status, view, system.teachers)
         stop.at_once = False
         with _recording(folder, run, view, status):
-            reason = train_loop(system, run, recipe.steps)
+            reason = train_as_asked(recipe, system, run, clock)
             report_final(recipe, folder, parts, run, system)
             status.write("finished", reason)
             view.say(f"{folder}: {reason}")
+
+
+def train_as_asked(recipe: Recipe, system: System, run: TrainingRun, clock: PhaseClock) -> str:
+    """One step after the other, or answers ahead of the learner; returns why it stopped."""
+    if not recipe.asynchrony.max_staleness:
+        return train_loop(system, run, recipe.steps)
+    ahead = Ahead(system.source, clock.check)
+    how = loop_async.Asynchrony(max_staleness=recipe.asynchrony.max_staleness, in_flight=recipe.asynchrony.in_flight)
+    try:
+        return loop_async.train(replace(system, source=ahead), ahead, run, recipe.steps, how)
+    except BaseException:
+        system.student.close()  # ends what the thread waits for
+        raise
+    finally:
+        ahead.close()
 
 
 def train_run(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Path:
@@ -125,6 +142,7 @@ def evaluate_run(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Pat
         for temperature in resolved.eval.temperatures if prompts else ():
             write_evaluation(folder, examine(resolved, parts, parts.engine, split, prompts, temperature, resolved.eval.final_samples, 0))
     parts.learner.close()
+    parts.engine.close()
     status.write("finished", "evaluated without training")
     return folder
 
@@ -146,6 +164,7 @@ def evaluate(model_or_run: str, overrides: Sequence[str] | Mapping[str, Any] = (
             f"± {row['pass@k_stderr']:.3f}, maj@{row['k']} {row['maj@k']:.3f} ± {row['maj@k_stderr']:.3f} ({row['n_problems']} problems)"
         )
     parts.learner.close()
+    parts.engine.close()
     return rows
 
 
@@ -168,7 +187,7 @@ def facts(recipe: Recipe, parts: Parts) -> dict[str, Any]:
         **input_facts(recipe, parts.tokenizer),
         "verifier": getattr(parts.problems.verify, "__qualname__", type(parts.problems.verify).__name__),
         "allow": list(parts.objective.allowed),
-        "num_parameters": sum(p.numel() for p in parts.engine.model.parameters()),
+        "num_parameters": parts.num_parameters,
     }
 
 

@@ -1,5 +1,6 @@
 """From a recipe to a running system: the only module that knows every concrete class."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from opd_rollout.mixing import Partner
+from opd_rollout.process_engine import ChildSettings, ProcessEngine
+from opd_rollout.replicas import Replicas
 from opd_rollout.torch_engine import TorchEngine
 from opd_rollout.types import Sampling
 from transformers import PreTrainedTokenizerBase
@@ -42,7 +45,8 @@ class Parts:
     """Everything that a run is made of, before the loop is closed around it."""
 
     tokenizer: PreTrainedTokenizerBase
-    engine: TorchEngine
+    engine: TorchEngine | ProcessEngine | Replicas
+    num_parameters: int
     learner: Learner
     source: RolloutSource | AnnotatedSource
     scorer: SignalScorer
@@ -80,26 +84,26 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     frozen = [name for name, (kind, _) in choices.items() if kind == "frozen"]
     if frozen and recipe.model.lora is None:
         teachers |= dict.fromkeys(frozen, frozen_copy(model))  # one copy under however many views
-    spoken = frozen_copy(model) if is_sharded(recipe) else model  # a sharded student cannot speak: the engine needs a copy
+    spoken = frozen_copy(model) if speaks_apart(recipe) else model
     if recipe.model.lora:
         add_adapters(model, recipe)
     learner, vocab_size = make_learner(recipe, model, tokenizer, average_of(choices)), len(tokenizer)
-    engine = TorchEngine(
-        spoken, pad_id=pad_id(tokenizer), token_budget=recipe.engine.token_budget, chunk_bytes=recipe.learner.chunk_bytes, vocab_size=vocab_size
-    )
+    engine = make_engine(recipe, spoken, pad_id(tokenizer), vocab_size, check)
     stop_ids = chat.stop_ids(tokenizer, model.generation_config)
     verify = problems.verify if check is None else checked(problems.verify, check)
     for module in {model, spoken, *teachers.values()} if check is not None else ():
         module.get_decoder().register_forward_pre_hook(check)
-    codec = Codec(encode=encode, tokenize=partial(chat.tokenize, tokenizer), decode=partial(chat.decode, tokenizer), end=stop_ids[0])
+    reader = copy.deepcopy(tokenizer) if recipe.asynchrony.max_staleness else tokenizer  # two threads may not share one
+    codec = Codec(encode=partial(_encode, reader), tokenize=partial(chat.tokenize, reader), decode=partial(chat.decode, reader), end=stop_ids[0])
     writer = engine if sampler is None else drawn_with(sampler, spoken, teachers, recipe, tokenizer)
-    show = partial(prompt_context, tokenizer, specs[mixture.view], room, encode) if mixture.view else None
+    show = partial(prompt_context, reader, specs[mixture.view], room, codec.encode) if mixture.view else None
     source = RolloutSource(writer, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show)
-    source = with_writers(source, recipe, engine, tokenizer, room + recipe.sampling.max_tokens, stop_ids)
+    source = with_writers(source, recipe, engine, reader, room + recipe.sampling.max_tokens, stop_ids)
     weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), vocab_size) for name, (kind, _) in choices.items()}
     return Parts(
         tokenizer=tokenizer,
         engine=engine,
+        num_parameters=sum(parameter.numel() for parameter in spoken.parameters()),
         learner=learner,
         source=source,
         scorer=SignalScorer(weights, objective.needs.signals),
@@ -122,6 +126,24 @@ def checked(verify: Verifier, check: Callable[[], None]) -> Verifier:
     return asked
 
 
+def make_engine(recipe: Recipe, model: torch.nn.Module, pad: int, vocab_size: int, check: Callable[..., None] | None) -> Any:
+    """The engine that the recipe names, around the module; those in processes of their own take a copy."""
+    e, chunk_bytes = recipe.engine, recipe.learner.chunk_bytes
+    if e.kind == "torch":
+        return TorchEngine(model, pad_id=pad, token_budget=e.token_budget, chunk_bytes=chunk_bytes, vocab_size=vocab_size)
+    settings = ChildSettings(
+        pad_id=pad, token_budget=e.token_budget, chunk_bytes=chunk_bytes, vocab_size=vocab_size, in_flight=recipe.asynchrony.in_flight
+    )
+    options = {"stall_seconds": e.stall_seconds} | ({} if check is None else {"check": check})
+    engines = [ProcessEngine(model, settings, **options) for _ in range(e.replicas)]
+    return engines[0] if len(engines) == 1 else Replicas(engines)
+
+
+def speaks_apart(recipe: Recipe) -> bool:
+    """Whether the engine has weights of its own: a sharded student cannot speak, and another process cannot share the learner's."""
+    return is_sharded(recipe) or recipe.engine.kind != "torch"
+
+
 def is_sharded(recipe: Recipe) -> bool:
     """Whether the learner keeps the student's weights in pieces (ZeRO 3)."""
     return recipe.learner.zero_stage == 3 and learner_kind(recipe) == "deepspeed"
@@ -138,7 +160,7 @@ def setting_of(recipe: Recipe) -> Setting:
     sampled_in = None if mixture.student == 1 or not mixture.view else mixture.view if mixture.student == 0 else f"{mixture.view}, in part"
     return Setting(
         signals=tuple(recipe.signals), group=recipe.group, source=mixture.kind, max_tokens=recipe.sampling.max_tokens, sampled_in=sampled_in,
-        sampler=recipe.rollout.sampler != "student",
+        sampler=recipe.rollout.sampler != "student", max_staleness=recipe.asynchrony.max_staleness,
     )  # fmt: skip
 
 
@@ -177,7 +199,7 @@ def make_learner(recipe: Recipe, model: torch.nn.Module, tokenizer: PreTrainedTo
         temperature=recipe.sampling.temperature, token_budget=le.token_budget, packed=le.packed, pad_id=pad_id(tokenizer),
         chunk_bytes=le.chunk_bytes, minibatches=updates.minibatches, epochs=updates.epochs,
         ema_rate=average and average.rate, ema_every=average.every if average else 1,
-        gradient_checkpointing=recipe.model.gradient_checkpointing, merge_adapters=is_sharded(recipe),
+        gradient_checkpointing=recipe.model.gradient_checkpointing, merge_adapters=speaks_apart(recipe),
     )  # fmt: skip
     vocab_size = len(tokenizer)
     if learner_kind(recipe) == "torch":

@@ -21,6 +21,7 @@ USAGE = """usage: opd COMMAND [NAME] [key=value ...]
   diagnose RECIPE      which teacher and view suit the student, before any training -> runs/diagnose-.../diagnosis.html
   bundle  RUN step=N   one step's rollouts, scores and weights in a file -> <run>/bundles/
   replay  BUNDLE       that step again, bit by bit; with objective=... another objective on the same rollouts
+  simulate RUN         what its steps would take elsewhere: replicas=2 staleness=1 learner_speed=4 smaller=RUN2
   show    [RECIPE]     the recipe with every default filled in; alone: lists recipes, methods and runs
 
 examples: opd train recipes/runs/opsd_expr.yaml optimizer.lr=3e-4 seed=1
@@ -102,6 +103,11 @@ def _replay(words: Sequence[str]) -> None:
     print(import_module("opd.replay").replay_and_report(_name(words, "replay BUNDLE"), parse_overrides(words[1:])))
 
 
+def _simulate(words: Sequence[str]) -> None:
+    simulator = import_module("opd.simulate")
+    print(simulator.describe(simulator.simulate(_name(words, "simulate RUN"), words[1:])))
+
+
 def _show(words: Sequence[str]) -> None:
     if not words:
         print(overview())
@@ -127,6 +133,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "diagnose": _diagnose,
     "bundle": _bundle,
     "replay": _replay,
+    "simulate": _simulate,
     "show": _show,
 }
 

@@ -46,6 +46,7 @@ class SequenceSignals:
     """What is known of one answer's tokens, all at rollout weights.
 
     student_logp [T] nats; entropy [T] nats, topk_logp [T, K]: of the student, None unless a term asked; scores: signal -> TokenScores;
+    behaviour_logp [T] nats: of what drew the tokens; versions: (weight version, first token, one past the last) spans, as in Completion.
     advantage [T]: what the chain gave so far; loss_mask [T] bool; marks: tokens that a writer pointed at [T] bool, by name.
     """
 
@@ -55,6 +56,8 @@ class SequenceSignals:
     loss_mask: Tensor
     entropy: Tensor | None = None
     topk_logp: Tensor | None = None
+    behaviour_logp: Tensor | None = None
+    versions: tuple[tuple[int, int, int], ...] = ()
     marks: Mapping[str, Tensor] = field(default_factory=dict)
 
 

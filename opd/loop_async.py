@@ -4,7 +4,6 @@ With max_staleness 1 the student writes the answers of step t + 1 with the weigh
 then one version old when the learner reads it, and each token carries the version that drew it (Completion.versions). With 0 this is opd.loop.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from opd.ahead import Ahead
@@ -29,9 +28,9 @@ def train_step(step: int, last: int, s: System, ahead: Ahead, how: Asynchrony) -
         ahead.ready(step)  # the learner is idle here; so is the student afterwards, unless it is further ahead
     sync(s, ahead)
     for coming in range(step, min(step + how.max_staleness, last) + 1):
-        ahead.begin(coming)
+        ahead.begin(coming, s.last)
     with s.clock("rollout"):
-        judged = ahead.collect_fresh(step, s.learner.version, how.max_staleness)  # what is too old is dropped and counted
+        judged = ahead.collect_fresh(step, s.last, s.learner.version, how.max_staleness)  # what is too old is dropped and counted
     with s.clock("views"):
         views = s.view(judged)
     with s.clock("prepare"):
@@ -46,7 +45,7 @@ def train_step(step: int, last: int, s: System, ahead: Ahead, how: Asynchrony) -
         sync(s, ahead)  # answers that are being written go on with the new weights
     meters = {**ahead.meters(), **s.view.meters(), **s.teachers.meters(), **report.meters}
     s.last.update({name: meter.mean for name, meter in meters.items()})
-    return replace(report, step=step, meters=meters, seconds={**s.clock.seconds(), **report.seconds}), samples
+    return replace(report, step=step, meters=meters, seconds={**s.clock.seconds(), "rollout/ahead": ahead.seconds, **report.seconds}), samples
 
 
 def sync(s: System, ahead: Ahead) -> None:
@@ -78,14 +77,14 @@ def train(s: System, ahead: Ahead, run: Run, steps: int, how: Asynchrony) -> str
         if s.clock.safe:
             run.checkpoint(step, s)
         raise
+    settle(s, ahead)
+    sync(s, ahead)
     run.checkpoint(step, s)
     return run.exhausted() or f"all {steps} steps done"
 
 
 def settle(s: System, ahead: Ahead) -> None:
-    """Wait for every answer in flight."""
-    with s.clock("settle"):
+    """Wait for every answer in flight; as in "sync", nothing may stop the run between a step and its record."""
+    with s.clock("sync"):
         ahead.settle()
     s.clock.seconds()
-
-

@@ -115,9 +115,22 @@ class Rollout(_Frozen):
 class Engine(_Frozen):
     """What generates."""
 
-    kind: Literal["torch"] = Field(default="torch", description="torch: in process, around the unmodified Hugging Face module")
+    kind: Literal["torch", "process"] = Field(
+        default="torch", description="torch: in process, around the unmodified Hugging Face module; process: the same in a process of its own"
+    )
+    replicas: Positive = Field(default=1, description="processes that share out a step's prompts (kind process)")
+    stall_seconds: float = Field(default=300.0, gt=0, description="an engine process without a forward pass for so long is replaced, seconds")
     token_budget: Positive = Field(default=32768, description="tokens (rows x longest, cache included) held at once while generating")
     audit_nats: float = Field(default=0.01, gt=0, description="largest mean |log-prob difference| between engine and learner at start, nats")
+
+
+class Asynchrony(_Frozen):
+    """Answers for coming steps are written while the present one learns; see docs/asynchrony.md."""
+
+    max_staleness: NonNegative = Field(
+        default=0, description="versions that an answer may be older than the learner that reads it; 0: the synchronous loop"
+    )
+    in_flight: bool = Field(default=False, description="new weights also reach answers that are being written, from their next token on")
 
 
 class EMA(_Frozen):
@@ -259,6 +272,7 @@ class Recipe(_Frozen):
     rollout: Rollout = Rollout()
     sampling: Sampling = Sampling()
     engine: Engine = Engine()
+    asynchrony: Asynchrony = Asynchrony()
     teacher: Choice = Field(default="", description="sugar for signals.main.weights")
     view: Choice = Field(default="", description="sugar for signals.main.view")
     signals: dict[str, Signal] = Field(default={}, description="named scorers; `teacher` and `view` make the one called main")
@@ -283,3 +297,18 @@ class Recipe(_Frozen):
         if "main" in declared and declared["main"] not in (main, {**main, "weights": main["weights"]}):
             raise ValueError("`teacher`/`view` are sugar for signals.main: give one or the other")
         return {**raw, "signals": {**declared, "main": main}}
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> "Recipe":
+        if self.engine.kind == "torch" and self.engine.replicas > 1:
+            raise ValueError(f"engine.replicas is {self.engine.replicas}, and engine.kind torch is this process: use engine.kind=process")
+        if self.engine.kind == "torch" and self.asynchrony.max_staleness:
+            raise ValueError(
+                f"asynchrony.max_staleness is {self.asynchrony.max_staleness}: the student answers while the learner works, so it needs a process "
+                "of its own: use engine.kind=process, or asynchrony.max_staleness=0"
+            )
+        if self.asynchrony.in_flight and not self.asynchrony.max_staleness:
+            raise ValueError("asynchrony.in_flight: nothing is in flight with max_staleness 0: use asynchrony.max_staleness=1 or more")
+        if self.engine.kind == "process" and self.rollout.sampler != "student":
+            raise ValueError("rollout.sampler draws tokens from two models in this process: use engine.kind=torch, or rollout.sampler=student")
+        return self

@@ -84,7 +84,12 @@ def run_recipe(folder: Path) -> tuple[Recipe, Mapping[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{folder} is no run folder (it has no resolved.json); `opd show` lists the runs here")
     resolved = json.loads(path.read_text(encoding="utf-8"))
-    overrides = {"learner.kind": resolved.get("learner", "auto"), "track.wandb": "disabled"}
+    if staleness := resolved["recipe"].get("asynchrony", {}).get("max_staleness"):
+        raise ValueError(
+            f"{folder} is asynchronous (asynchrony.max_staleness={staleness}): its answers were written beside other steps, so a step cannot be done "
+            "again alone; train with asynchrony.max_staleness=0 to make bundles"
+        )
+    overrides = {"learner.kind": resolved.get("learner", "auto"), "track.wandb": "disabled", "engine.kind": "torch", "engine.replicas": 1}
     return parse_recipe(resolved["recipe"], overrides, origin=str(path), resolved=True), resolved
 
 

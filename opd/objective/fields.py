@@ -112,6 +112,27 @@ def _step_size(one: TokenScores, other: TokenScores, scale: float) -> Tensor:
     return scale * (inside + (one.tail_logp.double().exp() - other.tail_logp.double().exp()).abs()) + MINIMUM_STEP
 
 
+@reads("old_logp", "behaviour_logp")
+def span_ratio(answers: Sequence[SequenceSignals], pool: Pool, *, low: NonNegative = 0.0, high: Positive = 2.0) -> list[Tensor]:
+    """Truncated importance sampling by span: every token of a span that one weight version drew gets the same factor.
+
+    The factor is exp of the mean of log p_old - log p_engine over the span's loss tokens, held in [low, high]. engine_ratio is the same token by
+    token; over a span the geometric mean (as in GSPO, arXiv 2507.18071) varies less and a long answer keeps one factor for each of its versions.
+    """
+    return [_span_factors(answer).clamp(low, high) for answer in answers]
+
+
+def _span_factors(answer: SequenceSignals) -> Tensor:
+    assert answer.behaviour_logp is not None, "join fills it in"
+    difference = answer.student_logp.double() - answer.behaviour_logp.double()
+    factors = torch.ones_like(difference)
+    for _version, start, end in answer.versions:
+        inside = answer.loss_mask[start:end]
+        if inside.any():
+            factors[start:end] = difference[start:end][inside].mean().exp()
+    return factors
+
+
 def _entropy(answer: SequenceSignals) -> Tensor:
     assert answer.entropy is not None, "the learner prepares the entropy when `needs.entropy` is set"
     return answer.entropy
@@ -123,4 +144,5 @@ FIELDS = {
     "soft_or": soft_or,
     "batch_confidence": batch_confidence,
     "extrapolation_budget": extrapolation_budget,
+    "span_ratio": span_ratio,
 }

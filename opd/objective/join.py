@@ -110,6 +110,8 @@ def _signals(answer: Judged, prepared: Prepared | None, scores: Mapping[str, Tok
         loss_mask=mask,
         entropy=None if prepared is None else prepared.entropy.cpu(),
         topk_logp=None if prepared is None or prepared.topk_logp is None else prepared.topk_logp.cpu(),
+        behaviour_logp=answer.completion.logprobs.cpu(),
+        versions=answer.completion.versions,
         marks=answer.marks,
     )
 

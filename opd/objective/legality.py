@@ -28,6 +28,8 @@ class Setting:
     sampled_in: str | None = None
     sampler: bool = False
     """Whether a teacher helps to draw the tokens."""
+    max_staleness: int = 0
+    """Versions that an answer may be older than the learner that reads it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,7 @@ BIASED = (
     "k3_loss",
     "k2_reward",
     "k3_reward",
+    "stale_answers",
 )
 
 
@@ -343,6 +346,21 @@ def drawn_with_a_teacher(term: Term, setting: Setting) -> Finding | None:
     )
 
 
+def stale_answers_are_corrected(term: Term, setting: Setting) -> Finding | None:
+    sampled = term.kind == "surrogate" or (term.support is not None and term.support.kind == "sampled")
+    if not setting.max_staleness or not sampled or "behaviour_logp" in term.reads:
+        return None
+    return Finding(
+        reason=(
+            f"answers are up to {setting.max_staleness} versions old (asynchrony.max_staleness), and an estimate over sampled tokens takes them for "
+            "the present student's"
+        ),
+        legal="weight: {engine_ratio: {high: 2.0}} | span_ratio | sampler_ratio on the term; a divergence on full | student_topk | teacher_topk; "
+        "or asynchrony.max_staleness=0",
+        allow="stale_answers",
+    )
+
+
 def group_has_siblings(term: Term, setting: Setting) -> Finding | None:
     if setting.group != 1 or "group" not in term.reads:
         return None
@@ -376,5 +394,6 @@ RULES: tuple[Rule, ...] = (
     weight_reads_signal,
     sampled_by_the_policy,
     drawn_with_a_teacher,
+    stale_answers_are_corrected,
     group_has_siblings,
 )

@@ -136,7 +136,8 @@ class ProcessEngine:
                     reason, code = str(lost) or "its pipe closed", self._process.exitcode
                     if attempt < self._restarts:
                         self._revive(always=True)
-            raise GeneratorLost(f"the generator was lost {self._restarts + 1} times in a row ({reason}; exit status {code}): see its last words above")
+            times = self._restarts + 1
+            raise GeneratorLost(f"the generator was lost {times} times in a row ({reason}; exit status {code}); its last words stand above")
 
     def _exchange(self, message: tuple[Any, ...]) -> Any:
         self._asked += 1

@@ -255,7 +255,7 @@ def _completions(tokens_BT: Tensor, logprobs_BT: Tensor, sampling: Sampling, ver
 def spans(versions: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
     """(version, first token, one past the last) for every run of equal versions, e.g. [3, 3, 4] -> ((3, 0, 2), (4, 2, 3))."""
     starts = [index for index, version in enumerate(versions) if index == 0 or version != versions[index - 1]]
-    return tuple((versions[start], start, end) for start, end in zip(starts, [*starts[1:], len(versions)], strict=True))
+    return tuple((versions[start], start, end) for start, end in zip(starts, [*starts, len(versions)][1:], strict=True))
 
 
 def _check_manifest(own: dict[str, nn.Parameter], names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:

@@ -9,7 +9,7 @@ from opd_rollout.types import TokenScores
 
 from opd.credit import SequenceSignals
 from opd.objective import fields
-from opd.objective.fields import batch_confidence, extrapolation_budget, largest, opener, soft_or, top_entropy
+from opd.objective.fields import batch_confidence, extrapolation_budget, largest, opener, soft_or, span_ratio, top_entropy
 from opd.objective.targets import extrapolate
 from opd.pooling import alone
 
@@ -108,3 +108,22 @@ def test_aligndistil_by_the_pinned_numbers():
     torch.testing.assert_close(extrapolate(lp, lp, lp), lp, rtol=0, atol=1e-12)
     [equal] = extrapolation_budget([replace(known, scores={"main": scores(up, ids), "reference": scores(up, ids)})], alone)
     assert math.isclose(float(equal), 100.0)
+
+
+def test_span_ratio_is_one_truncated_geometric_mean_for_each_weight_version():
+    behaviour = torch.tensor([-1.0, -2.0, -3.0, -1.0, -2.0])
+    one = SequenceSignals(
+        student_logp=behaviour + torch.tensor([0.2, 0.4, 9.0, -1.0, -3.0]),
+        scores={},
+        advantage=torch.zeros(5),
+        loss_mask=torch.tensor([True, True, False, True, True]),  # what is no loss token does not count in its span
+        behaviour_logp=behaviour,
+        versions=((3, 0, 3), (4, 3, 5)),
+    )
+    expected = [math.exp(0.3)] * 3 + [math.exp(-2.0)] * 2
+    [found] = span_ratio([one], alone)
+    assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=1e-6)
+    [held] = span_ratio([one], alone, low=0.5, high=1.2)
+    assert held.tolist() == [1.2] * 3 + [0.5] * 2
+    [none] = span_ratio([replace(one, versions=())], alone)
+    assert none.tolist() == [1.0] * 5

@@ -110,3 +110,8 @@ def install(fault: Fault) -> None:
 def coin(prompt, text):
     """A verifier that draws from every global generator: a resume that loses one of them gives other rewards."""
     return float(random.random() + np.random.random() + torch.rand(()).item() > 1.5)
+
+
+def of_the_text(prompt, text):
+    """A verifier that reads the text alone, so that it may run beside the learner, which draws from no generator either."""
+    return float(sum(text.encode()) % 3 == 0)

@@ -51,10 +51,12 @@ FLOORS = [  # lowest first; a module may import its own floor and below
         "opd.vitals",
     },
     {
+        "opd.ahead",
         "opd.bundle",
         "opd.eval",
         "opd.guarding",
         "opd.loop",
+        "opd.loop_async",
         "opd.run",
         "opd.source",
         "opd.sampler",
@@ -79,6 +81,8 @@ FLOORS = [  # lowest first; a module may import its own floor and below
         "opd.reference",
         "opd.replay",
         "opd.reports",
+        "opd.scaling",
+        "opd.simulate",
         "opd.viewer",
     },
 ]
