@@ -73,11 +73,14 @@ def sampled_success(branches: Sequence[Branch], generate: Generate, judge: Judge
     return [Success(rate=(a + b) / rollouts, halves=(a / half, b / half)) for a, b in wins]
 
 
-def exact_success(branches: Sequence[Branch], score: Score, judge: Judge, *, k: int, smallest: float = 1e-3) -> list[Success]:
+def exact_success(
+    branches: Sequence[Branch], score: Score, judge: Judge, *, k: int, smallest: float = 1e-3, most: int = 20_000
+) -> list[Success] | None:
     """Success rates by enumeration: all branches are followed together, a token at a time, through each student's k likeliest tokens.
 
     Paths whose probability (from their branch on) falls under `smallest` are given up; their mass and that outside the k tokens bounds the error:
-    the true rate lies in [rate - slack, rate + slack]. score: the student's scores, at the temperature that it samples with.
+    the true rate lies in [rate - slack, rate + slack]. score: the student's scores, at the temperature that it samples with. None where more than
+    `most` paths are open at once: the student is too undecided to be enumerated.
     """
     won, lost = [0.0] * len(branches), [0.0] * len(branches)
     frontier: dict[tuple[int, tuple[int, ...]], float] = {(number, branch.tokens): 1.0 for number, branch in enumerate(branches)}
@@ -90,6 +93,8 @@ def exact_success(branches: Sequence[Branch], score: Score, judge: Judge, *, k: 
                 target[number] += mass
             elif mass >= smallest:
                 open_paths[number, tokens] = mass
+        if len(open_paths) > most:
+            return None
         _expand(open_paths, branches, score, k, cache)
         frontier = {}
         for (number, tokens), mass in open_paths.items():

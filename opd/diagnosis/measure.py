@@ -94,7 +94,7 @@ def measure(parts: Parts, recipe: Recipe, settings: Settings) -> Measured:
             "raise sampling.temperature, choose harder questions, or lower diagnose.least"
         )
     exact = exact_is_possible(recipe) if settings.success == "auto" else settings.success == "exact"
-    find_success(nodes, judged, parts, recipe, settings, exact=exact)
+    exact = find_success(nodes, judged, parts, recipe, settings, exact=exact)
     return Measured(judged=judged, student=student, seen=seen, nodes=nodes, exact=exact)
 
 
@@ -151,8 +151,11 @@ def choose_nodes(
     return [node for nodes in found.values() for node in sorted(nodes.values(), key=lambda node: -node.entropy)[: settings.nodes]]
 
 
-def find_success(nodes: Sequence[Node], judged: Sequence[Judged], parts: Parts, recipe: Recipe, settings: Settings, *, exact: bool) -> None:
-    """Fill in the success rate after every tried token and every candidate's likeliest one."""
+def find_success(nodes: Sequence[Node], judged: Sequence[Judged], parts: Parts, recipe: Recipe, settings: Settings, *, exact: bool) -> bool:
+    """Fill in the success rate after every tried token and every candidate's likeliest one; returns whether they are enumerated.
+
+    Raises ValueError where enumeration was asked for and is too large.
+    """
     asked = [(node, token) for node in nodes for token in dict.fromkeys((*node.ids, *(top for _, top, _ in node.seen.values())))]
     branches = []
     for node, token in asked:
@@ -160,14 +163,19 @@ def find_success(nodes: Sequence[Node], judged: Sequence[Judged], parts: Parts, 
         branches.append(Branch(prompt=one.prompt, prompt_ids=one.prompt_ids, tokens=(*node.prefix, token)))
     decode = partial(chat.decode, parts.tokenizer)
     judge = Judge(verify=parts.problems.verify, decode=decode, stop_ids=parts.stop_ids, max_tokens=recipe.sampling.max_tokens)
+    rates = None
     if exact:
         score = partial(parts.learner.teacher_pass, weights="live")
         rates = exact_success(branches, score, judge, k=min(EXACT_K, len(parts.tokenizer)))
-    else:
+        if rates is None and settings.success == "exact":
+            raise ValueError("too many paths to enumerate: set diagnose.success=sampled, or fewer diagnose.problems and diagnose.nodes")
+    exact = rates is not None
+    if rates is None:
         options: dict[str, Any] = {"rollouts": settings.branches, "temperature": recipe.sampling.temperature, "seed": recipe.seed}
         rates = sampled_success(branches, parts.engine.generate, judge, **options)
     for (node, token), rate in zip(asked, rates, strict=True):
         node.u[token] = rate
+    return exact
 
 
 # --- figures -----------------------------------------------------------------------------------------------------------------------------

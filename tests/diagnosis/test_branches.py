@@ -75,6 +75,10 @@ def test_enumeration_is_exact():
         assert found.rate == pytest.approx(brute_force(branch), abs=1e-6) and found.slack == pytest.approx(0.0, abs=1e-6)
 
 
+def test_an_undecided_student_is_not_enumerated():
+    assert exact_success(BRANCHES, fake_score, JUDGE, k=V, smallest=0.0, most=10) is None
+
+
 @pytest.mark.parametrize(("k", "smallest"), [(2, 0.0), (V, 0.2), (2, 0.1)])
 def test_what_was_given_up_bounds_the_error(k, smallest):
     found = exact_success(BRANCHES, fake_score, JUDGE, k=k, smallest=smallest)

@@ -16,6 +16,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "ker
 SHORTER = {  # what makes a command of the documents short enough for a test; its words stay as they are
     "train": ["steps=2", "eval.num_problems=8", "eval.final_problems=8", "eval.final_samples=2", "rollout.prompts=4", "track.wandb=disabled"],
     "eval": ["eval.final_problems=8", "eval.final_samples=2"],
+    "diagnose": ["diagnose.problems=4", "diagnose.rollouts=2", "diagnose.nodes=2"],
     "compare": ["seeds=[0]", "eval.num_problems=8", "eval.final_problems=8", "budget.generated_tokens=300", "workers=1"],
 }
 OWN_NAMES = "main|distill|policy|nll|answer|steps|rollout|views|prepare|teacher|join|learn|sync|step"  # of signals, terms, parts and phases
