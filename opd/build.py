@@ -22,6 +22,7 @@ from opd.learner.types import Learner, LearnerSettings, OptimizerSettings
 from opd.objective import Objective, Setting, build_objective
 from opd.problems import Problems, load_problems, without_long
 from opd.prompts import check_dataset_hint, check_lengths
+from opd.ranks import ALONE, Ranks
 from opd.recipe import EMA, Recipe
 from opd.run import NoSink, Sink
 from opd.source import Codec, RolloutSource, SourceSettings, parse_source
@@ -50,10 +51,12 @@ class Parts:
     stop_ids: tuple[int, ...]
 
 
-def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, check: Callable[..., None] | None = None) -> Parts:
+def build_parts(
+    recipe: Recipe, *, verifier: Callable[..., Any] | None = None, check: Callable[..., None] | None = None, ranks: Ranks = ALONE
+) -> Parts:
     """Models, engine, learner, teachers and data of a recipe. Raises ValueError for everything that could not work, before any step.
 
-    check: called before every forward pass and verdict; may raise to end a long phase.
+    ranks: who shares the prompts. check: called before every forward pass and verdict; may raise to end a long phase.
     """
     if recipe.sampling.temperature == 0:
         raise ValueError("sampling.temperature is 0: there is nothing to learn from greedy answers; greedy evaluation is eval.temperatures=[0]")
@@ -90,7 +93,7 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     for module in {model, spoken, *teachers.values()} if check is not None else ():
         module.get_decoder().register_forward_pre_hook(check)
     codec = Codec(encode=encode, tokenize=partial(chat.tokenize, tokenizer), decode=partial(chat.decode, tokenizer), end=stop_ids[0])
-    source = RolloutSource(engine, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room))
+    source = RolloutSource(engine, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), ranks)
     weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), vocab_size) for name, (kind, _) in choices.items()}
     return Parts(
         tokenizer=tokenizer,

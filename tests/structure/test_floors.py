@@ -17,6 +17,8 @@ FLOORS = [  # lowest first; a module may import its own floor and below
     {
         "opd.choices",
         "opd.config",
+        "opd.sweep",
+        "opd.stop",
         "opd.errors",
         "opd.pooling",
         "opd.recipe",
@@ -37,6 +39,9 @@ FLOORS = [  # lowest first; a module may import its own floor and below
     },
     {
         "opd.accuracy",
+        "opd.beacon",
+        "opd.ranks",
+        "opd.watch",
         "opd.data",
         "opd.guard",
         "opd.learner",
@@ -63,7 +68,10 @@ FLOORS = [  # lowest first; a module may import its own floor and below
     },
     {
         "opd",
+        "opd.__main__",
         "opd.api",
+        "opd.launch",
+        "opd.rank",
         "opd.build",
         "opd.cli",
         "opd.comparison",
