@@ -18,12 +18,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
-from opd.errors import Preempted, RunFailed, TooManySkipped
+from opd.errors import Paused, Preempted, RunFailed, TooManySkipped
 from opd.recipe import Recipe
 from opd.runfolder import check_run, finished, run_folder
 from opd.stop import stop_signals
 from opd.sweep import MARK, sweep
-from opd.watch import Board, Child, End, read_messages, verdict
+from opd.watch import Board, Child, End, behind, read_messages, verdict
 
 GRACE_SECONDS = 10.0  # for the others to say how they ended, once one rank is gone
 POLL_SECONDS = 0.2
@@ -98,6 +98,8 @@ def conclude(end: End) -> None:
             return
         case "preempted":
             raise Preempted(end.text)
+        case "paused":
+            raise Paused(end.text)
         case "input":
             raise ValueError(end.text)
         case "skipped":
@@ -213,7 +215,7 @@ def supervise(children: Sequence[Child], board: Board, asked: Forwarded, deadlin
             return verdict(children, asked.number)
         stalled = board.stalled(children, deadline_seconds)
         if stalled is not None:
-            for child in children:
+            for child in behind(children) or children:
                 child.signal(signal.SIGUSR2)  # its stack, for whoever reads the log
             time.sleep(POLL_SECONDS)
             return stalled

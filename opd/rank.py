@@ -14,7 +14,7 @@ import torch
 from opd.api import train_rank
 from opd.beacon import Beacon
 from opd.build import check_tracking
-from opd.errors import Preempted, TooManySkipped
+from opd.errors import Paused, Preempted, TooManySkipped
 from opd.live import LiveView, PhaseClock
 from opd.ranks import is_lost_peer, join_ranks
 from opd.recipe import Recipe
@@ -52,14 +52,14 @@ def run(beacon: Beacon) -> int:
     beacon.tell(outcome=[kind, text])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0 if kind in ("finished", "preempted") else 1)  # a process group whose peers are gone may not end by itself
+    os._exit(0 if kind in ("finished", "preempted", "paused") else 1)  # a process group whose peers are gone may not end by itself
 
 
 def _outcome(beacon: Beacon) -> tuple[str, str]:
     try:
         return "finished", _train(beacon)
     except Preempted as stopped:
-        return "preempted", str(stopped)
+        return "paused" if isinstance(stopped, Paused) else "preempted", str(stopped)
     except TooManySkipped as failed:
         return "skipped", str(failed)
     except KeyboardInterrupt:

@@ -94,7 +94,7 @@ class Child:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """How an attempt ended. kind: finished, preempted, input, skipped, failed, lost; restartable: the next one may fare better."""
+    """How an attempt ended. kind: finished, preempted, paused, input, skipped, failed, lost; restartable: the next one may fare better."""
 
     kind: str
     text: str = ""
@@ -118,7 +118,7 @@ def verdict(children: Sequence[Child], asked: int) -> End:
     """What the ranks' ends mean together: a rank that was killed explains the others' errors, not the other way round."""
     outcomes = {child.rank: child.outcome for child in children}
     kinds = [kind for kind, _ in outcomes.values()]
-    for kind in ("input", "skipped"):
+    for kind in ("input", "skipped", "paused"):
         if kind in kinds:
             return End(kind=kind, text=next(text for found, text in outcomes.values() if found == kind))
     silent = [child for child in children if not child.outcome[0] and child.process.poll() is not None]
@@ -177,7 +177,7 @@ class Board:
     def finish(self, end: End) -> None:
         """The last word in status.json; nothing for a run that never began."""
         if self._folder.is_dir() and (self._folder / "resolved.json").is_file():
-            state = {"finished": "finished", "preempted": "preempted"}.get(end.kind, "failed")
+            state = end.kind if end.kind in ("finished", "preempted", "paused") else "failed"
             self._write(state, end.text, ())
 
     def stalled(self, children: Sequence[Child], deadline_seconds: float) -> End | None:
@@ -201,9 +201,13 @@ class Board:
 
 
 def behind(children: Sequence[Child]) -> list[Child]:
-    """The ranks that the others wait for: those with fewer exchanges; none where all are equally far."""
+    """The ranks that the others wait for: those with fewer exchanges, else the stopped ones, else those that do not wait; none where all do."""
     counts = [child.facts.get("exchanges", 0) for child in children]
-    return [child for child, count in zip(children, counts, strict=True) if count < max(counts, default=0)]
+    states = [child.state for child in children]
+    for late in ([count < max(counts, default=0) for count in counts], [s == "stopped" for s in states], [s != "waiting" for s in states]):
+        if any(late) and not all(late):
+            return [child for child, is_late in zip(children, late, strict=True) if is_late]
+    return []
 
 
 def roles(children: Sequence[Child]) -> Mapping[str, Any]:

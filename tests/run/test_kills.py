@@ -120,7 +120,9 @@ def test_kills_at_random_moments(tmp_path, undisturbed, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code", "words"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 0, "SIGTERM"), (signal.SIGUSR1, 0, "SIGUSR1")])
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 0, "SIGTERM"), (signal.SIGUSR1, 0, "SIGUSR1")]
+)
 def test_asked_to_stop_all_ranks_save_the_last_whole_step_and_the_run_resumes_bitwise(tmp_path, undisturbed, number, code, words):
     write(tmp_path)
     run = tmp_path / "runs/run"
@@ -165,7 +167,8 @@ def test_restarts_are_bounded_and_the_sentence_says_what_happened(tmp_path):
 
 @pytest.mark.slow
 def test_one_ranks_mistake_ends_all_of_them_with_one_sentence(tmp_path):
-    (tmp_path / "judge.py").write_text("import os\n\n\ndef judge(prompt, text):\n    if os.environ['RANK'] == '1':\n        raise OSError('no judge')\n    return 1.0\n")
+    one_fails = "import os\n\n\ndef judge(prompt, text):\n    if os.environ['RANK'] == '1':\n        raise OSError('no judge')\n    return 1.0\n"
+    (tmp_path / "judge.py").write_text(one_fails)
     write(tmp_path, data={"task": "expr", "verifier": {"fn": "judge:judge"}}, eval={"num_problems": 0, "final_problems": 0})
     code, said = opd(tmp_path, "train", "r.yaml", "name=run", "learner.ranks=2", "steps=2")
     assert code == 0, said  # half of the answers are judged: no reason to stop
