@@ -13,35 +13,46 @@ from pathlib import Path
 from typing import Any
 
 from opd_rollout.engine import Engine
-from opd_rollout.parity import audit
-from opd_rollout.sampling import request_seed
-from opd_rollout.types import GenerateRequest, Sampling
 
 from opd import chat, loop_async
 from opd.ahead import Ahead
-from opd.build import Parts, build_parts, check_tracking, input_facts, open_sink
-from opd.config import load_recipe, parse_overrides, parse_recipe, recipe_hash
+from opd.audit import audit_engine
+from opd.build import Parts, build_parts, check_tracking, input_facts, is_sharded, open_sink, parse_weights
+from opd.config import load_recipe, parse_overrides, parse_recipe
 from opd.errors import Paused
 from opd.eval import Codec, EvalResult, EvalSettings, decoding_name, write_evaluation
 from opd.eval import evaluate as evaluate_problems
 from opd.freezing import Recorder
 from opd.guard import parse_rules
 from opd.guarding import RunGuard
+from opd.launch import refuse_other_launchers, train_stages, wants_launcher
 from opd.learner.memory import is_out_of_memory
-from opd.live import LiveView, PhaseClock, Status, StopRequest, stop_signals
+from opd.live import LiveView, PhaseClock, Reports, Status
 from opd.loop import System
 from opd.loop import train as train_loop
 from opd.randomness import seed_generators
+from opd.ranks import ALONE, Ranks
 from opd.recipe import Recipe
 from opd.run import Plan, TrainingRun
-from opd.runfolder import check_run, checkpoint_step, checkpoints, claimed, free_mebibytes, is_disk_full, open_run, read_lines, write_json
+from opd.runfolder import (
+    check_run,
+    checkpoint_step,
+    checkpoints,
+    claimed,
+    finished,
+    free_mebibytes,
+    is_disk_full,
+    open_run,
+    read_lines,
+    run_folder,
+    write_json,
+)
 from opd.stages import read_stages
+from opd.stop import StopRequest, stop_signals
 from opd.types import Prompt
 from opd.verify import final_answer
 from opd.viewer.columns import ShownColumns
 from opd.viewer.record import Readers, write_samples
-
-AUDIT_PROMPTS = 4
 
 
 def train(
@@ -57,7 +68,14 @@ def train(
     verifier: fn(prompt, text) -> Verdict, number or bool, in the place of data.verifier. Raises ValueError with the fix for a mistake in
     the input before any work starts, Preempted when asked to stop (the state is saved), TooManySkipped when updates keep being refused.
     """
+    refuse_other_launchers()
     stages = [recipe] if isinstance(recipe, Recipe) else read_stages(recipe, overrides)
+    if any(wants_launcher(stage) for stage in stages):
+        if verifier is not None or folder is not None:
+            raise ValueError(
+                "several ranks are processes of their own: name the verifier in the recipe, data.verifier={fn: module:name}, and the folder by name"
+            )
+        return train_stages(stages, recipe if isinstance(recipe, str) else "recipe", quiet=quiet)
     if len(stages) > 1:
         if folder:
             raise ValueError(f"{recipe} has stages, each with a folder of its own: train it without `folder`")
@@ -75,35 +93,49 @@ def train(
 
 
 def _train_in(folder: Path, recipe: Recipe, verifier: Callable[..., Any] | None, quiet: bool) -> None:
-    """Build, check, then run; up to `open_run` nothing is written."""
-    status, stop = Status(folder / "status.json", recipe.steps), StopRequest(at_once=True)
-    clock = PhaseClock(status, stop)
-    with stop_signals(stop), contextlib.ExitStack() as held:
+    """One process with everything in it."""
+    stop = StopRequest(at_once=True)
+    with stop_signals(stop):
+        view = LiveView(folder.name, recipe.steps, quiet=quiet)
+        train_rank(folder, recipe, PhaseClock(Status(folder / "status.json", recipe.steps), stop), view, verifier)
+
+
+def train_rank(folder: Path, recipe: Recipe, clock: PhaseClock, view: LiveView, verifier: Callable[..., Any] | None = None) -> str:
+    """Build, check, then run as one of `clock.ranks`; up to `open_run` nothing is written. Returns why it ended."""
+    ranks, status = clock.ranks, clock.status
+    with contextlib.ExitStack() as held:
+        held.callback(view.close)
         existed = folder.is_dir()
-        if existed:
-            held.enter_context(claimed(folder))
+        with ranks.announcing():
+            if existed and ranks.leads:
+                held.enter_context(claimed(folder))
+        ranks.wait()
         seed_generators(recipe.seed)
-        parts = build_parts(recipe, verifier=verifier, check=clock.check)
+        parts = build_parts(recipe, verifier=verifier, check=clock.check, ranks=ranks)
         held.callback(parts.learner.close)
         held.callback(parts.engine.close)
-        view = LiveView(folder.name, recipe.steps, quiet=quiet)
-        held.callback(view.close)
         for note in parts.problems.notes:
             view.say(f"data: {note}")
         audit_engine(recipe, parts, view)
-        open_run(folder, recipe, facts(recipe, parts))
-        if not existed:
-            held.enter_context(claimed(folder))
+        with ranks.announcing():
+            if ranks.leads:
+                open_run(folder, recipe, facts(recipe, parts))
+                if not existed:
+                    held.enter_context(claimed(folder))
+        ranks.wait()
+        if ranks.rank:
+            seed_generators(recipe.seed + ranks.rank)  # a verifier's dice fall differently on every rank
         system = make_system(parts, clock)
         if recipe.track.bundle_steps:
             system = replace(system, teachers=Recorder(parts, system.last, weights=True, wanted=lambda: status.coming in recipe.track.bundle_steps))
-        run = make_run(recipe, folder, parts, status, view, system.teachers)
-        stop.at_once = False
-        with _recording(folder, run, view, status):
+        run = make_run(recipe, folder, parts, status, view, ranks, system.teachers)
+        clock.stop.at_once = False
+        with _recording(folder, run, view, status, ranks):
             reason = train_as_asked(recipe, system, run, clock)
-            report_final(recipe, folder, parts, run, system)
+            report_final(recipe, folder, parts, run, system, ranks)
             status.write("finished", reason)
             view.say(f"{folder}: {reason}")
+            return reason
 
 
 def train_as_asked(recipe: Recipe, system: System, run: TrainingRun, clock: PhaseClock) -> str:
@@ -168,19 +200,6 @@ def evaluate(model_or_run: str, overrides: Sequence[str] | Mapping[str, Any] = (
     return rows
 
 
-def run_folder(recipe: Recipe, reference: str) -> Path:
-    """runs/<name>, by default recipe-method-seed-hash. Raises ValueError for a name that leads out of runs/."""
-    if Path(recipe.name).is_absolute() or ".." in Path(recipe.name).parts:
-        raise ValueError(f"name={recipe.name}: a run lives under runs/; give a plain name, or one with folders like study/arm")
-    return Path("runs") / (recipe.name or f"{Path(reference).stem}-{recipe.method or 'method'}-{recipe.seed}-{recipe_hash(recipe)}")
-
-
-def finished(folder: Path) -> bool:
-    """Whether the folder holds a run that reached its end."""
-    path = folder / "status.json"
-    return path.is_file() and json.loads(path.read_text())["state"] == "finished"
-
-
 def facts(recipe: Recipe, parts: Parts) -> dict[str, Any]:
     """What resolved.json adds to the recipe: what was chosen, and hashes of template and data."""
     return {
@@ -195,11 +214,11 @@ def make_system(parts: Parts, clock: PhaseClock) -> System:
     """The parts as the loop sees them."""
     return System(
         source=parts.source, view=parts.views, teachers=parts.scorer, objective=parts.objective, learner=parts.learner,
-        student=parts.engine, clock=clock, last={},
+        student=parts.engine, clock=clock, ranks=clock.ranks, last={},
     )  # fmt: skip
 
 
-def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Status, view: LiveView, teachers: Any = None) -> TrainingRun:
+def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Reports, view: LiveView, ranks: Ranks, teachers: Any = None) -> TrainingRun:
     """The run folder's side of the loop. teachers: the system's, which may record steps for bundles."""
     ev, ck, tr = recipe.eval, recipe.checkpoint, recipe.track
     plan = Plan(
@@ -209,8 +228,9 @@ def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Status, view: L
     )  # fmt: skip
 
     def evaluate_dev(step: int, engine: Engine) -> Mapping[str, Any]:
-        result = examine(recipe, parts, engine, "dev", parts.problems.dev, 1.0, ev.samples, step)
-        write_evaluation(folder, result)
+        result = examine(recipe, parts, engine, "dev", parts.problems.dev, 1.0, ev.samples, step, ranks)
+        if ranks.leads:
+            write_evaluation(folder, result)
         return result.row
 
     shown = ShownColumns(tr.samples)
@@ -220,10 +240,12 @@ def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Status, view: L
         plan,
         status=status,
         view=view,
+        ranks=ranks,
         open_sink=partial(open_sink, recipe, folder),
         evaluate_dev=evaluate_dev if parts.problems.dev else None,
         write_samples=partial(
-            write_samples, tokenizer=parts.tokenizer, num_samples=tr.samples, texts_in_table=tr.texts, contexts=parts.views, readers=readers(parts),
+            write_samples, tokenizer=parts.tokenizer, num_samples=tr.samples, texts_in_table=tr.texts, contexts=parts.views,
+            readers=readers(recipe, parts, ranks),
             columns=shown.of,
         ),
         save_tokenizer=parts.tokenizer.save_pretrained,
@@ -241,14 +263,24 @@ def make_guard(recipe: Recipe) -> RunGuard | None:
     return RunGuard(rules, answers=g.answers, ngram=g.ngram, rate_factor=g.rate_factor, max_roll_backs=g.max_roll_backs)
 
 
-def readers(parts: Parts) -> Readers:
-    """Who fills in the top-k lists of a samples file."""
-    teachers = {name: weights.scores for name, weights in parts.scorer.weights.items()}
-    return Readers(student=partial(parts.learner.teacher_pass, weights="live"), teachers=teachers)
+def readers(recipe: Recipe, parts: Parts, ranks: Ranks) -> Readers:
+    """Who fills in the top-k lists of a samples file; with several ranks only those who can score without the other ranks."""
+    shared = {name for name, signal in recipe.signals.items() if parse_weights(name, signal.weights)[0] in ("live", "ema")}
+    teachers = {name: weights.scores for name, weights in parts.scorer.weights.items() if ranks.count == 1 or name not in shared}
+    alone = ranks.count == 1 or not is_sharded(recipe)
+    return Readers(student=partial(parts.learner.teacher_pass, weights="live") if alone else None, teachers=teachers)
 
 
 def examine(
-    recipe: Recipe, parts: Parts, engine: Engine, split: str, prompts: Sequence[Prompt], temperature: float, samples: int, step: int
+    recipe: Recipe,
+    parts: Parts,
+    engine: Engine,
+    split: str,
+    prompts: Sequence[Prompt],
+    temperature: float,
+    samples: int,
+    step: int,
+    ranks: Ranks = ALONE,
 ) -> EvalResult:
     """One evaluation; the seed does not depend on the run's, so that all runs answer the same problems with the same noise."""
     settings = EvalSettings(
@@ -256,50 +288,38 @@ def examine(
         stop_ids=parts.stop_ids, seed=EVALUATION_SEED,
     )  # fmt: skip
     codec = Codec(encode=parts.encode, decode=partial(chat.decode, parts.tokenizer), answer=final_answer)
-    return evaluate_problems(engine, prompts, parts.problems.verify, codec, settings, step=step)
+    return evaluate_problems(engine, prompts, parts.problems.verify, codec, settings, step=step, ranks=ranks)
 
 
 EVALUATION_SEED = 20260501
 
 
-def audit_engine(recipe: Recipe, parts: Parts, view: LiveView) -> None:
-    """Compare the engine's log-probs with the learner's, in nats; ValueError past the recipe's threshold."""
-    prompts = list(parts.problems.dev[:AUDIT_PROMPTS])
-    if not prompts or recipe.sampling.temperature == 0:
-        return
-    requests = [GenerateRequest(prompt_ids=parts.encode(p), seed=request_seed(recipe.seed, p.id, 0, 0)) for p in prompts]
-    sampling = Sampling(temperature=recipe.sampling.temperature, max_tokens=recipe.sampling.max_tokens, stop_ids=parts.stop_ids)
-    gap = audit(parts.engine, lambda asked, _temperature: parts.learner.teacher_pass(asked, "live"), requests, sampling)
-    if not gap.mean <= recipe.engine.audit_nats:  # NaN, of a model with broken weights, must not pass
-        raise ValueError(
-            f"engine and learner disagree on log-probs by {gap.mean:.4f} nats on average (largest {gap.max:.4f}) over {gap.num_tokens} tokens, more "
-            f"than engine.audit_nats={recipe.engine.audit_nats}: training would be off-policy. Use float32, or raise the threshold knowingly."
-        )
-    view.say(f"engine against learner: {gap.mean:.1e} nats mean, {gap.max:.1e} largest, over {gap.num_tokens} tokens")
 
-
-def report_final(recipe: Recipe, folder: Path, parts: Parts, run: TrainingRun, system: System) -> None:
+def report_final(recipe: Recipe, folder: Path, parts: Parts, run: TrainingRun, system: System, ranks: Ranks) -> None:
     """Choose the checkpoint (best on dev, or the last), export it as model/, and examine it on the test split."""
-    found = {checkpoint_step(path): path for path in checkpoints(folder)}
+    found = {checkpoint_step(path): path for path in ranks.first(checkpoints(folder))}
     last = max(found, default=0)
     chosen = run.progress.best_step if recipe.checkpoint.best and run.progress.best_step in found else last
     if chosen and chosen != last:
         parts.learner.load(found[chosen] / "learner")
         parts.engine.load_weights(parts.learner.weights(chosen))
     scratch = folder / ".model.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
+    if ranks.leads:
+        shutil.rmtree(scratch, ignore_errors=True)
     parts.learner.export(scratch)
-    parts.tokenizer.save_pretrained(scratch)
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    scratch.replace(folder / "model")
-    write_json(folder / "chosen.json", {"step": chosen, "dev": run.progress.best if chosen == run.progress.best_step else None})
-    seen = {(row["split"], row["decoding"]) for row in read_lines(folder / "eval.jsonl")}
+    if ranks.leads:
+        parts.tokenizer.save_pretrained(scratch)
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        scratch.replace(folder / "model")
+        write_json(folder / "chosen.json", {"step": chosen, "dev": run.progress.best if chosen == run.progress.best_step else None})
+    seen = ranks.first({(row["split"], row["decoding"]) for row in read_lines(folder / "eval.jsonl")})
     for temperature in recipe.eval.temperatures if parts.problems.test else ():
         if ("test", decoding_name(temperature)) not in seen:
             with system.clock("evaluate"):
                 samples = recipe.eval.final_samples
-                result = examine(recipe, parts, parts.engine, "test", parts.problems.test, temperature, samples, chosen)
-                write_evaluation(folder, result)
+                result = examine(recipe, parts, parts.engine, "test", parts.problems.test, temperature, samples, chosen, ranks)
+                if ranks.leads:
+                    write_evaluation(folder, result)
 
 
 def _eval_recipe(model_or_run: str, changes: Mapping[str, Any]) -> Recipe:
@@ -318,11 +338,12 @@ def _eval_recipe(model_or_run: str, changes: Mapping[str, Any]) -> Recipe:
 
 
 @contextlib.contextmanager
-def _recording(folder: Path, run: TrainingRun, view: LiveView, status: Status) -> Iterator[None]:
+def _recording(folder: Path, run: TrainingRun, view: LiveView, status: Reports, ranks: Ranks) -> Iterator[None]:
     """However the run ends, status.json says so, error.txt keeps the traceback of a failure, and warnings go to the live view."""
     warnings, failed = _Warnings(view.say), True
     logging.getLogger("opd").addHandler(warnings)
-    (folder / "error.txt").unlink(missing_ok=True)
+    error_file = folder / (f"error-rank-{ranks.rank}.txt" if ranks.rank else "error.txt")
+    error_file.unlink(missing_ok=True)
     try:
         yield
         failed = False
@@ -334,7 +355,7 @@ def _recording(folder: Path, run: TrainingRun, view: LiveView, status: Status) -
     except BaseException as error:
         with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
             status.write("failed", f"{type(error).__name__}: {error}")
-            (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            error_file.write_text(traceback.format_exc(), encoding="utf-8")
         if is_out_of_memory(error) and not isinstance(error, ValueError):
             raise ValueError(
                 "out of memory outside of the learner's micro-batches: lower engine.token_budget (generation), learner.token_budget (teacher "

@@ -27,6 +27,7 @@ from opd.learner.types import Learner, LearnerSettings, OptimizerSettings
 from opd.objective import Objective, Setting, build_objective
 from opd.problems import Problems, load_problems, without_long
 from opd.prompts import check_dataset_hint, check_lengths
+from opd.ranks import ALONE, Ranks
 from opd.recipe import EMA, Recipe
 from opd.run import NoSink, Sink
 from opd.sampler import Sampler, parse_sampler
@@ -57,10 +58,12 @@ class Parts:
     stop_ids: tuple[int, ...]
 
 
-def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, check: Callable[..., None] | None = None) -> Parts:
+def build_parts(
+    recipe: Recipe, *, verifier: Callable[..., Any] | None = None, check: Callable[..., None] | None = None, ranks: Ranks = ALONE
+) -> Parts:
     """Models, engine, learner, teachers and data of a recipe. Raises ValueError for everything that could not work, before any step.
 
-    check: called before every forward pass and verdict; may raise to end a long phase.
+    ranks: who shares the prompts. check: called before every forward pass and verdict; may raise to end a long phase.
     """
     if recipe.sampling.temperature == 0:
         raise ValueError("sampling.temperature is 0: there is nothing to learn from greedy answers; greedy evaluation is eval.temperatures=[0]")
@@ -97,7 +100,7 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     codec = Codec(encode=partial(_encode, reader), tokenize=partial(chat.tokenize, reader), decode=partial(chat.decode, reader), end=stop_ids[0])
     writer = engine if sampler is None else drawn_with(sampler, spoken, teachers, recipe, tokenizer)
     show = partial(prompt_context, reader, specs[mixture.view], room, codec.encode) if mixture.view else None
-    source = RolloutSource(writer, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show)
+    source = RolloutSource(writer, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show, ranks)
     source = with_writers(source, recipe, engine, reader, room + recipe.sampling.max_tokens, stop_ids)
     weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), vocab_size) for name, (kind, _) in choices.items()}
     return Parts(

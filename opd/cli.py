@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from opd.config import describe, find_recipe, parse_overrides
-from opd.errors import NotReproduced, Paused, Preempted, TooManySkipped
+from opd.errors import NotReproduced, Paused, Preempted, RunFailed, TooManySkipped
+from opd.launch import refuse_other_launchers, train_stages, wants_launcher
 from opd.overview import overview
 from opd.stages import read_stages
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Preempted as stopped:
         print(f"opd: {stopped}: everything up to the last whole step is saved; run the same command to go on", file=sys.stderr)
         return 130 if "Ctrl-C" in str(stopped) else 0
-    except (TooManySkipped, NotReproduced) as failed:
+    except (TooManySkipped, NotReproduced, RunFailed) as failed:
         print(f"opd: {failed}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -66,7 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(words: Sequence[str]) -> None:
-    folder = import_module("opd.api").train(_name(words, "train RECIPE"), parse_overrides(words[1:]))
+    name, overrides = _name(words, "train RECIPE"), parse_overrides(words[1:])
+    refuse_other_launchers()
+    stages = read_stages(name, overrides)
+    launched = any(wants_launcher(stage) for stage in stages)
+    folder = train_stages(stages, name) if launched else import_module("opd.api").train(name, overrides)
     print(f"run folder: {folder}")
 
 

@@ -148,6 +148,8 @@ def explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
         if item["type"] == "extra_forbidden":
             fields = _fields_at(model, item["loc"][:-1])
             lines.append(f"unknown key {where!r}{nearest(str(item['loc'][-1]), fields)}; valid: {', '.join(sorted(fields))}")
+        elif not where:  # about several keys, which the sentence names itself
+            lines.append(item["msg"].removeprefix("Value error, "))
         else:
             lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (found {_short(item.get('input'))})")
     return f"{origin}: " + "; ".join(lines)
@@ -168,8 +170,8 @@ def _short(value: Any) -> str:
 
 
 def recipe_hash(recipe: BaseModel) -> str:
-    """Eight hex digits of everything that decides the run's result (not its name, nor how it is logged)."""
-    content = recipe.model_dump(mode="json", exclude={"name", "track"})
+    """Eight hex digits of everything that decides the run's result (not its name, nor how it is logged and launched)."""
+    content = recipe.model_dump(mode="json", exclude={"name": True, "track": True, "launch": True, "learner": {"ranks"}})
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 

@@ -15,3 +15,7 @@ class TooManySkipped(Exception):
 
 class NotReproduced(Exception):
     """A replay of a recorded step gave other bits than the record."""
+
+
+class RunFailed(Exception):
+    """A process of the run failed, and the launcher could not go on from the last checkpoint; the message says which, where and why."""

@@ -10,6 +10,7 @@ from opd_rollout.sampling import request_seed
 from opd_rollout.types import Completion, GenerateRequest, Sampling
 
 from opd.accuracy import EvalResult, decoding_name, summarise, write_evaluation
+from opd.ranks import ALONE, Ranks
 from opd.types import Prompt, Verdict, Verifier
 
 __all__ = ["Codec", "EvalResult", "EvalSettings", "decoding_name", "evaluate", "write_evaluation"]
@@ -37,24 +38,25 @@ class EvalSettings:
     seed: int
 
 
-def evaluate(engine: Engine, prompts: Sequence[Prompt], verify: Verifier, codec: Codec, settings: EvalSettings, *, step: int = 0) -> EvalResult:
-    """Answer every prompt `samples` times (once when greedy), judge, and summarise.
+def evaluate(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    verify: Verifier,
+    codec: Codec,
+    settings: EvalSettings,
+    *,
+    step: int = 0,
+    ranks: Ranks = ALONE,
+) -> EvalResult:
+    """Answer every prompt `samples` times (once when greedy), judge, and summarise. The ranks share the problems and all get the result.
 
     `tokens` counts generated tokens, `seconds` the whole evaluation. Raises ValueError for an empty list or repeated prompt ids.
     """
     _check(prompts, settings)
     started = time.perf_counter()
     k = settings.samples if settings.temperature > 0 else 1
-    requests = [
-        GenerateRequest(prompt_ids=ids, seed=request_seed(settings.seed, prompt.id, sample, step))
-        for prompt in prompts
-        for ids in [codec.encode(prompt)]
-        for sample in range(k)
-    ]
-    sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_tokens, stop_ids=settings.stop_ids)
-    completions = engine.generate(requests, sampling)
-    assert len(completions) == len(requests)
-    generations = tuple(generation_record(prompts[n // k], n % k, completion, verify, codec) for n, completion in enumerate(completions))
+    of_ranks = ranks.gather(_answers(engine, prompts[ranks.rank :: ranks.count], verify, codec, settings, step))
+    generations = tuple(of_ranks[n // k % ranks.count][n // k // ranks.count * k + n % k] for n in range(k * len(prompts)))
     decoding = decoding_name(settings.temperature)
     row = {
         "step": step,
@@ -63,11 +65,28 @@ def evaluate(engine: Engine, prompts: Sequence[Prompt], verify: Verifier, codec:
         "decoding": decoding,
         "temperature": settings.temperature,
         **summarise(generations, k),
-        "tokens": sum(len(completion.token_ids) for completion in completions),
+        "tokens": sum(line["length"] for line in generations),
         "seconds": round(time.perf_counter() - started, 3),
         "generations": f"generations/{settings.suite}-{settings.split}-{decoding.replace(' ', '-')}-step-{step:06d}.jsonl",
     }
     return EvalResult(row=row, generations=generations)
+
+
+def _answers(
+    engine: Engine, prompts: Sequence[Prompt], verify: Verifier, codec: Codec, settings: EvalSettings, step: int
+) -> list[dict[str, Any]]:
+    """The judged answers to these problems, in order."""
+    k = settings.samples if settings.temperature > 0 else 1
+    requests = [
+        GenerateRequest(prompt_ids=ids, seed=request_seed(settings.seed, prompt.id, sample, step))
+        for prompt in prompts
+        for ids in [codec.encode(prompt)]
+        for sample in range(k)
+    ]
+    sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_tokens, stop_ids=settings.stop_ids)
+    completions = engine.generate(requests, sampling) if requests else []
+    assert len(completions) == len(requests)
+    return [generation_record(prompts[n // k], n % k, completion, verify, codec) for n, completion in enumerate(completions)]
 
 
 def _check(prompts: Sequence[Prompt], settings: EvalSettings) -> None:

@@ -50,7 +50,7 @@ class RunGuard:
         alarms = self._watch.look(row["step"])
         run.progress.guard = {"holding": dict(self._watch.holding), "rolled_back": self._rolled_back}
         for alarm in alarms:
-            append_line(run.folder / "guard.jsonl", asdict(alarm))
+            self._write(run, asdict(alarm))
             run.view.say(f"step {alarm.step}: guard rail {alarm.rule} ({alarm.action}): {alarm.message}")
             run.sink.alert(f"{run.folder.name}: {alarm.rule}", f"step {alarm.step}: {alarm.message}")
         if alarms and alarms[0].action == "roll_back":
@@ -58,9 +58,14 @@ class RunGuard:
         elif alarms and alarms[0].action == "pause":
             raise Paused(f"guard rail {alarms[0].rule} at step {alarms[0].step}: {alarms[0].message}")
 
+    @staticmethod
+    def _write(run: TrainingRun, line: Mapping[str, Any]) -> None:
+        if run.ranks.leads:
+            append_line(run.folder / "guard.jsonl", line)
+
     def _roll_back(self, alarm: Alarm, s: System, run: TrainingRun) -> None:
         """Weights, optimiser and average of the last good checkpoint, a lower rate, and the questions that come next."""
-        good = last_good(run.folder, alarm.step)
+        good = run.ranks.first(last_good(run.folder, alarm.step))
         if good is None or len(self._rolled_back) >= self._max_roll_backs:
             why = "no checkpoint is old enough to be good" if good is None else f"{len(self._rolled_back)} roll backs did not help"
             raise Paused(f"guard rail {alarm.rule} at step {alarm.step}: {alarm.message}; {why}")
@@ -71,7 +76,7 @@ class RunGuard:
         self._watch.forget(to)
         s.learner.rate_scale = self._rate_factor ** len(self._rolled_back)
         run.progress.guard = {"holding": {}, "rolled_back": self._rolled_back}
-        append_line(run.folder / "guard.jsonl", {"step": alarm.step, "rule": alarm.rule, "action": "rolled_back", "to": to})
+        self._write(run, {"step": alarm.step, "rule": alarm.rule, "action": "rolled_back", "to": to})
         run.view.say(f"step {alarm.step}: the weights are those of step {to} again, the learning rate is x {s.learner.rate_scale:g}")
 
 

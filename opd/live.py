@@ -1,81 +1,71 @@
 """Where a run stands: the phase clock, requests to stop, status.json and the terminal view."""
 
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from opd.errors import Preempted
-from opd.runfolder import write_json
+from opd.ranks import ALONE, Ranks
+from opd.runfolder import status_content, write_json
+from opd.stop import StopRequest
 
 UNSTOPPABLE = {"learn", "sync", "checkpoint"}  # weights are changing: finish, then stop
+LOCAL = {"rollout", "views", "join", "evaluate"}  # no collective but those of Ranks: one rank's error can be announced to the others
 
 
-@dataclass(slots=True)
-class StopRequest:
-    """Set by SIGINT, SIGTERM or SIGUSR1, and honoured by PhaseClock; a second SIGINT ends the process at once.
+class Reports(Protocol):
+    """Where a process says what it is doing: status.json, or the launcher that writes it. coming: the step under way, from 1."""
 
-    at_once: nothing is at stake yet (models are being loaded), so that the first signal ends the work too.
-    """
+    @property
+    def coming(self) -> int: ...
 
-    reason: str = ""
-    at_once: bool = False
+    def phase(self, phase: str) -> None: ...
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.reason and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.reason = self.reason or ("interrupted (Ctrl-C)" if number == signal.SIGINT else f"preempted ({signal.Signals(number).name})")
-        if self.at_once:
-            raise Preempted(self.reason)
+    def tick(self) -> None: ...
 
+    def step(self, step: int) -> None: ...
 
-@contextmanager
-def stop_signals(request: StopRequest) -> Iterator[None]:
-    """Route the three stop signals to `request` while the block runs; in another thread than the main one nothing can be routed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, request.handle) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def facts(self, **facts: Any) -> None: ...
+
+    def write(self, state: str, why: str = "") -> None: ...
 
 
 @dataclass(slots=True)
 class PhaseClock:
-    """Seconds by phase of the current step; entering a phase publishes it and honours a request to stop."""
+    """Seconds by phase of the current step; entering a phase publishes it and honours a request to stop, on all ranks alike."""
 
-    status: "Status"
+    status: Reports
     stop: StopRequest
+    ranks: Ranks = ALONE
     _phase: str = ""
     _seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        self._phase = phase
-        self.check()
         self.status.phase(phase)
+        reasons = self.ranks.gather(self.stop.reason)
+        self._phase = phase
+        self.stop.reason = self.stop.reason or next(filter(None, reasons), "")
+        if any(reasons) and self.safe:
+            raise Preempted(self.stop.reason)
         started = time.perf_counter()
         try:
-            yield
+            with self.ranks.announcing() if phase in LOCAL else nullcontext():
+                yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - started
 
     def check(self, *_: object) -> None:
         """Raises Preempted after a request to stop, where stopping is safe. Long phases call it before every forward pass and verdict."""
-        if self.stop.reason and self.safe:
+        self.status.tick()
+        if self.stop.reason and self.safe and (self.ranks.count == 1 or self._phase in LOCAL):
             raise Preempted(self.stop.reason)
 
     @property
@@ -90,15 +80,19 @@ class PhaseClock:
 
 
 class Status:
-    """status.json: state, step, phase, pid, why. Written at most twice a second, and at every change of state."""
+    """status.json of a run in one process: state, step, phase, pid, why, and what is known besides (weight version, tokens a second, next
+    action). Written at most twice a second, and at every change of state."""
 
     def __init__(self, path: Path, steps: int) -> None:
         self._path, self._steps, self._step, self._phase, self._written = path, steps, 0, "start", 0.0
+        self._facts: dict[str, Any] = {}
 
     def phase(self, phase: str) -> None:
         self._phase = phase
         if time.monotonic() - self._written > 0.5:
             self.write("running")
+
+    def tick(self) -> None: ...
 
     def step(self, step: int) -> None:
         self._step = step
@@ -108,19 +102,29 @@ class Status:
         """The step that is under way or comes next, counted from 1."""
         return self._step + 1
 
+    def facts(self, **facts: Any) -> None:
+        self._facts |= facts
+
     def write(self, state: str, why: str = "") -> None:
         self._written = time.monotonic()
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        write_json(
-            self._path,
-            {"state": state, "step": self._step, "steps": self._steps, "phase": self._phase, "pid": os.getpid(), "why": why, "updated": now},
-        )
+        write_json(self._path, status_content(state, why, step=self._step, steps=self._steps, phase=self._phase, facts=self._facts))
 
 
 class LiveView:
     """A progress bar with rates on a terminal, a plain line now and then elsewhere, nothing when quiet."""
 
-    def __init__(self, name: str, steps: int, *, quiet: bool, line_seconds: float = 10.0, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        steps: int,
+        *,
+        quiet: bool,
+        line_seconds: float = 10.0,
+        console: Console | None = None,
+        roles: Callable[[], str] = str,
+    ) -> None:
+        """roles: what the processes of the run are doing, in a few words; "" where there is only this one."""
+        self._roles = roles
         self._console = console or Console(stderr=True, quiet=quiet)
         self._quiet, self._steps, self._line_seconds = quiet, steps, line_seconds
         self._started, self._first, self._last_line = time.monotonic(), 0, 0.0
@@ -140,6 +144,8 @@ class LiveView:
 
     def update(self, step: int, row: Mapping[str, float]) -> None:
         numbers = " ".join(f"{label} {row[key]:.{digits}f}" for label, key, digits in SHOWN if key in row)
+        roles = self._roles()
+        numbers += f" | {roles}" if roles else ""
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=step, now=numbers)
         elif not self._quiet and (time.monotonic() - self._last_line > self._line_seconds or step == self._steps):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from opd_kernels import HeadView
 from opd_rollout.engine import Engine
 from opd_rollout.types import TokenScores
+from torch import Tensor
 
 from opd.errors import Preempted
 from opd.learner.types import Learner
@@ -50,6 +51,14 @@ class Viewer(Protocol):
     def meters(self) -> Mapping[str, Meter]: ...
 
 
+class Ranks(Protocol):
+    """What the ranks of a distributed learner agree on; each owns whole groups, so credit needs none of it."""
+
+    def pool(self, values: Tensor) -> Tensor: ...
+
+    def summed(self, meters: Mapping[str, Meter]) -> Mapping[str, Meter]: ...
+
+
 class Clock(Protocol):
     """Times a phase, publishes its name, and raises Preempted in one after a request to stop (except while weights change).
 
@@ -75,6 +84,7 @@ class System:
     learner: Learner
     student: Engine
     clock: Clock
+    ranks: Ranks
     last: dict[str, float]
 
 
@@ -90,12 +100,12 @@ def train_step(step: int, s: System) -> tuple[StepReport, list[Sample]]:
     with s.clock("teacher"):
         scores = s.teachers.score(judged, views, prepared)  # every signal's log-probs of the student's own tokens
     with s.clock("join"):
-        samples = join(judged, prepared, scores, objective, views=views)  # credit, routes and scores: one immutable record an answer
+        samples = join(judged, prepared, scores, objective, s.ranks.pool, views=views)  # credit, routes and scores: one record an answer
     with s.clock("learn"):
         report = s.learner.step(samples, objective, s.teachers.heads())
     with s.clock("sync"):
         s.student.load_weights(s.learner.weights(s.learner.version))  # the new student speaks next
-    meters = {**s.source.meters(), **s.view.meters(), **s.teachers.meters(), **report.meters}
+    meters = {**s.ranks.summed({**s.source.meters(), **s.view.meters(), **s.teachers.meters()}), **report.meters}
     s.last.update({name: meter.mean for name, meter in meters.items()})
     return replace(report, step=step, meters=meters, seconds={**s.clock.seconds(), **report.seconds}), samples
 

@@ -3,6 +3,7 @@
 A method file (`recipes/methods/`) and a run file (`recipes/runs/`) share this tree; a run names its method and its own keys win.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -192,6 +193,7 @@ class Learner(_Frozen):
     """Who applies the updates."""
 
     kind: Literal["auto", "torch", "deepspeed"] = Field(default="auto", description="auto: deepspeed where it imports, else torch")
+    ranks: Positive = Field(default=1, description="learner processes on this machine (deepspeed), one a GPU where there are GPUs")
     token_budget: Positive = Field(default=16384, description="tokens of a micro-batch, padding included")
     chunk_bytes: Positive = Field(default=64 << 20, description="bytes of logits held at once by the head")
     packed: bool = Field(default=False, description="packed sequences instead of padded rows")
@@ -199,6 +201,16 @@ class Learner(_Frozen):
     max_skipped: NonNegative = Field(
         default=5, description="updates in a row that may be refused for a non-finite loss or gradient before the run stops"
     )
+
+
+class Launch(_Frozen):
+    """The processes of a run with several ranks."""
+
+    nodes: Positive = Field(default=1, description="machines; the same command runs on each, with its own node_rank")
+    node_rank: NonNegative = Field(default=0, description="number of this machine, from 0; machine 0 writes the run folder")
+    master: str = Field(default="", description="HOST:PORT of machine 0 where there are several; a free port that the others reach")
+    restarts: NonNegative = Field(default=3, description="restarts after a dead or stalled rank before giving up; a new checkpoint resets the count")
+    deadline_seconds: float = Field(default=1800.0, gt=0, description="a rank that shows no sign of life for so long has stalled, seconds")
 
 
 class Budget(_Frozen):
@@ -281,6 +293,7 @@ class Recipe(_Frozen):
     updates: Updates = Updates()
     optimizer: Optimizer = Optimizer()
     learner: Learner = Learner()
+    launch: Launch = Launch()
     budget: Budget = Budget()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
@@ -294,9 +307,10 @@ class Recipe(_Frozen):
             return raw
         main = {"weights": raw.get("teacher") or "frozen", "view": raw.get("view") or "plain"}
         declared = raw.get("signals") or {}
-        if "main" in declared and declared["main"] not in (main, {**main, "weights": main["weights"]}):
+        before = declared.get("main") or main  # a recipe that has been through here once says both, alike
+        if not isinstance(before, dict) or any(before.get(key) != value for key, value in main.items()):
             raise ValueError("`teacher`/`view` are sugar for signals.main: give one or the other")
-        return {**raw, "signals": {**declared, "main": main}}
+        return {**raw, "signals": {**declared, "main": {**before, **main}}}
 
     @model_validator(mode="after")
     def _engine_fits(self) -> "Recipe":
@@ -311,4 +325,26 @@ class Recipe(_Frozen):
             raise ValueError("asynchrony.in_flight: nothing is in flight with max_staleness 0: use asynchrony.max_staleness=1 or more")
         if self.engine.kind == "process" and self.rollout.sampler != "student":
             raise ValueError("rollout.sampler draws tokens from two models in this process: use engine.kind=torch, or rollout.sampler=student")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> "Recipe":
+        nodes, count = self.launch.nodes, self.launch.nodes * self.learner.ranks
+        if count > 1 and self.learner.kind == "torch":
+            raise ValueError("learner.kind torch is one process: use learner.kind=deepspeed, or learner.ranks=1")
+        if count > 1 and self.asynchrony.max_staleness:
+            raise ValueError("asynchrony.max_staleness needs one learner process so far: use learner.ranks=1, or asynchrony.max_staleness=0")
+        if count > 1 and self.track.bundle_steps:
+            raise ValueError("track.bundle_steps records the step of one learner process: use learner.ranks=1, or track.bundle_steps=[]")
+        if self.rollout.prompts % count:
+            fits = [n for n in range(1, self.rollout.prompts + 1) if self.rollout.prompts % n == 0 and n % nodes == 0]
+            ranks = ", ".join(str(n // nodes) for n in fits) or "none"
+            raise ValueError(
+                f"rollout.prompts is {self.rollout.prompts}, which {count} ranks cannot share evenly (each owns whole groups): use rollout.prompts="
+                f"{-(-self.rollout.prompts // count) * count}, or learner.ranks from {ranks}"
+            )
+        if nodes > 1 and not re.fullmatch(r"[^\s:/]+:[0-9]{1,5}", self.launch.master):
+            raise ValueError(f"launch.nodes is {nodes}: every machine needs launch.master=HOST:PORT of machine 0, e.g. launch.master=10.0.0.1:29500")
+        if self.launch.node_rank >= nodes:
+            raise ValueError(f"launch.node_rank is {self.launch.node_rank}, but with launch.nodes={nodes} they go from 0 to {nodes - 1}")
         return self

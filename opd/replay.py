@@ -61,6 +61,8 @@ def freeze(run: str | Path, step: int, *, weights: bool = True, verifier: Callab
     rows = {row["step"]: row for row in read_lines(folder / "metrics.jsonl")}
     if step not in rows:
         raise ValueError(f"{folder} has no step {step}; its metrics.jsonl has {f'steps 1 to {max(rows)}' if rows else 'none'}")
+    if recipe.learner.ranks * recipe.launch.nodes > 1:
+        raise ValueError(f"{folder} ran with several ranks; a step is bundled in one process, whose batches differ: only runs of one rank can be")
     seed_generators(recipe.seed)
     parts = build_parts(recipe, verifier=verifier)
     check_inputs(folder, resolved, recipe, parts)

@@ -3,18 +3,20 @@
 import json
 import math
 import pickle
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from opd_rollout.engine import Engine
 
 from opd.errors import TooManySkipped
-from opd.live import LiveView, Status
+from opd.live import LiveView, Reports
 from opd.loop import System
 from opd.randomness import generator_state, set_generator_state
+from opd.ranks import ALONE, Ranks
 from opd.runfolder import append_line, checkpoint_step, checkpoints, keep_lines, prune_checkpoints, save_checkpoint, write_json
 from opd.types import Sample, StepReport
 
@@ -87,7 +89,13 @@ class Cut:
     generators: Mapping[str, Any]
 
 
-def read_checkpoint(folder: Path, s: System) -> dict[str, Any]:
+def averaged(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Name -> mean over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: statistics.fmean(row[name] for row in rows if name in row) for name in names}
+
+
+def read_checkpoint(folder: Path, s: System, rank: int = 0) -> dict[str, Any]:
     """Bring learner, student, source, metrics and generators to where a checkpoint was taken; returns the rest of its state.
 
     Raises ValueError where its files cannot be read.
@@ -101,7 +109,8 @@ def read_checkpoint(folder: Path, s: System) -> dict[str, Any]:
     s.source.load_state(state["source"])
     s.last.update(state["last"])
     s.student.load_weights(s.learner.weights(s.learner.version))
-    set_generator_state(state["generators"])
+    if rank < len(state["generators"]):  # else written by fewer ranks: the others keep those that they started with
+        set_generator_state(state["generators"][rank])
     return state
 
 
@@ -118,7 +127,7 @@ class Guard(Protocol):
 
 
 class TrainingRun:
-    """Implements opd.loop.Run over a folder.
+    """Implements opd.loop.Run over a folder. Every rank has one and they agree on everything; the one that leads writes and tracks.
 
     `evaluate_dev(step, engine)` returns the line of eval.jsonl; `write_samples(path, step, samples)` returns table rows;
     `save_tokenizer(folder)` completes a checkpoint's model/.
@@ -129,8 +138,9 @@ class TrainingRun:
         folder: Path,
         plan: Plan,
         *,
-        status: Status,
+        status: Reports,
         view: LiveView,
+        ranks: Ranks = ALONE,
         open_sink: Callable[[str], Sink],
         evaluate_dev: Callable[[int, Engine], Mapping[str, Any]] | None,
         write_samples: Callable[[Path, int, Sequence[Sample]], Sequence[Sequence[Any]]],
@@ -139,33 +149,42 @@ class TrainingRun:
         freeze: Callable[[StepReport, Sequence[Sample]], Any] | None = None,
     ) -> None:
         self.folder, self.plan, self.status, self.view = folder, plan, status, view
-        self.guard, self._freeze = guard, freeze
+        self.guard, self.ranks, self._freeze = guard, ranks, freeze
         self.progress, self.sink, self._cut = Progress(), NoSink(), Cut(source={}, last={}, generators={})
         self._open_sink, self._evaluate_dev, self._write_samples, self._save_tokenizer = open_sink, evaluate_dev, write_samples, save_tokenizer
 
     def restore(self, s: System) -> int:
         """Load the newest complete checkpoint, if any, and drop records of later steps; returns the step to go on from."""
-        found = checkpoints(self.folder)
+        found = self.ranks.first(checkpoints(self.folder))
         for damaged in sorted(set((self.folder / "checkpoints").glob("step-*")) - set(found)):
             self.view.say(f"{damaged} is incomplete and left out")
         step = self._load(found[-1], s) if found else 0
-        evaluated = self.progress.evaluated_step
-        keep_lines(self.folder / "metrics.jsonl", lambda row: row["step"] <= step and bool(found))
-        keep_lines(self.folder / "guard.jsonl", lambda row: row["step"] <= step and bool(found))
-        keep_lines(self.folder / "eval.jsonl", lambda row: bool(found) and (row["step"] < step or row["step"] == evaluated or row["split"] == "test"))
-        tracking = self.folder / "tracking.json"
-        self.sink = self._open_sink(json.loads(tracking.read_text())["run_id"] if tracking.is_file() else "")
-        if self.sink.run_id:
-            write_json(tracking, {"run_id": self.sink.run_id})
+        if self.ranks.leads:
+            self._drop_later(step, bool(found))
+            tracking = self.folder / "tracking.json"
+            self.sink = self._open_sink(json.loads(tracking.read_text())["run_id"] if tracking.is_file() else "")
+            if self.sink.run_id:
+                write_json(tracking, {"run_id": self.sink.run_id})
         if self.guard:
+            self.ranks.wait()  # for the records to be as they were
             self.guard.restore(self, s)
         self._remember(s)
-        self.status.step(step)
+        self._report(step, s)
         self.view.start_at(step)
         return step
 
+    def _drop_later(self, step: int, resumed: bool) -> None:
+        evaluated = self.progress.evaluated_step
+        for name in ("metrics.jsonl", "guard.jsonl", LEDGER):
+            keep_lines(self.folder / name, lambda row: row["step"] <= step and resumed)
+        keep_lines(self.folder / "eval.jsonl", lambda row: resumed and (row["step"] < step or row["step"] == evaluated or row["split"] == "test"))
+
+    def _report(self, step: int, s: System) -> None:
+        self.status.step(step)
+        self.status.facts(version=s.learner.version, next=upcoming(self.plan, step, self._evaluate_dev is not None))
+
     def _load(self, folder: Path, s: System) -> int:
-        state = read_checkpoint(folder, s)
+        state = read_checkpoint(folder, s, self.ranks.rank)
         self.progress = Progress(**state["progress"])
         self.view.say(f"resumed after step {checkpoint_step(folder)} from {folder}")
         return checkpoint_step(folder)
@@ -207,6 +226,8 @@ class TrainingRun:
         """One line of metrics, the live view, and now and then a file of samples."""
         step, totals = report.step + 1, self.progress.totals
         samples = [sample for sample in samples if not sample.context]  # each answer once
+        of_ranks = self.ranks.gather((report.seconds, list(dict.fromkeys(sample.judged.prompt.id for sample in samples))))
+        report = replace(report, seconds=of_ranks[0][0])  # budgets are counted by one clock
         means = {name: meter.mean for name, meter in report.meters.items() if name not in ACCUMULATED and math.isfinite(meter.mean)}
         if means.get("learner/replays"):
             budget = means["learner/token_budget"]
@@ -221,15 +242,19 @@ class TrainingRun:
         row["rate/tokens"] = generated.sum / taken if generated and taken else 0.0
         if self.guard:
             started = time.perf_counter()  # not the clock: nothing may stop the run between the step and its record
-            row |= self.guard.vitals(samples, s)
+            row |= averaged(self.ranks.gather(self.guard.vitals(samples, s)))
             row["seconds/guard"] = time.perf_counter() - started
-        append_line(self.folder / "metrics.jsonl", {"step": step, "version": report.version, "skipped": report.skipped, **row})
+        if self.ranks.leads:
+            append_line(self.folder / "metrics.jsonl", {"step": step, "version": report.version, "skipped": report.skipped, **row})
+            drawn = s.source.state().get("stream", {}).get("cursor")
+            append_line(self.folder / LEDGER, {"step": step, "drawn": drawn, "prompts": [name for _, names in of_ranks for name in names]})
         self.sink.log(row, step)
         self._remember(s)
-        self.status.step(step)
+        self.status.facts(tokens_per_second=round(row["rate/tokens"], 1))
+        self._report(step, s)
         self.view.update(step, {**s.last, **row})
         every = self.plan.samples_every
-        if (every and step % every == 0) or self._is_last(step):
+        if self.ranks.leads and ((every and step % every == 0) or self._is_last(step)):
             rows = self._write_samples(self.folder / "samples" / f"step-{step:06d}.jsonl", step, samples)
             if rows:
                 self.sink.table("samples", SAMPLE_COLUMNS, rows, step)
@@ -262,16 +287,22 @@ class TrainingRun:
         cut = self._cut
         set_generator_state(cut.generators)
 
+        ranks = self.ranks
+        generators = ranks.gather(cut.generators)
+
         def write(scratch: Path) -> None:
             s.learner.save(scratch / "learner")
             s.learner.export(scratch / "model")
-            self._save_tokenizer(scratch / "model")
-            state = {"source": cut.source, "last": cut.last, "generators": cut.generators, "progress": _as_dict(self.progress), "step": step}
-            write_json(scratch / "state.json", state)
+            if ranks.leads:
+                self._save_tokenizer(scratch / "model")
+                state = {"source": cut.source, "last": cut.last, "generators": generators, "progress": _as_dict(self.progress), "step": step}
+                write_json(scratch / "state.json", state)
 
         with s.clock("checkpoint"):
-            save_checkpoint(self.folder, step, write)
-            prune_checkpoints(self.folder, self.plan.keep, self.progress.best_step if self.plan.keep_best else None)
+            save_checkpoint(self.folder, step, write, leads=ranks.leads, wait=ranks.wait)
+            if ranks.leads:
+                prune_checkpoints(self.folder, self.plan.keep, self.progress.best_step if self.plan.keep_best else None)
+        self.status.facts(saved=step)
         s.clock.seconds()
 
     def exhausted(self) -> str:
@@ -284,6 +315,16 @@ class TrainingRun:
         return ""
 
 
+def upcoming(plan: Plan, step: int, evaluates: bool) -> str:
+    """What comes after the steps that follow: the nearest evaluation, checkpoint or end."""
+    every = {"evaluation": plan.evaluate_every if evaluates else 0, "checkpoint": plan.checkpoint_every}
+    due = {name: min((step // number + 1) * number, plan.steps) for name, number in every.items() if number}
+    nearest = min(due.values(), default=plan.steps)
+    names = [name for name, at in due.items() if at == nearest] + (["end of training"] if nearest == plan.steps else [])
+    return f"{' and '.join(names)} after step {nearest}" if step < plan.steps else "final evaluation"
+
+
+LEDGER = "ledger.jsonl"  # a line a step: prompts drawn from the stream so far, and those whose answers this step learned from
 SAMPLE_COLUMNS = ("prompt", "completion", "reward", "correct", "finish")
 
 

@@ -16,11 +16,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from opd.config import differences
+from opd.config import differences, recipe_hash
 from opd.recipe import Recipe
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "triton", "wandb", "datasets", "math-verify", "opd-train")
-MAY_CHANGE = ("name", "track", "guard", "checkpoint.every", "checkpoint.keep", "engine.token_budget", "learner.token_budget", "learner.chunk_bytes")
+MAY_CHANGE = (
+    "name",
+    "track",
+    "guard",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "launch",
+    "learner.ranks",
+    "engine.token_budget",
+    "learner.token_budget",
+    "learner.chunk_bytes",
+)
 """Keys that a rerun may set differently: they decide what is kept and what fits into memory, not what is learned."""
 INPUTS = {  # what may not
     "data_hash": "the data",
@@ -31,6 +42,19 @@ INPUTS = {  # what may not
 LOCK = ".lock"
 FILES = "files.json"  # the sizes of a checkpoint's files
 LEFTOVERS = {LOCK, "status.json", "error.txt"}  # what a run that never started may have left in its folder
+
+
+def run_folder(recipe: Recipe, reference: str) -> Path:
+    """runs/<name>, by default recipe-method-seed-hash. Raises ValueError for a name that leads out of runs/."""
+    if Path(recipe.name).is_absolute() or ".." in Path(recipe.name).parts:
+        raise ValueError(f"name={recipe.name}: a run lives under runs/; give a plain name, or one with folders like study/arm")
+    return Path("runs") / (recipe.name or f"{Path(reference).stem}-{recipe.method or 'method'}-{recipe.seed}-{recipe_hash(recipe)}")
+
+
+def finished(folder: Path) -> bool:
+    """Whether the folder holds a run that reached its end."""
+    path = folder / "status.json"
+    return path.is_file() and json.loads(path.read_text())["state"] == "finished"
 
 
 def check_run(folder: Path, recipe: Recipe) -> None:
@@ -123,6 +147,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     scratch.replace(path)
 
 
+def status_content(state: str, why: str, *, step: int, steps: int, phase: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What status.json holds; `pid` is this process, `updated` now (UTC)."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"state": state, "step": step, "steps": steps, "phase": phase, "pid": os.getpid(), "why": why, "updated": now, **facts}
+
+
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Add one JSON line; numbers that JSON does not have (NaN, infinity) become null."""
     finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
@@ -151,29 +181,37 @@ def keep_lines(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
         scratch.replace(path)
 
 
-def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
+def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, leads: bool = True, wait: Callable[[], None] = lambda: None) -> Path:
     """Write checkpoints/step-N atomically: a crash or a full disk leaves the last good one as it was.
 
-    Raises ValueError when the disk is full, with how much is free.
+    With several ranks all call it and write into one folder, which the rank that `leads` makes and closes; `wait` returns when all are
+    there. Raises ValueError when the disk is full, with how much is free.
     """
     parent = folder / "checkpoints"
     target, scratch = parent / f"step-{step:06d}", parent / f".step-{step:06d}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
     try:
-        scratch.mkdir(parents=True)
+        if leads:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        wait()
         write(scratch)
-        write_json(scratch / FILES, {str(path.relative_to(scratch)): path.stat().st_size for path in scratch.rglob("*") if path.is_file()})
+        wait()
+        if leads:
+            write_json(scratch / FILES, {str(path.relative_to(scratch)): path.stat().st_size for path in scratch.rglob("*") if path.is_file()})
     except Exception as error:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if leads:
+            shutil.rmtree(scratch, ignore_errors=True)
         if is_disk_full(error):
             raise ValueError(
                 f"the disk is full: checkpoint of step {step} was not written ({free_mebibytes(folder)} MiB free at {parent}); the last good one "
                 "stays. Free space (checkpoint.keep=1 needs less), and run the same command again."
             ) from error
         raise
-    if target.exists():
-        remove_folder(target)
-    scratch.replace(target)
+    if leads:
+        if target.exists():
+            remove_folder(target)
+        scratch.replace(target)
+    wait()
     return target
 
 

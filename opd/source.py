@@ -18,6 +18,7 @@ from opd_rollout.types import Completion, GenerateRequest, Sampling
 from opd.choices import nearest, resolve
 from opd.objective.schedules import SCHEDULES
 from opd.objective.terms import Schedule, scheduled_value
+from opd.ranks import ALONE, Ranks, dealt
 from opd.types import Judged, Meter, Prompt, Verdict, Verifier
 from opd.verify import judge
 
@@ -51,11 +52,11 @@ class Codec:
 class SourceSettings:
     """How a step's batch is put together.
 
-    student_share: probability that the student answers a prompt as it is, else the prompt's hint named `dataset_hint` is the (only) answer,
-    or the student answers while it reads the view of the signal `view`; schedule gives it anew at every step. paired: every prompt gets the
-    student's answers and the dataset's as the last of its group. filter
-    "mixed_groups" drops groups whose scored rewards are all equal and draws others, at most `max_refill` times. overlong "mask":
-    completions cut at max_tokens leave the loss. max_error_share: at this share of verifier errors in a step the run stops.
+    num_prompts: of all ranks together. student_share: probability that the student answers a prompt as it is, else the prompt's hint
+    named `dataset_hint` is the (only) answer, or the student answers while it reads the view of the signal `view`; schedule gives it anew
+    at every step. paired: every prompt gets the student's answers and the dataset's as the last of its group. filter "mixed_groups" drops
+    groups whose scored rewards are all equal and draws others, at most `max_refill` times. overlong "mask": completions cut at max_tokens
+    leave the loss. max_error_share: at this share of verifier errors in a step the run stops.
     """
 
     num_prompts: int
@@ -85,22 +86,24 @@ class RolloutSource:
         sampling: Sampling,
         settings: SourceSettings,
         show: Callable[[Prompt], tuple[int, ...] | None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """show: a prompt's ids under the view of `settings.view`, None where that has nothing to show."""
         check_settings(settings)
         assert not settings.view or show is not None, "a source that samples under a view is given it"
         self._show = show
+        assert settings.num_prompts % ranks.count == 0, "every rank owns as many whole groups"
         self._engine, self._stream, self._verify, self._codec, self._sampling = engine, stream, verify, codec, sampling
-        self.settings = settings
+        self.settings, self._ranks, self._share = settings, ranks, settings.num_prompts // ranks.count
         self._meters: dict[str, Meter] = {}
         self._totals = {"generated_tokens": 0, "discarded_tokens": 0, "verifier_errors": 0}
 
     def collect(self, step: int, metrics: Mapping[str, float] | None = None) -> list[Judged]:
-        """A step's judged answers, groups numbered from 0 in the order drawn, members within each.
+        """This rank's judged answers of a step, groups numbered from 0 in the order drawn, members within each.
 
-        With a filter the batch may hold fewer groups than asked for; when no group passes, the unfiltered groups of the last round come
-        back. Raises ValueError for a prompt that is too long or lacks the dataset's answer, and when the verifier fails on too large a
-        share.
+        All ranks draw from one stream, each takes its part, so the step's prompts do not depend on how many there are. With a filter the
+        batch may hold fewer groups than asked for; when no group of any rank passes, the unfiltered groups of the last round come back.
+        Raises ValueError for a prompt that is too long or lacks the dataset's answer, and when the verifier fails on too large a share.
         """
         found: dict[str, float] = {}
         if self.settings.schedule is not None:
@@ -110,15 +113,16 @@ class RolloutSource:
         dropped: list[list[Judged]] = []
         answered: list[list[Judged]] = []
         drawn: Counter[str] = Counter()
-        rounds = 0
-        while len(kept) < self.settings.num_prompts and rounds <= (self.settings.max_refill if self.settings.filter != "none" else 0):
+        filtered = self.settings.filter != "none"
+        missing, rounds = [self._share] * self._ranks.count, 0
+        while sum(missing) and rounds <= (self.settings.max_refill if filtered else 0):
             rounds += 1
-            prompts = self._stream.take(self.settings.num_prompts - len(kept))
-            answered = self._answer(prompts, drawn, step)
+            answered = self._answer(self._draw(missing, drawn), step)
             for members in answered:
-                (kept if self.settings.filter == "none" or is_mixed(members) else dropped).append(members)
-        if not kept:
-            kept, dropped = dropped[-len(answered) :], dropped[: -len(answered)]
+                (kept if not filtered or is_mixed(members) else dropped).append(members)
+            missing = self._ranks.gather(self._share - len(kept)) if filtered else [0]
+        if filtered and sum(missing) == self.settings.num_prompts:
+            kept, dropped = dropped[len(dropped) - len(answered) :], dropped[: len(dropped) - len(answered)]
         self._account(kept, dropped, rounds)
         self._meters |= {name: Meter(sum=value, count=1.0) for name, value in found.items()}
         return [replace(item, group=group) for group, members in enumerate(kept) for item in members]
@@ -140,12 +144,18 @@ class RolloutSource:
         self._stream.load_state(state["stream"])
         self._totals.update(state["totals"])
 
-    def _answer(self, prompts: Sequence[Prompt], drawn: Counter[str], step: int) -> list[list[Judged]]:
+    def _draw(self, missing: Sequence[int], drawn: Counter[str]) -> list[tuple[Prompt, int]]:
+        """This rank's part of the prompts that the ranks miss, each with the number of its first sample in this step."""
+        prompts = self._stream.take(sum(missing))
+        numbered = [(prompt, drawn_before(prompt.id, drawn) * self.settings.group) for prompt in prompts]
+        return dealt(numbered, missing, self._ranks.rank)
+
+    def _answer(self, drawn: Sequence[tuple[Prompt, int]], step: int) -> list[list[Judged]]:
         settings = self.settings
+        prompts, firsts = [prompt for prompt, _ in drawn], [first for _, first in drawn]
         encoded = [self._encode(prompt) for prompt in prompts]
         asked = settings.view != ""
-        firsts = [drawn_before(prompt.id, drawn) * settings.group for prompt in prompts]
-        from_student = [student_answers(settings, prompt.id, first, step) for prompt, first in zip(prompts, firsts, strict=True)]
+        from_student = [student_answers(settings, prompt.id, first, step) for prompt, first in drawn]
         requests = [
             GenerateRequest(prompt_ids=ids if ours else self._shown(prompt), seed=request_seed(settings.seed, prompt.id, first + member, step))
             for prompt, ids, first, ours in zip(prompts, encoded, firsts, from_student, strict=True)
@@ -199,15 +209,19 @@ class RolloutSource:
 
     def _account(self, kept: Sequence[Sequence[Judged]], dropped: Sequence[Sequence[Judged]], rounds: int) -> None:
         everything = [item for members in (*kept, *dropped) for item in members]
-        check_errors(everything, self.settings.max_error_share)
         discarded = [item for members in dropped for item in members]
+        errors = [f"{item.prompt.id!r}: {item.verdict.feedback or 'no reason given'}" for item in everything if item.verdict.status == "error"]
+        counts = [generated_tokens(everything), generated_tokens(discarded), len(errors), len(everything)]
+        of_ranks = self._ranks.gather((counts, errors[:1]))
+        generated, thrown, failed, judged = (sum(column) for column in zip(*(found for found, _ in of_ranks), strict=True))
+        check_errors(failed, judged, [first for _, firsts in of_ranks for first in firsts], self.settings.max_error_share)
         self._meters = rollout_meters(everything, discarded)
         if self.settings.filter != "none":
             self._meters["rollout/rounds"] = Meter(sum=float(rounds), count=1.0)
             self._meters["rollout/groups_kept"] = Meter(sum=float(len(kept)), count=float(len(kept) + len(dropped)))
-        self._totals["generated_tokens"] += generated_tokens(everything)
-        self._totals["discarded_tokens"] += generated_tokens(discarded)
-        self._totals["verifier_errors"] += sum(item.verdict.status == "error" for item in everything)
+        self._totals["generated_tokens"] += generated
+        self._totals["discarded_tokens"] += thrown
+        self._totals["verifier_errors"] += failed
 
 
 class Mixture(NamedTuple):
@@ -315,15 +329,10 @@ def generated_tokens(judged: Sequence[Judged]) -> int:
     return sum(len(item.completion.token_ids) for item in judged if item.completion.source != DATASET)
 
 
-def check_errors(judged: Sequence[Judged], max_share: float) -> None:
+def check_errors(failed: int, judged: int, first: Sequence[str], max_share: float) -> None:
     """Raises ValueError when the verifier failed on at least `max_share` of a step's answers, with what it said first."""
-    errors = [item for item in judged if item.verdict.status == "error"]
-    if errors and len(errors) >= max_share * len(judged):
-        first = errors[0]
-        raise ValueError(
-            f"the verifier failed on {len(errors)} of {len(judged)} answers of this step; "
-            f"first on prompt {first.prompt.id!r}: {first.verdict.feedback or 'no reason given'}"
-        )
+    if failed and failed >= max_share * judged:
+        raise ValueError(f"the verifier failed on {failed} of {judged} answers of this step; first on prompt {first[0]}")
 
 
 def rollout_meters(judged: Sequence[Judged], discarded: Sequence[Judged]) -> dict[str, Meter]:

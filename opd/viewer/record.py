@@ -37,9 +37,9 @@ Scorer = Callable[[Sequence[ScoreRequest]], list[TokenScores]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readers:
-    """Scores the shown answers once more for their top-k: the student, and each signal's teacher."""
+    """Scores the shown answers once more for their top-k: the student (None: it cannot score for one rank alone), and signals' teachers."""
 
-    student: Scorer
+    student: Scorer | None
     teachers: Mapping[str, Scorer]
 
 
@@ -132,7 +132,7 @@ def _complete(
     completion_ids = sample.judged.completion.token_ids
     if not completion_ids:
         return
-    if record["student_topk"] is None:
+    if record["student_topk"] is None and readers.student is not None:
         [scores] = readers.student([ScoreRequest(context_ids=sample.judged.prompt_ids, completion_ids=completion_ids, k=SHOWN_TOPK)])
         record["student_topk"] = _topk(scores.ids, scores.logp, decode)
         record["entropy"] = record["entropy"] or _numbers(scores.entropy)

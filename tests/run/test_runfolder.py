@@ -9,8 +9,9 @@ import pytest
 
 from opd.config import parse_recipe
 from opd.errors import Preempted
-from opd.live import PhaseClock, Status, StopRequest, stop_signals
+from opd.live import PhaseClock, Status
 from opd.runfolder import append_line, checkpoints, keep_lines, open_run, prune_checkpoints, read_lines, save_checkpoint
+from opd.stop import StopRequest, stop_signals
 
 
 def write_state(folder):

@@ -17,6 +17,8 @@ FLOORS = [  # lowest first; a module may import its own floor and below
     {
         "opd.choices",
         "opd.config",
+        "opd.sweep",
+        "opd.stop",
         "opd.errors",
         "opd.pooling",
         "opd.recipe",
@@ -38,6 +40,9 @@ FLOORS = [  # lowest first; a module may import its own floor and below
     },
     {
         "opd.accuracy",
+        "opd.beacon",
+        "opd.ranks",
+        "opd.watch",
         "opd.data",
         "opd.guard",
         "opd.learner",
@@ -68,7 +73,11 @@ FLOORS = [  # lowest first; a module may import its own floor and below
     },
     {
         "opd",
+        "opd.__main__",
         "opd.api",
+        "opd.audit",
+        "opd.launch",
+        "opd.rank",
         "opd.build",
         "opd.build_views",
         "opd.cli",
