@@ -294,9 +294,10 @@ class Recipe(_Frozen):
             return raw
         main = {"weights": raw.get("teacher") or "frozen", "view": raw.get("view") or "plain"}
         declared = raw.get("signals") or {}
-        if "main" in declared and declared["main"] not in (main, {**main, "weights": main["weights"]}):
+        given = declared.get("main", {})
+        if not isinstance(given, dict) or any(given.get(key, value) != value for key, value in main.items()):
             raise ValueError("`teacher`/`view` are sugar for signals.main: give one or the other")
-        return {**raw, "signals": {**declared, "main": main}}
+        return {**raw, "signals": {**declared, "main": {**given, **main}}}
 
     @model_validator(mode="after")
     def _engine_fits(self) -> "Recipe":
