@@ -98,7 +98,8 @@ def pair_preference(group: GroupOutcome, *, beta: Positive = 0.1, reference: str
     With these advantages REINFORCE on whole answers has the gradient of -log sigmoid(...) at rollout weights: DPO (arXiv 2305.18290), with
     the data's answer as the right one SPIN (2401.01335).
     """
-    right, wrong = group.valid & group.correct, group.valid & ~group.correct
+    known = group.valid & ~group.logratio.isnan()
+    right, wrong = known & group.correct, known & ~group.correct
     if not right.any() or not wrong.any():
         return torch.zeros_like(group.reward)
     pull = torch.sigmoid(-beta * (group.logratio[:, None] - group.logratio[None, :]))

@@ -1,6 +1,7 @@
 """Where a run's seconds went, who waited for whom, and what the recorded numbers allow to say about changing that. Reads a run folder only.
 
-What is predicted comes from this run's own measurements: bounds from the phases' times, and straight lines of time against tokens where they fit.
+What is predicted comes from this run's own measurements: bounds from the phases' times, the simulator's schedule of them under other layouts, and
+straight lines of time against tokens where they fit.
 Nothing is said about what the run did not vary.
 """
 
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from opd.runfolder import read_lines, write_json
+from opd.simulate import Layout, StepCosts, calibrate, predict
 
+STUDENT, AHEAD = "student (generates)", "seconds/rollout/ahead"
 ROLES: dict[str, tuple[str, ...]] = {
-    "student (generates)": ("rollout",),
+    STUDENT: ("rollout",),
     "teacher (scores)": ("views", "teacher"),
     "learner (updates)": ("prepare", "join", "learn"),
     "weights on their way": ("sync",),
@@ -35,18 +38,22 @@ def examine(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has {len(rows)} timed steps; the doctor needs at least 2 (is it a run folder?)")
     phases = {name: [row.get(f"seconds/{name}", 0.0) for row in rows] for name in phase_names(rows)}
     total = sum(row["seconds/step"] for row in rows)
-    roles = role_seconds(phases)
+    roles, ahead = role_seconds(phases), sum(row.get(AHEAD, 0.0) for row in rows)
+    if ahead:  # generation ran beside the steps; the phase called rollout is what was waited for it
+        roles = {**roles, STUDENT: ahead}
     return {
         "steps": len(rows),
         "seconds": total,
         "unaccounted": total - sum(map(sum, phases.values())),
         "phases": {name: sum(values) for name, values in phases.items()},
         "parts": {name: sum(row.get(f"seconds/{name}", 0.0) for row in rows) for name in part_names(rows)},
-        "roles": {role: {"busy": busy, "waits_for": waits(role, roles)} for role, busy in roles.items()},
+        "roles": {role: {"busy": busy, "waits_for": waits(role, roles, ahead, phases)} for role, busy in roles.items()},
         "outside": outside(folder, rows),
         "slow_steps": slow_steps(rows, phases),
         "drift": drift(phases),
+        "ahead": ahead,
         "asynchrony": asynchrony(roles, total),
+        "simulated": simulated(rows),
         "lines": {name: line for name, line in lines(rows, phases).items() if line},
         "answers": answer_lengths(folder),
     }
@@ -78,9 +85,44 @@ def role_seconds(phases: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {role: busy for role, busy in found.items() if busy > 0}
 
 
-def waits(role: str, roles: Mapping[str, float]) -> dict[str, float]:
-    """In a loop of one step after the other a role is idle exactly while the others work."""
-    return {other: busy for other, busy in roles.items() if other != role}
+def waits(role: str, roles: Mapping[str, float], ahead: float, phases: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """In a loop of one step after the other a role is idle exactly while the others work.
+
+    ahead: seconds of generation beside the steps, 0 in such a loop; the others then wait for the student only in the phase called rollout, and the
+    student for whoever had not finished: the steps' time without its own.
+    """
+    if not ahead:
+        return {other: busy for other, busy in roles.items() if other != role}
+    if role == STUDENT:
+        return {"the steps": max(0.0, sum(map(sum, phases.values())) - ahead)}
+    return {STUDENT: sum(phases.get("rollout", ())), **{other: busy for other, busy in roles.items() if other not in (role, STUDENT)}}
+
+
+LAYOUTS: tuple[tuple[str, Layout, float], ...] = (
+    ("staleness 1, generation on hardware of its own", Layout(max_staleness=1), 1.0),
+    ("staleness 2, generation on hardware of its own", Layout(max_staleness=2), 1.0),
+    ("a second place to generate, staleness 0", Layout(replicas=2), 1.0),
+    ("a second place to generate, staleness 1", Layout(replicas=2, max_staleness=1), 1.0),
+    ("the teacher on hardware of its own, staleness 1", Layout(max_staleness=1, teacher_apart=True), 1.0),
+    ("a learner (and teacher) twice as fast, staleness 0", Layout(), 2.0),
+)
+
+
+def simulated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What opd.simulate makes of this run's steps under other layouts: {"layout", "step" seconds, "times" as fast, "idle" shares by role}.
+
+    Assumed: every place is as fast as this one, and two places share a rollout fully (opd simulate has smaller=RUN2 to measure that).
+    """
+    if any("seconds/rollout" not in row for row in rows):
+        return []
+    costs = calibrate(rows)
+    now = predict(costs, Layout()).step
+    found = []
+    for name, layout, speed in LAYOUTS:
+        faster = [StepCosts(rollout_shared=c.rollout_shared, teacher=c.teacher / speed, learn=c.learn / speed, sync=c.sync) for c in costs]
+        guess = predict(faster, layout)
+        found.append({"layout": name, "step": guess.step, "times": now / guess.step, "idle": dict(guess.idle)})
+    return found
 
 
 def outside(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -191,8 +233,8 @@ def advice(found: Mapping[str, Any]) -> list[str]:
         told = ", ".join(f"{name} {ratio:.1f} times" for name, ratio in grown.items())
         said.append(f"Slower towards the end than at first: {told} (longer answers, memory, or a busier machine).")
     said.append(
-        "Staleness, packing, K of a top-k support and other hardware were not varied in this run: what they would change is not measured. The "
-        "learner's side can be: opd bundle RUN step=N, then opd replay BUNDLE learner.packed=true, or another K in objective=..., shows its seconds."
+        "Packing and K of a top-k support were not varied in this run: what they would change is not measured. It "
+        "can be: opd bundle RUN step=N, then opd replay BUNDLE learner.packed=true, or another K in objective=..., shows the learner's seconds."
     )
     return said
 
@@ -238,6 +280,11 @@ def describe(name: str, found: Mapping[str, Any]) -> str:
         lines_.append(f"{indent + phase:<24}{seconds:>9.1f} s {seconds / total:>5.0%} {_bar(seconds / total)}")
     lines_.append(f"  {'unaccounted':<22}{found['unaccounted']:>9.1f} s {found['unaccounted'] / total:>5.0%}")
     lines_ += [f"  {'beside: ' + what:<22}{seconds:>9.1f} s" for what, seconds in found["outside"].items()]
+    if found["simulated"]:
+        lines_ += ["", "simulated (opd simulate), if every place were as fast as this one"]
+    for one in found["simulated"]:
+        idle = ", ".join(f"{role} {share:.0%}" for role, share in one["idle"].items())
+        lines_.append(f"  {one['layout']:<52}{one['step']:>8.3f} s a step, {one['times']:.2f} x; idle {idle}")
     return "\n".join([*lines_, "", "what follows", *(f"  - {sentence}" for sentence in advice(found))])
 
 

@@ -307,10 +307,10 @@ class Recipe(_Frozen):
             return raw
         main = {"weights": raw.get("teacher") or "frozen", "view": raw.get("view") or "plain"}
         declared = raw.get("signals") or {}
-        before = declared.get("main") or main  # a recipe that has been through here once says both, alike
-        if not isinstance(before, dict) or any(before.get(key) != value for key, value in main.items()):
+        given = declared.get("main", {})
+        if not isinstance(given, dict) or any(given.get(key, value) != value for key, value in main.items()):
             raise ValueError("`teacher`/`view` are sugar for signals.main: give one or the other")
-        return {**raw, "signals": {**declared, "main": {**before, **main}}}
+        return {**raw, "signals": {**declared, "main": {**given, **main}}}
 
     @model_validator(mode="after")
     def _engine_fits(self) -> "Recipe":

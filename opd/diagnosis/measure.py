@@ -26,6 +26,7 @@ from opd.types import Judged
 
 TOP = (1, 2, 4, 8, 16, 32, 64)
 EXACT_K = 8
+LARGEST_SLACK = 0.05  # of an enumerated success rate; where it would be larger, "auto" samples
 
 
 @dataclass(slots=True, kw_only=True)
@@ -167,6 +168,8 @@ def find_success(nodes: Sequence[Node], judged: Sequence[Judged], parts: Parts, 
     if exact:
         score = partial(parts.learner.teacher_pass, weights="live")
         rates = exact_success(branches, score, judge, k=min(EXACT_K, len(parts.tokenizer)))
+        if rates and settings.success == "auto" and max(rate.slack for rate in rates) > LARGEST_SLACK:
+            rates = None
         if rates is None and settings.success == "exact":
             raise ValueError("too many paths to enumerate: set diagnose.success=sampled, or fewer diagnose.problems and diagnose.nodes")
     exact = rates is not None

@@ -68,7 +68,7 @@ def _unit(values: Sequence[Tensor], masks: Sequence[Tensor], pool: Pool, outlier
     every = pool(torch.cat([v[m].double() for v, m in zip(values, masks, strict=True)]) if values else torch.zeros(0, dtype=torch.float64))
     if not every.numel():
         return [torch.zeros_like(value).double() for value in values]
-    low, high = float(every.min()), float(every.quantile(1.0 - outliers) if outliers else every.max())
+    low, high = float(every.min()), float(every.sort().values[int((1.0 - outliers) * (every.numel() - 1))])
     return [((value.double() - low) / max(high - low, 1e-12)).clamp(0.0, 1.0) for value in values]
 
 

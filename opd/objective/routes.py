@@ -108,6 +108,9 @@ def wrong_by_teacher_perplexity(answer: RouteInput, *, tau: Positive = 1.0) -> f
 
 def _share(score: Tensor, chosen: Tensor, member: int) -> float:
     """Softmax of the scores over the chosen members, times their number."""
+    chosen = chosen & ~score.isnan()  # of an answer without a loss token nothing is known
+    if not chosen[member]:
+        return 0.0
     weights = torch.where(chosen, score.double(), -torch.inf).softmax(0) * chosen.sum()
     return float(weights[member])
 

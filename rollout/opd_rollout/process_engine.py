@@ -32,14 +32,13 @@ class GeneratorLost(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChildSettings:
-    """What the child needs besides the model; see TorchEngine. in_flight: new weights before the next token. core: the only one it may use."""
+    """What the child needs besides the model; see TorchEngine. in_flight: new weights before the next token."""
 
     pad_id: int
     token_budget: int
     chunk_bytes: int | None = None
     vocab_size: int | None = None
     in_flight: bool = False
-    core: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,8 +191,6 @@ def _serve(pipe: Any, lifeline: Any, gate: Any, shared: _Shared, settings: Child
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     torch.set_num_threads(num_threads)
-    if settings.core is not None:
-        os.sched_setaffinity(0, {settings.core})
     engine = TorchEngine(
         shared.model,
         pad_id=settings.pad_id,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from opd.reference import guard_rails, recipe_reference, with_table
+from opd.scaling import with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "kernels").glob("README.md")])
@@ -107,3 +108,8 @@ def test_every_metric_of_a_run_is_documented(workplace: Path, monkeypatch):
             assert re.search(rf"`{pattern}`|`{re.escape(name)}`|{re.escape(name.removeprefix('seconds/'))}", text), (
                 f"{name} is not in docs/metrics.md"
             )
+
+
+def test_the_tables_of_the_scaling_page_are_up_to_date():
+    page = (ROOT / "docs/scaling.md").read_text()
+    assert page == with_tables(page), "run: python -m opd.scaling"

@@ -94,6 +94,8 @@ def test_pair_preference_by_hand():
     outcome = replace(group([1.0, 0.0, 0.0]), logratio=torch.tensor([1.0, 0.0, 3.0]).double())
     near, far = 0.25 / (1 + math.exp(0.5)), 0.25 / (1 + math.exp(-1.0))
     assert pair_preference(outcome, beta=0.5).tolist() == pytest.approx([near + far, -near, -far])
+    blind = replace(outcome, logratio=torch.tensor([1.0, math.nan, 3.0]).double())
+    assert pair_preference(blind, beta=0.5).tolist() == pytest.approx([2 * far, 0.0, -2 * far])
     assert pair_preference(group([1.0, 1.0])).tolist() == [0.0, 0.0] == pair_preference(group([0.0, 0.0])).tolist()
 
 
@@ -183,6 +185,8 @@ def test_scope_by_the_numbers_of_its_figure():
     assert 0.0 == wrong_by_teacher_perplexity(likely(right, student, teacher, 0))
     flat = [correct_by_student_perplexity(likely(right, student, teacher, n), tau=1e9) for n in range(3)]
     assert flat == pytest.approx([1.0, 1.0, 1.0])
+    unknown = replace(likely(right, student, teacher, 1), student_logp=torch.tensor([-0.5, math.nan, -0.5]).double())
+    assert correct_by_student_perplexity(unknown) == 0.0 and correct_by_student_perplexity(replace(unknown, member=0)) == pytest.approx(1.0)
     alone = likely([1.0, 0.0, 0.0], student, teacher, 0)
     assert correct_by_student_perplexity(alone) == 1.0
 

@@ -50,6 +50,24 @@ def test_bounds_on_asynchrony_by_hand():
     assert only_learner["generation_apart"] == pytest.approx(1.0) and not only_learner["helps"]
 
 
+def test_simulated_layouts_by_hand(tmp_path):
+    found = examine(folder_of(tmp_path, {"rollout": [2.0] * 60, "teacher": [1.0] * 60, "learn": [1.0] * 60}))
+    by = {one["layout"]: one for one in found["simulated"]}
+    assert by["a second place to generate, staleness 0"]["step"] == pytest.approx(3.0)
+    assert by["a learner (and teacher) twice as fast, staleness 0"]["step"] == pytest.approx(3.0)
+    assert by["staleness 1, generation on hardware of its own"]["step"] == pytest.approx(2.0, rel=0.05), "two seconds each side"
+    assert by["staleness 1, generation on hardware of its own"]["times"] == pytest.approx(2.0, rel=0.05)
+
+
+def test_generation_beside_the_steps_is_not_waited_for_twice(tmp_path):
+    steps = {"rollout": [0.5] * 10, "rollout/ahead": [3.0] * 10, "learn": [3.5] * 10}
+    found = examine(folder_of(tmp_path, steps))
+    assert found["roles"]["student (generates)"]["busy"] == pytest.approx(30.0)
+    assert found["roles"]["learner (updates)"]["waits_for"] == pytest.approx({"student (generates)": 5.0})
+    assert found["roles"]["student (generates)"]["waits_for"] == pytest.approx({"the steps": 10.0})
+    assert found["seconds"] == pytest.approx(40.0) and found["unaccounted"] == pytest.approx(0.0)
+
+
 def test_it_says_when_asynchrony_will_not_help(tmp_path):
     found = examine(folder_of(tmp_path, {"rollout": [9.2] * 10, "learn": [0.8] * 10}))
     assert advice(found)[0].startswith("Asynchrony will not help: student (generates) takes 92% of the time") and "1.09" in advice(found)[0]
