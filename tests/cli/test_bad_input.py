@@ -139,7 +139,7 @@ CASES = [
     ("train tiny.yaml teacher= view= signals={}", ["main"]),
     ("train tiny.yaml method=opd teacher={external:{path:''}}", ["needs a model", "teacher.external.path=FOLDER"]),
     ("train tiny.yaml teacher=frosen", ["'frosen'", "live | frozen"]),
-    ("train tiny.yaml teacher={ema:{rat:0.1}}", ["{ema: {rate: 0.05}}"]),
+    ("train tiny.yaml teacher={ema:{rat:0.1}}", ["{ema: {rate: 0.05, every: 1}}"]),
     ("train tiny.yaml teacher={ema:{rate:2}}", ["EMA rate is 2", "from 0"]),
     ("train tiny.yaml teacher={external:{path:models/other_tokens}}", ["another tokenizer than the student", "student's family"]),
     ("train tiny.yaml teacher={external:{path:models/few_rows}}", ["head has 10 rows", "24 tokens"]),
