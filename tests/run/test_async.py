@@ -69,8 +69,8 @@ def without_staleness(rows):
 
 
 def prompts(folder):
-    """The ledger: prompt texts of every step, in the order of the samples files."""
-    return [[row["prompt"] for row in read_lines(path)] for path in sorted((folder / "samples").glob("*.jsonl"))]
+    """The ledger: prompts of every step, in the order of the samples files."""
+    return [[row["prompt_id"] for row in read_lines(path)] for path in sorted((folder / "samples").glob("*.jsonl"))]
 
 
 def test_with_staleness_0_it_is_the_synchronous_loop_bit_for_bit(tmp_path, monkeypatch):
