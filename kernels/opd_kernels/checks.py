@@ -4,12 +4,14 @@ Values of CUDA tensors are checked by device-side asserts, so that no check wait
 """
 
 import math
+import numbers
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd_kernels.types import HeadConstants, LogitOptions, accumulation_dtype
+from opd_kernels.types import Divergence, HeadConstants, LogitOptions, accumulation_dtype
 
 
 def check_projection(hidden: Tensor, weight: Tensor, *, suffix: str = "") -> None:
@@ -19,6 +21,8 @@ def check_projection(hidden: Tensor, weight: Tensor, *, suffix: str = "") -> Non
             raise ValueError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
         if hasattr(tensor, "full_tensor"):
             raise ValueError(f"{name} is a DTensor; call the operation inside opd_kernels.Head's forward, or pass {name}.full_tensor()")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} has layout {tensor.layout}; it must be dense: pass {name}.to_dense()")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
         if tensor.dim() != 2:
@@ -32,6 +36,8 @@ def check_projection(hidden: Tensor, weight: Tensor, *, suffix: str = "") -> Non
         raise ValueError(f"weight{suffix} has shape {list(weight.shape)}; it must have at least one row and one column")
     if hidden.device != weight.device:
         raise ValueError(f"hidden{suffix} is on {hidden.device} and weight{suffix} on {weight.device}; they must be on one device")
+    if hidden.device.type == "meta":
+        raise ValueError(f"hidden{suffix} is on meta and has no values; it must be on the device that computes")
     if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise ValueError(f"hidden{suffix} is {hidden.dtype} and weight{suffix} {weight.dtype}; fp64 needs both in fp64")
 
@@ -97,22 +103,25 @@ def check_options(
     """Raises ValueError for options that do not fit the projection; `vocab_size` counts the valid columns of all ranks together."""
     rows = weight.shape[0]
     bias, softcap, logit_scale = constants.bias, constants.softcap, constants.logit_scale
+    if bias is not None and not isinstance(bias, Tensor):
+        raise ValueError(f"bias{suffix} is a {type(bias).__name__}; it must be a tensor [{rows}], or None")
     if bias is not None and (bias.shape != (rows,) or not bias.is_floating_point() or bias.device != weight.device):
         raise ValueError(
             f"bias{suffix} is {list(bias.shape)} {bias.dtype} on {bias.device}; it must be [{rows}], floating, on {weight.device}"
         )
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap{suffix} is {softcap}; it must be a positive number, or None")
-    if not math.isfinite(logit_scale) or logit_scale == 0:
-        raise ValueError(f"logit_scale{suffix} is {logit_scale}; it must be a finite number other than 0")
-    if vocab_start < 0:
-        raise ValueError(f"vocab_start is {vocab_start}; it must be the global id of this rank's first row, at least 0")
+    if softcap is not None and not (_is_finite(softcap) and softcap > 0):
+        raise ValueError(f"softcap{suffix} is {softcap!r}; it must be a positive number, or None")
+    if not _is_finite(logit_scale) or logit_scale == 0:
+        raise ValueError(f"logit_scale{suffix} is {logit_scale!r}; it must be a finite number other than 0")
+    _check_group(process_group)
+    if not _is_count(vocab_start) or vocab_start < 0:
+        raise ValueError(f"vocab_start is {vocab_start!r}; it must be the global id of this rank's first row, at least 0")
     if process_group is None and vocab_start != 0:
         raise ValueError(f"vocab_start is {vocab_start} without a process_group; it must be 0 where one rank holds the whole vocabulary")
-    if vocab_size is not None and (vocab_size < 1 or (process_group is None and vocab_size > rows)):
-        raise ValueError(f"vocab_size is {vocab_size}; it must lie between 1 and weight{suffix}'s {rows} rows")
-    if chunk_bytes is not None and chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes is {chunk_bytes}; it must be a positive number of bytes, or None for the default")
+    if vocab_size is not None and (not _is_count(vocab_size) or vocab_size < 1 or (process_group is None and vocab_size > rows)):
+        raise ValueError(f"vocab_size is {vocab_size!r}; it must be a whole number between 1 and weight{suffix}'s {rows} rows")
+    if chunk_bytes is not None and (not _is_count(chunk_bytes) or chunk_bytes < 1):
+        raise ValueError(f"chunk_bytes is {chunk_bytes!r}; it must be a positive whole number of bytes, or None for the default")
     valid_columns = rows if vocab_size is None else max(0, min(rows, vocab_size - vocab_start))
     return LogitOptions(
         temperature=_checked_temperature(temperature, hidden),
@@ -128,15 +137,17 @@ def check_options(
 
 def _checked_temperature(temperature: float | Tensor, hidden: Tensor) -> float | Tensor:
     if not isinstance(temperature, Tensor):
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature is {temperature}; it must be a positive number")
+        if not (_is_finite(temperature) and temperature > 0):
+            raise ValueError(f"temperature is {temperature!r}; it must be a positive number, or a tensor [{hidden.shape[0]}]")
         return float(temperature)
     if temperature.shape != (hidden.shape[0],) or temperature.device != hidden.device:
         raise ValueError(
             f"temperature has shape {list(temperature.shape)} on {temperature.device}; "
             f"it must be a number or [{hidden.shape[0]}] on {hidden.device}"
         )
-    temperature = temperature.detach().to(accumulation_dtype(hidden)).contiguous()
+    if temperature.requires_grad:
+        raise ValueError("temperature requires a gradient; it is a constant here: pass temperature.detach()")
+    temperature = temperature.to(accumulation_dtype(hidden)).contiguous()
     if temperature.numel():
         _require_values((temperature > 0) & temperature.isfinite(), "temperature", temperature, "a positive number")
     return temperature
@@ -144,12 +155,14 @@ def _checked_temperature(temperature: float | Tensor, hidden: Tensor) -> float |
 
 def check_count(name: str, count: int, least: int, total_columns: int | None) -> None:
     """Raises ValueError unless `count` lies between `least` and the valid columns."""
-    if count < least or (total_columns is not None and count > total_columns):
-        raise ValueError(f"{name} is {count}; it must lie between {least} and the vocabulary's {total_columns} valid columns")
+    if not _is_count(count) or count < least or (total_columns is not None and count > total_columns):
+        raise ValueError(f"{name} is {count!r}; it must be a whole number between {least} and the vocabulary's {total_columns} valid columns")
 
 
 def check_token_tensor(name: str, tensor: Tensor, hidden: Tensor) -> Tensor:
     """Returns a per-token constant [N] in the accumulation dtype; raises ValueError for another shape or device."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}; it must be a tensor [{hidden.shape[0]}]")
     if tensor.shape != (hidden.shape[0],) or tensor.device != hidden.device:
         raise ValueError(f"{name} is {list(tensor.shape)} on {tensor.device}; it must be [{hidden.shape[0]}] on {hidden.device}")
     if tensor.requires_grad:
@@ -167,5 +180,52 @@ def check_extras(extras: tuple[Tensor, ...], hidden: Tensor) -> None:
                 f"extras[{index}] is {list(getattr(extra, 'shape', [])) or type(extra).__name__}; "
                 f"it must be a tensor whose first dimension is the {hidden.shape[0]} tokens"
             )
+        if extra.device != hidden.device:
+            raise ValueError(f"extras[{index}] is on {extra.device} and hidden on {hidden.device}; they must be on one device")
         if extra.requires_grad:
             raise ValueError(f"extras[{index}] requires a gradient, which would be lost; pass extras[{index}].detach()")
+
+
+def check_loss_fn(loss_fn: Any) -> None:
+    """Raises ValueError unless loss_fn can be called."""
+    if not isinstance(loss_fn, Callable):
+        raise ValueError(f"loss_fn is a {type(loss_fn).__name__}; it must be a function (selected, *extras) -> (loss, aux)")
+
+
+def check_loss(result: Any, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns (loss, aux) of a loss_fn on `tokens` tokens; raises ValueError unless they are a scalar and a dict of per-token tensors."""
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
+        raise ValueError(f"loss_fn returned a {type(result).__name__}; it must return the pair (loss, aux), aux a dict and {{}} for none")
+    loss, aux = result
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        raise ValueError(f"loss_fn returned a loss of shape {list(getattr(loss, 'shape', []))}; return the sum over the chunk, a scalar tensor")
+    for name, value in aux.items():
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != tokens:
+            what = f"has shape {list(value.shape)}" if isinstance(value, Tensor) else f"is a {type(value).__name__}"
+            raise ValueError(f"loss_fn's aux[{name!r}] {what}; return a tensor with one value a token")
+    return loss, aux
+
+
+def check_divergence(divergence: Any) -> None:
+    """Raises ValueError unless `divergence` is a record of `opd_kernels.divergences`."""
+    if not isinstance(divergence, Divergence):
+        raise ValueError(f"divergence is {divergence!r}; build it with a call such as opd_kernels.forward_kl() or opd_kernels.jsd(0.5)")
+
+
+def check_constants(name: str, constants: Any) -> None:
+    """Raises ValueError unless `constants` is a HeadConstants."""
+    if not isinstance(constants, HeadConstants):
+        raise ValueError(f"{name} is a {type(constants).__name__}; it must be an opd_kernels.HeadConstants")
+
+
+def _check_group(group: Any) -> None:
+    if group is not None and not callable(getattr(group, "size", None)):
+        raise ValueError(f"process_group is {group!r}; it must be a torch.distributed group, or None for a whole vocabulary")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

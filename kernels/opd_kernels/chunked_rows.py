@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opd_kernels.checks import check_loss
 from opd_kernels.distributed import collect_selected, combine_sums, reduce_hidden_gradient, smallest_over_ranks
 from opd_kernels.dlogits import GradientSums, add_tile, dlogits_, dlogits_of_mass_, gradient_sums
 from opd_kernels.placement import owned_ids, place
@@ -199,12 +200,7 @@ def run_loss(
     leaves = {name: getattr(selected, name) for name in names if getattr(selected, name) is not None}
     with torch.set_grad_enabled(differentiate):
         leaves = {name: leaf.detach().requires_grad_(differentiate) for name, leaf in leaves.items()}
-        loss, aux = loss_fn(replace(selected, **leaves), *extras)
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        raise ValueError(f"loss_fn returned a loss of shape {list(getattr(loss, 'shape', []))}; return the sum over the chunk, a scalar tensor")
-    for name, value in aux.items():
-        if value.dim() == 0 or value.shape[0] != selected.logz.shape[0]:
-            raise ValueError(f"loss_fn's aux[{name!r}] has shape {list(value.shape)}; return one value a token")
+        loss, aux = check_loss(loss_fn(replace(selected, **leaves), *extras), selected.logz.shape[0])
     grads: dict[str, Tensor | None] = dict.fromkeys(names)
     if differentiate and loss.requires_grad:
         grads.update(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))

@@ -1,5 +1,7 @@
 """The divergences by name, each a frozen record; p is the student, q the teacher."""
 
+from numbers import Real
+
 from opd_kernels.types import Divergence, ElementFn
 
 NAMES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "elementwise")
@@ -36,10 +38,11 @@ def elementwise(value: ElementFn, slope: ElementFn, *, entry_clip: float | None 
 
 
 def _checked(divergence: Divergence) -> Divergence:
-    if not 0.0 < divergence.mix < 1.0:
-        raise ValueError(f"mix is {divergence.mix}; it must lie strictly between 0 and 1 (use forward_kl or reverse_kl at the ends)")
-    if not 0.0 <= divergence.alpha < 1.0:
-        raise ValueError(f"alpha is {divergence.alpha}; it must be at least 0 and below 1 (at 1 the divergence is 0)")
-    if divergence.entry_clip is not None and not divergence.entry_clip >= 0.0:
-        raise ValueError(f"entry_clip is {divergence.entry_clip}; it must be at least 0, or None for no clip")
+    if not isinstance(divergence.mix, Real) or not 0.0 < divergence.mix < 1.0:
+        raise ValueError(f"mix is {divergence.mix!r}; it must lie strictly between 0 and 1 (use forward_kl or reverse_kl at the ends)")
+    if not isinstance(divergence.alpha, Real) or not 0.0 <= divergence.alpha < 1.0:
+        raise ValueError(f"alpha is {divergence.alpha!r}; it must be at least 0 and below 1 (at 1 the divergence is 0)")
+    clip = divergence.entry_clip
+    if clip is not None and not (isinstance(clip, Real) and clip >= 0.0):
+        raise ValueError(f"entry_clip is {clip!r}; it must be at least 0, or None for no clip")
     return divergence

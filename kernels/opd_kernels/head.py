@@ -64,6 +64,8 @@ class Head(nn.Module):
 
         Raises ValueError for a layer that is more than its weight and bias, such as one with a LoRA adapter.
         """
+        if not isinstance(lm_head, nn.Module) or isinstance(lm_head, nn.Embedding):
+            raise ValueError(f"lm_head is a {type(lm_head).__name__}; it must be a linear layer, such as model.get_output_embeddings()")
         weight, bias = getattr(lm_head, "weight", None), getattr(lm_head, "bias", None)
         others = sorted(set(dict(lm_head.named_parameters())) - {"weight", "bias"})
         if not isinstance(weight, nn.Parameter) or weight.dim() > 2 or others:

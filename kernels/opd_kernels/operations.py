@@ -20,10 +20,14 @@ from torch import Tensor
 
 from opd_kernels.backends import choose_backend
 from opd_kernels.checks import (
+    check_constants,
     check_count,
+    check_divergence,
     check_extras,
     check_ids,
     check_included_ids,
+    check_loss,
+    check_loss_fn,
     check_options,
     check_projection,
     check_token_tensor,
@@ -127,10 +131,11 @@ def fused_sparse_loss(
     ids = check_ids(ids, hidden, total_columns)
     check_count("student_topk", student_topk, 0, total_columns)
     check_extras(extras, hidden)
+    check_loss_fn(loss_fn)
     module = choose_backend(backend, hidden)
     if hidden.shape[0] == 0:
         empty = _empty_selected(hidden, weight, bias, ids, tail=tail, entropy=entropy, student_topk=student_topk)
-        _, aux = loss_fn(empty, *extras)
+        _, aux = check_loss(loss_fn(empty, *extras), 0)
         return _connected_zero(hidden, weight, bias), {name: value.detach() for name, value in aux.items()}
     return module.fused_sparse_loss(hidden, weight, ids, loss_fn, extras, options=options, tail=tail, entropy=entropy, student_topk=student_topk)
 
@@ -211,6 +216,9 @@ def dense_divergence(
         "vocab_start": vocab_start,
         "chunk_bytes": chunk_bytes,
     }
+    check_divergence(divergence)
+    check_constants("constants_s", constants_s)
+    check_constants("constants_t", constants_t)
     student = _head_inputs("_s", hidden_s, weight_s, constants_s, shared)
     teacher = _head_inputs("_t", hidden_t, weight_t, constants_t, shared)
     _check_pair(student, teacher, vocab_size)

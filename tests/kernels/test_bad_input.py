@@ -37,13 +37,28 @@ HIDDEN, WEIGHT, IDS = torch.randn(4, 8), torch.randn(20, 8), torch.zeros(4, 3, d
         ({"bias": torch.zeros(19)}, r"bias is \[19\] torch.float32 on cpu; it must be \[20\]"),
         ({"softcap": 0.0}, "softcap is 0.0; it must be a positive number, or None"),
         ({"logit_scale": 0.0}, "logit_scale is 0.0"),
-        ({"vocab_size": 21}, "vocab_size is 21; it must lie between 1 and weight's 20 rows"),
+        ({"vocab_size": 21}, "vocab_size is 21; it must be a whole number between 1 and weight's 20 rows"),
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"vocab_start": 5}, "vocab_start is 5 without a process_group"),
         ({"vocab_start": -1}, "vocab_start is -1"),
-        ({"student_topk": 21}, "student_topk is 21; it must lie between 0 and the vocabulary's 20"),
-        ({"chunk_bytes": 0}, "chunk_bytes is 0; it must be a positive number of bytes"),
+        ({"student_topk": 21}, "student_topk is 21; it must be a whole number between 0 and the vocabulary's 20"),
+        ({"chunk_bytes": 0}, "chunk_bytes is 0; it must be a positive whole number of bytes"),
         ({"backend": "cuda"}, "backend is 'cuda'; it must be one of auto, reference, torch, triton"),
+        ({"weight": WEIGHT.to_sparse()}, r"weight has layout torch.sparse_coo; .*pass weight.to_dense\(\)"),
+        ({"hidden": HIDDEN.to("meta"), "weight": WEIGHT.to("meta"), "ids": IDS.to("meta")}, "hidden is on meta and has no values"),
+        ({"ids": IDS.tolist()}, "ids is list; it must be an int32 or int64 tensor"),
+        ({"temperature": "1"}, "temperature is '1'; it must be a positive number"),
+        ({"temperature": [1.0] * 4}, r"temperature is \[1.0, .*; it must be a positive number, or a tensor \[4\]"),
+        ({"temperature": torch.ones(4, requires_grad=True)}, r"temperature requires a gradient; .*pass temperature.detach\(\)"),
+        ({"bias": 0.0}, r"bias is a float; it must be a tensor \[20\]"),
+        ({"softcap": "30"}, "softcap is '30'"),
+        ({"logit_scale": None}, "logit_scale is None"),
+        ({"vocab_size": 8.0}, "vocab_size is 8.0; it must be a whole number"),
+        ({"vocab_start": None}, "vocab_start is None"),
+        ({"student_topk": 2.0}, "student_topk is 2.0; it must be a whole number"),
+        ({"student_topk": True}, "student_topk is True; it must be a whole number"),
+        ({"chunk_bytes": 1e6}, "chunk_bytes is 1000000.0; it must be a positive whole number of bytes"),
+        ({"process_group": "gloo"}, "process_group is 'gloo'; it must be a torch.distributed group"),
     ],
 )  # fmt: skip
 def test_selected_logprobs(arguments, message):
@@ -60,6 +75,7 @@ def test_selected_logprobs(arguments, message):
         ([IDS], "extras is a list; it must be a tuple of tensors"),
         ((torch.zeros(3),), r"extras\[0\] is \[3\]; it must be a tensor whose first dimension is the 4 tokens"),
         ((torch.zeros(4, requires_grad=True),), r"extras\[0\] requires a gradient, which would be lost"),
+        ((torch.zeros(4, device="meta"),), r"extras\[0\] is on meta and hidden on cpu"),
     ],
 )
 def test_extras(extras, message):
@@ -67,11 +83,31 @@ def test_extras(extras, message):
         opd_kernels.fused_sparse_loss(HIDDEN, WEIGHT, IDS, lambda s, *e: (s.logz.sum(), {}), extras)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("tokens", [0, 4])
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (None, r"loss_fn is a NoneType; it must be a function \(selected, \*extras\) -> \(loss, aux\)"),
+        (lambda s: s.logz.sum(), r"loss_fn returned a Tensor; it must return the pair \(loss, aux\)"),
+        (lambda s: (s.logz.sum(), None), r"loss_fn returned a tuple; it must return the pair \(loss, aux\)"),
+        (lambda s: (s.logz, {}), r"loss_fn returned a loss of shape \[\d\]; return the sum over the chunk"),
+        (lambda s: (s.logz.sum(), {"kl": s.logz.sum()}), r"loss_fn's aux\['kl'\] has shape \[\]; return a tensor with one value a token"),
+        (lambda s: (s.logz.sum(), {"kl": 1.0}), r"loss_fn's aux\['kl'\] is a float; return a tensor with one value a token"),
+    ],
+)
+def test_loss_fn(loss_fn, message, tokens, backend):
+    """A batch without tokens finds the same mistakes."""
+    with pytest.raises(ValueError, match=message):
+        opd_kernels.fused_sparse_loss(HIDDEN[:tokens], WEIGHT, IDS[:tokens], loss_fn, backend=backend)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 0}, "k is 0; it must lie between 1 and the vocabulary's 20"),
-        ({"k": 19, "vocab_size": 18}, "k is 19; it must lie between 1 and the vocabulary's 18"),
+        ({"k": "3"}, "k is '3'; it must be a whole number"),
+        ({"k": 0}, "k is 0; it must be a whole number between 1 and the vocabulary's 20"),
+        ({"k": 19, "vocab_size": 18}, "k is 19; it must be a whole number between 1 and the vocabulary's 18"),
         ({"always_include": torch.tensor([0, 1, 2, 20])}, r"always_include\[3\] is 20"),
         ({"always_include": IDS}, r"always_include has shape \[4, 3\]; it must be \[4\]"),
     ],
@@ -86,17 +122,26 @@ def test_topk_logprobs(arguments, message):
     [
         ({"hidden_t": torch.randn(5, 8)}, "hidden_s has 4 tokens and hidden_t 5"),
         ({"weight_t": torch.randn(21, 8)}, "pass vocab_size"),
-        ({"weight_t": torch.randn(19, 8), "vocab_size": 20}, "vocab_size is 20; it must lie between 1 and weight_t's 19 rows"),
+        ({"weight_t": torch.randn(19, 8), "vocab_size": 20}, "vocab_size is 20; it must be a whole number between 1 and weight_t's 19 rows"),
         ({"hidden_t": HIDDEN.double(), "weight_t": WEIGHT.double()}, "fp64 needs both in fp64"),
         ({"token_weight": torch.ones(3)}, r"token_weight is \[3\] on cpu; it must be \[4\]"),
         ({"token_weight": torch.ones(4, requires_grad=True)}, "token_weight requires a gradient"),
         ({"constants_t": opd_kernels.HeadConstants(softcap=-1.0)}, "softcap_t is -1.0"),
+        ({"constants_s": {"softcap": 1.0}}, "constants_s is a dict; it must be an opd_kernels.HeadConstants"),
+        ({"token_weight": 1.0}, r"token_weight is a float; it must be a tensor \[4\]"),
+        ({"divergence": "forward_kl"}, r"divergence is 'forward_kl'; build it with a call such as opd_kernels.forward_kl\(\)"),
     ],
 )
 def test_dense_divergence(arguments, message):
-    arguments = {"hidden_s": HIDDEN, "weight_s": WEIGHT, "hidden_t": HIDDEN, "weight_t": WEIGHT, **arguments}
+    arguments = {"hidden_s": HIDDEN, "weight_s": WEIGHT, "hidden_t": HIDDEN, "weight_t": WEIGHT, "divergence": opd_kernels.jsd(), **arguments}
     with pytest.raises(ValueError, match=message):
-        opd_kernels.dense_divergence(divergence=opd_kernels.jsd(), **arguments)
+        opd_kernels.dense_divergence(**arguments)
+
+
+@pytest.mark.parametrize("layer", [None, torch.nn.Embedding(4, 4), torch.nn.Bilinear(2, 2, 2)])
+def test_head_stands_in_for_a_linear_layer_only(layer):
+    with pytest.raises(ValueError, match=f"lm_head is a {type(layer).__name__}.* it must be a linear layer"):
+        opd_kernels.Head.from_lm_head(layer)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +150,9 @@ def test_dense_divergence(arguments, message):
         (lambda: opd_kernels.jsd(0.0), "mix is 0.0; it must lie strictly between 0 and 1"),
         (lambda: opd_kernels.skew_forward_kl(1.0), "alpha is 1.0; it must be at least 0 and below 1"),
         (lambda: opd_kernels.forward_kl(entry_clip=-0.1), "entry_clip is -0.1"),
+        (lambda: opd_kernels.forward_kl(entry_clip="a"), "entry_clip is 'a'"),
+        (lambda: opd_kernels.jsd("a"), "mix is 'a'"),
+        (lambda: opd_kernels.skew_reverse_kl("a"), "alpha is 'a'"),
     ],
 )
 def test_divergences(build, message):
