@@ -1,0 +1,168 @@
+"""Ray, seen from the driver (who starts and owns the actors) and from a learner rank (who only finds them by name)."""
+
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from opd_rollout.vllm_actor import VllmActor
+
+TESTED_VLLM = ((0, 27), (0, 33))
+LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by an address that other machines reach
+ENVIRONMENT = {  # of every actor; nobind: with vLLM's own binding all actors of a machine share its first core
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorPlan:
+    """`replicas` actors of one role (student, or a teacher's name), each on `gpus` GPUs.
+
+    visible_gpus: set where an actor shares the learner's GPUs (colocated) and Ray must not count them.
+    """
+
+    role: str
+    replicas: int = 1
+    gpus: int = 0
+    restarts: int = 10
+    visible_gpus: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorAddress:
+    """How a rank finds the actors: plain values, for JSON."""
+
+    address: str
+    namespace: str
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_installed() -> None:
+    """Raises ValueError where vLLM or Ray is missing or of a version that was never tried."""
+    for name in ("vllm", "ray"):
+        found = _version_of(name)
+        if found is None:
+            raise ValueError(f'engine=vllm needs {name}, which is not installed: pip install "opd-train[gpu]" (or, without a GPU, "opd-train[cpu]")')
+        low, high = TESTED_VLLM
+        if name == "vllm" and not low <= tuple(int(part) for part in found.split(".")[:2]) < high:
+            raise ValueError(
+                f"vLLM {found} is installed, and its weight transfer was tried from {low[0]}.{low[1]} up to, not including, {high[0]}.{high[1]}: "
+                f'pip install "vllm>={low[0]}.{low[1]},<{high[0]}.{high[1]}"'
+            )
+
+
+def _version_of(name: str) -> str | None:
+    for candidate in (name, f"{name}-cpu"):
+        with suppress(PackageNotFoundError):
+            return version(candidate)
+    return None
+
+
+@contextmanager
+def start_actors(plans: Sequence[ActorPlan], *, address: str = "", learner_gpus: int = 0) -> Iterator[ActorAddress]:
+    """Start (or join, by `address`) a Ray cluster and create the named, still empty actors of every plan; all are gone after the block.
+
+    learner_gpus: GPUs of this machine that the learner's ranks will take. Raises ValueError where the cluster lacks what the plans need,
+    or cannot be reached.
+    """
+    check_installed()
+    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    namespace = f"opd-{secrets.token_hex(6)}"
+    _join(address, namespace)
+    created: list[Any] = []
+    try:
+        check_resources(plans, ray.available_resources(), learner_gpus if not address else 0, address)
+        names: dict[str, list[str]] = {}
+        for plan in plans:
+            for index in range(plan.replicas):
+                name = f"{plan.role}-{index}"
+                created.append(_create(plan, name, namespace, shared=bool(address)))
+                names.setdefault(plan.role, []).append(name)
+        yield ActorAddress(address=ray.get_runtime_context().gcs_address, namespace=namespace, names=names)
+    finally:
+        for handle in created:
+            with suppress(RayError, RuntimeError):
+                ray.kill(handle, no_restart=True)
+        ray.shutdown()
+
+
+def connect(where: ActorAddress, role: str) -> list[tuple[str, Any]]:
+    """(name, handle) of the actors of one role, joining the cluster first if need be. Raises ValueError where they are not there."""
+    if not ray.is_initialized():
+        _join(where.address, where.namespace)
+    found = []
+    for name in where.names.get(role, ()):
+        try:
+            found.append((name, ray.get_actor(name, namespace=where.namespace)))
+        except (ValueError, RayError) as error:
+            raise ValueError(f"actor {name} of namespace {where.namespace} is not there; start the run with `opd train`") from error
+    if not found:
+        raise ValueError(f"this run has no actors for {role!r}; it has {', '.join(where.names) or 'none'}")
+    return found
+
+
+def check_resources(plans: Sequence[ActorPlan], offered: Mapping[str, float], learner_gpus: int, address: str) -> None:
+    """Raises ValueError with what is missing."""
+    wanted = sum(plan.gpus * plan.replicas for plan in plans)
+    have = int(offered.get("GPU", 0))
+    where = f"the Ray cluster at {address}" if address else "this machine"
+    if wanted and have < wanted + learner_gpus:
+        parts = ", ".join(f"{plan.role} {plan.replicas} x {plan.gpus}" for plan in plans if plan.gpus)
+        learner = f" and {learner_gpus} for the learner" if learner_gpus else ""
+        raise ValueError(
+            f"{where} offers {have} free GPUs, and this run needs {wanted} for the actors ({parts}){learner}: {wanted + learner_gpus - have} are "
+            "missing. Lower engine.replicas or engine.tensor_parallel, use engine.placement=colocated, or add GPUs"
+        )
+    count = sum(plan.replicas for plan in plans)
+    if address and offered.get("CPU", 0) < count:
+        raise ValueError(
+            f"{where} offers {offered.get('CPU', 0):.0f} free CPUs, and {count} actors need one each; lower engine.replicas or free some"
+        )
+
+
+def _create(plan: ActorPlan, name: str, namespace: str, *, shared: bool) -> Any:
+    environment = dict(ENVIRONMENT)
+    if "OMP_NUM_THREADS" in os.environ:
+        environment["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
+    if plan.visible_gpus is not None:
+        environment |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "CUDA_VISIBLE_DEVICES": plan.visible_gpus}
+    if plan.gpus:
+        del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    return (
+        ray.remote(VllmActor)
+        .options(
+            name=name, namespace=namespace, num_cpus=1 if shared else 0, num_gpus=0 if plan.visible_gpus is not None else plan.gpus,
+            max_restarts=plan.restarts, max_task_retries=0, max_concurrency=1000, runtime_env={"env_vars": environment},
+        )
+        .remote()
+    )  # fmt: skip
+
+
+def _join(address: str, namespace: str) -> None:
+    """A local cluster on the loopback interface, without a dashboard, or the one at `address`."""
+    options: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    if not address:
+        options |= {"num_cpus": 0, "include_dashboard": False, "_node_ip_address": LOOPBACK, "address": "local"}
+    else:
+        options |= {"address": address}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        fix = "leave ray.address empty for a cluster of this machine" if address else "free memory or ports on this machine, or use engine=torch"
+        raise ValueError(f"Ray {f'at {address} cannot be reached' if address else 'does not start'} ({reason}); {fix}") from error

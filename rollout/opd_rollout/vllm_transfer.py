@@ -1,0 +1,85 @@
+"""vLLM's weight-transfer protocol over shared memory, for machines without a GPU; imported in every vLLM worker (worker_extension_cls).
+
+start -> update (one file a version) -> finish is the life that the NCCL and IPC backends have, layer-wise reload included.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from opd_rollout.shared_memory import Written, read
+from opd_rollout.types import WeightMetadata
+
+BACKEND = "opd_shared_memory"
+
+
+@dataclass
+class SharedMemoryInit(WeightTransferInitInfo):
+    """Nothing to agree on."""
+
+
+@dataclass
+class SharedMemoryUpdate(WeightTransferUpdateInfo):
+    """One version's file and what it holds."""
+
+    path: str
+    names: list[str]
+    shapes: list[list[int]]
+    dtypes: list[str]
+
+
+class SharedMemoryTransfer(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpdate]):
+    """Loads whole files; tied heads are repacked at finish."""
+
+    init_info_cls = SharedMemoryInit
+    update_info_cls = SharedMemoryUpdate
+
+    def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
+        """Nothing to connect."""
+
+    def start_weight_update(self) -> None:
+        """Parameters go to the meta device: nothing may run until `finish_weight_update`."""
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
+        """Map the file and load all of it."""
+        shapes = tuple(tuple(shape) for shape in update_info.shapes)
+        metadata = WeightMetadata(names=tuple(update_info.names), shapes=shapes, dtypes=tuple(update_info.dtypes))
+        self.model.load_weights(read(Written(path=update_info.path, metadata=metadata)))
+
+    def finish_weight_update(self) -> None:
+        """Finish the reload, then repack what shares a parameter: on a CPU a tied head would keep its packed copy of the old weights."""
+        finalize_layerwise_reload(self.model, self.model_config)
+        with torch.no_grad():
+            for module in tied_modules(self.model):
+                module.quant_method.process_weights_after_loading(module)
+
+    def shutdown(self) -> None:
+        """Nothing to release."""
+
+
+def tied_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules whose weight is also another module's and who keep a packed form of it."""
+    owners: dict[int, list[torch.nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(module)
+    shared = [module for modules in owners.values() if len(modules) > 1 for module in modules]
+    return [module for module in shared if hasattr(getattr(module, "quant_method", None), "process_weights_after_loading")]
+
+
+class WorkerExtension:
+    """Its import registers the backend; mixed into vLLM's worker."""
+
+    def opd_num_parameters(self) -> Any:
+        """Parameters of this worker's part of the model, packed ones counted as they are."""
+        return sum(parameter.numel() for parameter in self.model_runner.model.parameters())  # type: ignore[attr-defined]
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryTransfer)
