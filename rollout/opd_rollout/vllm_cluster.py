@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -160,9 +161,12 @@ def _join(address: str, namespace: str) -> None:
         options |= {"num_cpus": 0, "include_dashboard": False, "_node_ip_address": LOOPBACK, "address": "local"}
     else:
         options |= {"address": address}
+    asked_to_stop = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         fix = "leave ray.address empty for a cluster of this machine" if address else "free memory or ports on this machine, or use engine=torch"
         raise ValueError(f"Ray {f'at {address} cannot be reached' if address else 'does not start'} ({reason}); {fix}") from error
+    finally:
+        signal.signal(signal.SIGTERM, asked_to_stop)  # Ray puts its own in the place of whoever saves the run

@@ -164,7 +164,7 @@ class VllmEngine:
             if not gap.mean <= canary.limit_nats:
                 raise ValueError(
                     f"actor {replica.name} and the learner disagree by {gap.mean:.4f} nats on average (largest {gap.max:.4f}) after a weight update, "
-                    f"more than engine.audit_nats={canary.limit_nats}, also from a full export: training would be off-policy. Use model.dtype=float32, "
+                    f"more than engine.audit_nats={canary.limit_nats}, also from a full export: training would be off-policy. Use float32, "
                     "or raise the threshold knowingly"
                 )
 

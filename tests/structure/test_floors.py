@@ -75,6 +75,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below
         "opd",
         "opd.__main__",
         "opd.api",
+        "opd.actors",
         "opd.audit",
         "opd.launch",
         "opd.rank",
@@ -100,6 +101,7 @@ HOMES = {  # third-party package -> modules that may import it
     "deepspeed": {"opd.learner.deepspeed"},
     "transformers": {
         "opd.chat",
+        "opd.actors",
         "opd.build",
         "opd.student",
         "opd.preflight.facts",
@@ -121,7 +123,7 @@ HOMES = {  # third-party package -> modules that may import it
     "matplotlib": {"opd.comparison", "opd.viewer"},
     "jinja2": {"opd.comparison", "opd.viewer", "opd.diagnosis"},
     "trl": {"opd.comparison.outside"},
-    "ray": {"opd_rollout.vllm", "opd_rollout.weight_sync", "opd.launch"},
+    "ray": {"opd_rollout.vllm", "opd_rollout.weight_sync", "opd_rollout.dispatch", "opd.launch"},
     "vllm": {"opd_rollout.vllm", "opd_rollout.weight_sync", "opd.launch"},
 }
 
