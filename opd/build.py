@@ -15,7 +15,7 @@ from opd_rollout.types import Sampling
 from transformers import PreTrainedTokenizerBase
 
 from opd import chat, pretrained
-from opd.build_views import checked_views, with_writers
+from opd.build_views import FOREIGN, OTHERS, aligned, checked_views, with_writers
 from opd.config import recipe_hash
 from opd.contexts import SignalViews, prompt_context
 from opd.guard import parse_rules
@@ -75,7 +75,7 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     if "too_long" in recipe.data.repair:
         problems = without_long(problems, {prompt.id: len(encode(prompt)) for prompt in problems.train}, longest_prompt, recipe.seed)
     check_lengths([*problems.dev, *problems.test, *problems.train], encode, longest_prompt)
-    teachers = {name: external_model(path, recipe, tokenizer, name) for name, (kind, path) in choices.items() if kind == "external"}
+    teachers = {name: external_model(path, recipe, tokenizer, name, kind == FOREIGN) for name, (kind, path) in choices.items() if kind in OTHERS}
     room_for_views = min([room, *(room_for_prompts(teacher, recipe.sampling.max_tokens, f"signals.{n}") for n, teacher in teachers.items())])
     frozen = [name for name, (kind, _) in choices.items() if kind == "frozen"]
     if frozen and recipe.model.lora is None:
@@ -96,7 +96,9 @@ def build_parts(recipe: Recipe, *, verifier: Callable[..., Any] | None = None, c
     show = partial(prompt_context, tokenizer, specs[mixture.view], room, encode) if mixture.view else None
     source = RolloutSource(writer, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show)
     source = with_writers(source, recipe, engine, tokenizer, room + recipe.sampling.max_tokens, stop_ids)
-    weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), vocab_size) for name, (kind, _) in choices.items()}
+    sizes = {name: vocab_size if spec.tokenizer is None else len(spec.tokenizer) for name, spec in specs.items()}
+    weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), sizes[name]) for name, (kind, _) in choices.items()}
+    weights |= {name: aligned(weights[name], tokenizer, spec.tokenizer) for name, spec in specs.items() if spec.tokenizer is not None}
     return Parts(
         tokenizer=tokenizer,
         engine=engine,
@@ -200,7 +202,7 @@ def learner_kind(recipe: Recipe) -> str:
 
 def parse_weights(name: str, choice: Any) -> tuple[str, Any]:
     """(kind, value) of a signal's weights: live, frozen, ema with its rate, external with its path. Raises ValueError for anything else."""
-    forms = "live | frozen | {ema: {rate: 0.05, every: 1}} | {external: {path: FOLDER}}"
+    forms = "live | frozen | {ema: {rate: 0.05, every: 1}} | {external: {path: FOLDER}} | {external: {path: FOLDER, tokenizer: own}}"
     kind, given = (choice, {}) if isinstance(choice, str) else next(iter(choice.items())) if len(choice) == 1 else ("", None)
     given = given or {}
     if kind in ("live", "frozen") and not given:
@@ -212,9 +214,11 @@ def parse_weights(name: str, choice: Any) -> tuple[str, Any]:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"signals.{name}.weights: the EMA moves every {every!r} rollout steps; it must be a whole number of at least 1")
         return kind, EMA(rate=rate, every=every)
-    if kind == "external" and isinstance(given, Mapping) and set(given) <= {"path"}:
+    if kind == "external" and isinstance(given, Mapping) and set(given) <= {"path", "tokenizer"}:
+        if given.get("tokenizer", "own") != "own":
+            raise ValueError(f"signals.{name}: tokenizer is {given['tokenizer']!r}; write tokenizer: own, or leave it out")
         if isinstance(given.get("path"), str) and given["path"]:
-            return kind, given["path"]
+            return FOREIGN if "tokenizer" in given else kind, given["path"]
         raise ValueError(f"signals.{name}: an external teacher needs a model: teacher.external.path=FOLDER (or {{external: {{path: FOLDER}}}})")
     raise ValueError(f"signals.{name}.weights is {choice!r}; write {forms}")
 
@@ -244,7 +248,7 @@ def make_teacher(kind: str, recipe: Recipe, learner: Learner, module: torch.nn.M
 def input_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Hashes of what the run starts from, compared when it is resumed."""
     files = [path for path in (recipe.data.path, recipe.data.eval_path) if path]
-    paths = [value for name, signal in recipe.signals.items() for kind, value in [parse_weights(name, signal.weights)] if kind == "external"]
+    paths = [value for name, signal in recipe.signals.items() for kind, value in [parse_weights(name, signal.weights)] if kind in OTHERS]
     folders = [student_path(recipe), *map(pretrained.find_model, paths)]
     return {
         "learner": learner_kind(recipe),

@@ -139,7 +139,10 @@ class External(_Frozen):
 class Signal(_Frozen):
     """A scorer: weights plus a view (what it may read before the student's tokens)."""
 
-    weights: Choice = Field(default="frozen", description="live | frozen | {ema: {rate: r, every: steps}} | {external: {path: p}}")
+    weights: Choice = Field(
+        default="frozen",
+        description="live | frozen | {ema: {rate: r, every: steps}} | {external: {path: p}}; beside path, tokenizer: own",
+    )
     view: Choice = Field(default="plain", description="name in opd.views, or {name: {parameters}}")
 
 
