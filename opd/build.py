@@ -20,7 +20,7 @@ from opd_rollout.types import Sampling
 from transformers import PreTrainedTokenizerBase
 
 from opd import chat, pretrained
-from opd.build_views import checked_views, with_writers
+from opd.build_views import FOREIGN, OTHERS, aligned, checked_views, with_writers
 from opd.config import recipe_hash
 from opd.contexts import SignalViews, prompt_context
 from opd.guard import parse_rules
@@ -40,7 +40,6 @@ from opd.teacher.score import SignalScorer, Weights
 from opd.types import Prompt, Verdict, Verifier
 from opd.writing import AnnotatedSource
 
-ELSEWHERE = ("external", "served")  # another model: in this process, or behind vLLM
 CANARY_PROMPTS = 2
 CHECKED_PROMPTS = 32  # of an endless stream, before the run starts; a file is checked whole
 
@@ -85,8 +84,8 @@ def build_parts(
     room = room_for_prompts(model, recipe.sampling.max_tokens, "the student")
     problems = fitting(recipe, problems, encode, min(recipe.data.max_prompt_tokens, room))
     served = {name: path for name, (kind, path) in choices.items() if kind == "served" and actors}
-    near = {name: path for name, (kind, path) in choices.items() if kind in ELSEWHERE and name not in served}
-    teachers = {name: external_model(path, recipe, tokenizer, name) for name, path in near.items()}
+    near = {name: path for name, (kind, path) in choices.items() if kind in OTHERS and name not in served}
+    teachers = {name: external_model(path, recipe, tokenizer, name, choices[name][0] == FOREIGN) for name, path in near.items()}
     room_for_views = min([room, *(room_for_prompts(teacher, recipe.sampling.max_tokens, f"signals.{n}") for n, teacher in teachers.items())])
     frozen = [name for name, (kind, _) in choices.items() if kind == "frozen"]
     if frozen and recipe.model.lora is None:
@@ -110,7 +109,9 @@ def build_parts(
     show = partial(prompt_context, reader, specs[mixture.view], room, codec.encode) if mixture.view else None
     source = RolloutSource(writer, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show, ranks)
     source = with_writers(source, recipe, engine, reader, room + recipe.sampling.max_tokens, stop_ids)
-    weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), vocab_size) for name, (kind, _) in choices.items() if name not in served}
+    rows = {name: vocab_size if spec.tokenizer is None else len(spec.tokenizer) for name, spec in specs.items()}
+    weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), rows[name]) for name, (kind, _) in choices.items() if name not in served}
+    weights |= {name: aligned(weights[name], tokenizer, spec.tokenizer) for name, spec in specs.items() if spec.tokenizer is not None}
     weights |= served_teachers(recipe, actors, served, tokenizer, objective.needs.signals, check) if served else {}
     return Parts(
         tokenizer=tokenizer, engine=engine, learner=learner, source=source, objective=objective, encode=encode, stop_ids=stop_ids,
@@ -245,7 +246,7 @@ def learner_kind(recipe: Recipe) -> str:
 
 def parse_weights(name: str, choice: Any) -> tuple[str, Any]:
     """(kind, value) of a signal's weights: live, frozen, ema with its rate, external with its path. Raises ValueError for anything else."""
-    forms = "live | frozen | {ema: {rate: 0.05, every: 1}} | {external: {path: FOLDER, engine: torch | vllm}}"
+    forms = "live | frozen | {ema: {rate: 0.05, every: 1}} | {external: {path: FOLDER}} (beside path: engine: torch | vllm, or tokenizer: own)"
     kind, given = (choice, {}) if isinstance(choice, str) else next(iter(choice.items())) if len(choice) == 1 else ("", None)
     given = given or {}
     if kind in ("live", "frozen") and not given:
@@ -257,11 +258,15 @@ def parse_weights(name: str, choice: Any) -> tuple[str, Any]:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"signals.{name}.weights: the EMA moves every {every!r} rollout steps; it must be a whole number of at least 1")
         return kind, EMA(rate=rate, every=every)
-    if kind == "external" and isinstance(given, Mapping) and set(given) <= {"path", "engine"}:
+    if kind == "external" and isinstance(given, Mapping) and set(given) <= {"path", "engine", "tokenizer"}:
         if given.get("engine", "torch") not in ("torch", "vllm"):
             raise ValueError(f"signals.{name}.weights: the teacher's engine is {given['engine']!r}; use torch (in the learner's process) or vllm")
+        if given.get("tokenizer", "own") != "own":
+            raise ValueError(f"signals.{name}: tokenizer is {given['tokenizer']!r}; write tokenizer: own, or leave it out")
+        if "tokenizer" in given and given.get("engine") == "vllm":
+            raise ValueError(f"signals.{name}: a teacher with a tokenizer of its own is scored in this process: leave out engine: vllm")
         if isinstance(given.get("path"), str) and given["path"]:
-            return "served" if given.get("engine") == "vllm" else kind, given["path"]
+            return FOREIGN if "tokenizer" in given else "served" if given.get("engine") == "vllm" else kind, given["path"]
         raise ValueError(f"signals.{name}: an external teacher needs a model: teacher.external.path=FOLDER (or {{external: {{path: FOLDER}}}})")
     raise ValueError(f"signals.{name}.weights is {choice!r}; write {forms}")
 
@@ -291,7 +296,7 @@ def make_teacher(kind: str, recipe: Recipe, learner: Learner, module: torch.nn.M
 def input_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Hashes of what the run starts from, compared when it is resumed."""
     files = [path for path in (recipe.data.path, recipe.data.eval_path) if path]
-    paths = [value for name, signal in recipe.signals.items() for kind, value in [parse_weights(name, signal.weights)] if kind in ELSEWHERE]
+    paths = [value for name, signal in recipe.signals.items() for kind, value in [parse_weights(name, signal.weights)] if kind in OTHERS]
     folders = [student_path(recipe), *map(pretrained.find_model, paths)]
     return {
         "learner": learner_kind(recipe),

@@ -1,22 +1,30 @@
 """The views and writers of a recipe: resolved, judged against its data and objective, put around the source."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from opd_rollout.engine import Engine
 from transformers import PreTrainedTokenizerBase
 
-from opd import chat
+from opd import chat, pretrained
 from opd.choices import name_of, nearest, parameters_of
 from opd.contexts import check_asking_view, check_domains, check_hints
 from opd.objective import Objective
 from opd.problems import Problems
 from opd.recipe import Recipe
+from opd.sampler import parse_sampler
 from opd.source import RolloutSource, parse_source
+from opd.teacher.aligned import AlignedTeacher
+from opd.teacher.score import Weights
 from opd.token_bytes import token_bytes
 from opd.views import ViewSpec, resolve_view
 from opd.writing import AnnotatedSource, Desk, Writer, check_writer
+
+FOREIGN = "foreign"
+OTHERS = ("external", "served", FOREIGN)
+"""Kinds of weights that are another model: with the student's tokenizer, or with one of its own."""
 
 
 def checked_views(recipe: Recipe, problems: Problems, objective: Objective, choices: Mapping[str, tuple[str, Any]]) -> dict[str, ViewSpec]:
@@ -27,8 +35,33 @@ def checked_views(recipe: Recipe, problems: Problems, objective: Objective, choi
     check_domains({name: signal.domain for name, signal in recipe.signals.items()}, problems.train)
     check_asking_view(parse_source(recipe.rollout.source).view, specs)
     check_hidden_signals(objective, choices)
+    check_foreign(recipe, objective, {name for name, (kind, _) in choices.items() if kind == FOREIGN})
     check_writers(recipe, specs, objective)
-    return specs
+    own = {name: pretrained.load_tokenizer(pretrained.find_model(path)) for name, (kind, path) in choices.items() if kind == FOREIGN}
+    return {name: replace(spec, tokenizer=own.get(name)) for name, spec in specs.items()}
+
+
+def aligned(weights: Weights, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Weights:
+    """A scorer of another tokenizer's ids as one of the student's."""
+    return Weights(scores=AlignedTeacher(weights.scores, student=student, teacher=teacher).scores)
+
+
+def check_foreign(recipe: Recipe, objective: Objective, foreign: Collection[str]) -> None:
+    """Raises ValueError where something needs ids in common with a teacher of another tokenizer."""
+    drawn = parse_sampler(recipe.rollout.sampler)
+    if drawn is not None and drawn.signal in foreign:
+        raise ValueError(f"rollout.sampler draws with {drawn.signal!r}, whose tokenizer is its own; sample with the student: rollout.sampler=student")
+    for term in objective.terms:
+        if not term.signals & set(foreign) or term.support is None:
+            continue
+        kind, loss = term.support.kind, name_of(term.loss) if term.loss else ""
+        if kind in ("spans", "teacher_topk", "sampled") and term.target is None or (kind == "student_topk" and loss == "rank_distance"):
+            continue
+        raise ValueError(
+            f"term {term.name!r} compares student and teacher id by id, and the tokenizer of {', '.join(sorted(term.signals & set(foreign)))} is its "
+            "own. Legal: {span_likelihood: {}} on support: spans (alm); a divergence on {teacher_topk: {k: 64, tail: bucket}}, where tokens with the "
+            "same bytes are paired (gold); rank_distance on {student_topk: {k: 64, tail: bucket}} (uld)"
+        )
 
 
 def with_writers(
@@ -51,7 +84,7 @@ def with_writers(
 def check_hidden_signals(objective: Objective, choices: Mapping[str, tuple[str, Any]]) -> None:
     """Raises ValueError where hidden states of two different models would be compared."""
     for term in objective.terms:
-        if term.support and term.support.kind == "hidden" and term.signal and choices[term.signal][0] in ("external", "served"):
+        if term.support and term.support.kind == "hidden" and term.signal and choices[term.signal][0] in OTHERS:
             raise ValueError(
                 f"term {term.name!r}: match: hidden_states compares the student with itself under another view, and signals.{term.signal} is "
                 "another model, whose hidden states mean something else; use teacher: live | frozen | {ema: {}}, or distill: forward_kl"

@@ -49,6 +49,7 @@ def render_views(
     Only the hint is shortened, from its end, to fit `max_context_tokens`; a view that does not fit without it is dropped.
     Raises ValueError when the assistant's turn opens differently in different views.
     """
+    tokenizer = tokenizer if spec.tokenizer is None else spec.tokenizer
     prefix = chat.assistant_prefix(tokenizer, thinking=spec.thinking)
     groups: dict[int, list[Judged]] = defaultdict(list)
     for item in judged:
@@ -63,7 +64,7 @@ def render_views(
         if view is not None and opened is not None and sum(map(len, opened)) > max_context_tokens:
             opened = _shorten(tokenizer, spec, seen, len(view.hint), max_context_tokens)
             shortened += opened is not None
-        if opened is not None:
+        if opened is not None and spec.tokenizer is None:
             _check_prefix(opened[0], prefix, item.prompt_ids)
         contexts.append(None if opened is None else opened[0] + opened[1])
     shown = sum(ids is not None for ids in contexts)

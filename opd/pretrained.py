@@ -111,7 +111,8 @@ def check_same_tokens(ours: Mapping[str, int], theirs: Mapping[str, int], teache
     if differing:
         raise ValueError(
             f"teacher {teacher!r} has another tokenizer than the student ({len(theirs)} tokens against {len(ours)}; first difference "
-            f"{differing[0]!r}): token-level distillation needs the same ids. Choose a teacher of the student's family."
+            f"{differing[0]!r}): token-level distillation needs the same ids. Choose a teacher of the student's family, "
+            "or let it keep its tokenizer, {external: {path: FOLDER, tokenizer: own}}, with the methods alm, gold or uld."
         )
 
 

@@ -175,7 +175,10 @@ class External(_Frozen):
 class Signal(_Frozen):
     """A scorer: weights plus a view (what it may read before the student's tokens)."""
 
-    weights: Choice = Field(default="frozen", description="live | frozen | {ema: {rate: r, every: steps}} | {external: {path: p, engine: vllm}}")
+    weights: Choice = Field(
+        default="frozen",
+        description="live | frozen | {ema: {rate: r, every: steps}} | {external: {path: p}}; beside path, engine: vllm, or tokenizer: own",
+    )
     view: Choice = Field(default="plain", description="name in opd.views, or {name: {parameters}}")
     domain: str = Field(default="", description="score only prompts of this domain (or of its parts, domain/...); empty: all")
 

@@ -52,10 +52,13 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.nn.M
     return model
 
 
-def external_model(path: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, name: str) -> torch.nn.Module:
-    """Another model as teacher. Raises ValueError unless its tokenizer gives the student's ids (heads may be padded differently)."""
+def external_model(path: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, name: str, own_tokenizer: bool = False) -> torch.nn.Module:
+    """Another model as teacher. Raises ValueError unless its tokenizer gives the student's ids (heads may be padded differently), or is kept."""
     found = pretrained.find_model(path)
-    pretrained.check_same_tokens(tokenizer.get_vocab(), pretrained.load_tokenizer(found).get_vocab(), path)
+    theirs = pretrained.load_tokenizer(found)
+    if own_tokenizer:
+        tokenizer = theirs
+    pretrained.check_same_tokens(tokenizer.get_vocab(), theirs.get_vocab(), path)
     model = pretrained.load_model(found, dtype=getattr(torch, recipe.model.dtype), attn_implementation=recipe.model.attention)
     pretrained.check_rows(model, len(tokenizer), f"signals.{name}: teacher {path!r}")
     return model

@@ -32,6 +32,15 @@ def token_bytes(tokenizer: chat.Tokenizer, ids: Sequence[int]) -> list[bytes]:
     )
 
 
+def vocabulary_bytes(tokenizer: chat.Tokenizer) -> list[bytes]:
+    """The bytes of every id of the vocabulary; nothing for special tokens and ids without a token."""
+    special, names = set(tokenizer.all_special_ids), tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    known = ["" if number in special or name is None else str(name) for number, name in enumerate(names)]
+    share = sum(_byte_level(name) is not None for name in known) / max(len(known), 1)
+    read = _byte_level if share == 1.0 else _sentence_piece
+    return [read(name) or b"" for name in known]
+
+
 def byte_spans(pieces: Sequence[bytes]) -> list[tuple[int, int]]:
     """(start, end) of each piece in the joined bytes."""
     spans, start = [], 0

@@ -65,11 +65,15 @@ ViewFunction = Callable[[ViewInput], View | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewSpec:
-    """A view ready to be called: the function with its parameters bound, and the templates it may use."""
+    """A view ready to be called: the function with its parameters bound, and the templates it may use.
+
+    tokenizer: the reader's own, None where it is the student's.
+    """
 
     view: ViewFunction
     templates: Mapping[str, str]
     thinking: bool | None = None
+    tokenizer: Any = None
 
 
 def plain(seen: ViewInput) -> View:

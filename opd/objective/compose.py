@@ -11,6 +11,7 @@ import torch
 from opd_kernels import SelectedLogprobs
 from torch import Tensor
 
+from opd.align import sums
 from opd.choices import parameters_of
 from opd.objective.supports import Categories, categories
 from opd.objective.surrogates import at_answer_ratio
@@ -35,6 +36,11 @@ def keep_field(term: str) -> str:
 def weight_field(term: str) -> str:
     """Name of the field with the product of the term's weights that were made for the whole batch."""
     return f"weight/{term}"
+
+
+def span_field(term: str) -> str:
+    """Name of the field with the number of each token's span, -1 for none, of a term on spans."""
+    return f"span/{term}"
 
 
 IN_VIEW = "in_view"
@@ -141,10 +147,24 @@ def _term_loss(
     if term.support.kind == "sampled":
         teacher_logp = torch.where(signal.available, signal.sampled.to(student_logp), student_logp.detach())
         return term.loss(student_logp, teacher_logp), {}
+    if term.support.kind == "spans":
+        return _span_loss(term, student_logp, rows, signal), {}
     on = categories(term.support, selected, rows, signal)
     teacher_logp = on.teacher if term.target is None else _target(term, on, selected, rows)
     tails = {"tail_mass/student": on.student_tail.exp(), "tail_mass/teacher": on.teacher_tail.exp()}
     return term.loss(on.student, teacher_logp), tails
+
+
+def _span_loss(term: Term, student_logp: Tensor, rows: TokenRows, signal: SignalRows) -> Tensor:
+    """The loss of each token's span [N]; the term keeps the last token of each. All tokens of an answer must be here."""
+    assert term.loss, "a divergence has a loss"
+    number = rows.fields[span_field(term.name)].long()
+    width = int(number.max()) + 2 if number.numel() else 1
+    key = rows.sequence * width + number + 1
+    count = int(key.max()) + 1 if key.numel() else 0
+    ours, theirs = (sums(side, key, count) for side in (student_logp, signal.sampled.to(student_logp)))
+    available = signal.available & (number >= 0)
+    return term.loss(torch.where(available, ours[key], -1.0), torch.where(available, theirs[key], -1.0))
 
 
 def _target(term: Term, on: Categories, selected: SelectedLogprobs, rows: TokenRows) -> Tensor:

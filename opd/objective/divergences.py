@@ -12,6 +12,7 @@ import torch
 from opd_kernels import PAD_LOGP, Divergence
 from torch import Tensor
 
+from opd.align import rank_distance, span_likelihood
 from opd.choices import InnerShare, NonNegative
 
 
@@ -123,6 +124,8 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "jsd": jsd,
     "skew_forward_kl": skew_forward_kl,
     "skew_reverse_kl": skew_reverse_kl,
+    "span_likelihood": span_likelihood,
+    "rank_distance": rank_distance,
     "held_skew_reverse_kl": held_skew_reverse_kl,
     "expected_advantage": expected_advantage,
     "plackett_luce": plackett_luce,

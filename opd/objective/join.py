@@ -10,9 +10,10 @@ import torch
 from opd_rollout.types import TokenScores
 from torch import Tensor
 
+from opd.align import last_of_span, single
 from opd.choices import parameters_of, what_it_reads
 from opd.credit import AnswerFacts, GroupOutcome, SequenceSignals
-from opd.objective.compose import IN_VIEW, keep_field, kept_tokens, length_field, weight_field
+from opd.objective.compose import IN_VIEW, keep_field, kept_tokens, length_field, span_field, weight_field
 from opd.objective.routes import RouteInput
 from opd.objective.terms import Objective, Term
 from opd.pooling import Pool, alone
@@ -227,6 +228,19 @@ def _chained(term: Term, known: Sequence[SequenceSignals], learned: Sequence[int
     return out
 
 
+def _aligned(term: Term, signals: SequenceSignals) -> tuple[Tensor, Tensor]:
+    """(span of each token under the term's signal, the tokens that the term may learn from): of another tokenizer, what can be compared."""
+    length = len(signals.loss_mask)
+    numbers, keep = torch.full((length,), -1), torch.ones(length, dtype=torch.bool)
+    for name in sorted(term.signals & signals.scores.keys()):
+        found = signals.scores[name].span
+        own = torch.arange(length) if found is None else found
+        numbers = own if name == term.signal else numbers
+        chosen = last_of_span(own) if term.support and term.support.kind == "spans" else single(own) if term.support else own >= 0
+        keep = keep & chosen
+    return numbers, keep
+
+
 def _fields(term: Term, known: Sequence[SequenceSignals], learned: Sequence[int], pool: Pool) -> list[dict[str, Tensor]]:
     """The term's own columns of every answer: weights and selections made for the batch, and how many tokens count."""
     out: list[dict[str, Tensor]] = [{} for _ in known]
@@ -239,7 +253,15 @@ def _fields(term: Term, known: Sequence[SequenceSignals], learned: Sequence[int]
                 kept[index] = kept[index] & value
             else:
                 weight[index] = weight[index] * value.to(weight[index])
+    on_spans = bool(term.support and term.support.kind == "spans")
+    aligned = on_spans or any(s.scores[name].span is not None for s in known for name in term.signals & s.scores.keys())
     for index, columns in enumerate(out):
+        if aligned:
+            numbers, keep = _aligned(term, known[index])
+            kept[index] = kept[index] & keep
+            columns[keep_field(term.name)] = kept[index]
+            if term.support and term.support.kind == "spans":
+                columns[span_field(term.name)] = numbers
         if term.fields:
             columns[keep_field(term.name)] = kept[index]
             columns[weight_field(term.name)] = torch.where(kept[index], weight[index], 0.0)

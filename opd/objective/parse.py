@@ -98,7 +98,8 @@ def _distill(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
     dense = _dense(spec["distill"], loss) if support.kind == "full" else None
     if support.kind == "sampled" and split_choice(spec["distill"], where) == ("reverse_kl", {}):
         loss = sampled_reverse_kl
-    return {"kind": "divergence", "loss": loss, "support": support, "dense": dense, "target": target}
+    scope = "sequence" if support.kind == "spans" else "token"  # a span's tokens must come together
+    return {"kind": "divergence", "loss": loss, "support": support, "dense": dense, "target": target, "scope": scope}
 
 
 def _dense(choice: Any, loss: Callable[..., Tensor]) -> Divergence | None:

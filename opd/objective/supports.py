@@ -20,12 +20,13 @@ Tail = Literal["bucket", "renormalise", "drop"]
 class Support:
     """kind: the whole vocabulary, the sampled token, the k likeliest tokens of one side (`sampled` adds the sampled token), or k draws.
 
-    "hidden" is no support: both sides' last hidden states are compared, before any vocabulary.
+    "hidden" is no support: both sides' last hidden states are compared, before any vocabulary. "spans": no vocabulary either, but the
+    log-probs of runs of tokens that two tokenizers have in common.
 
     tail: "bucket" keeps the outside mass as one more category, "renormalise" makes both sides sum to one inside, "drop" does neither.
     """
 
-    kind: Literal["full", "hidden", "sampled", "student_topk", "teacher_topk", "teacher_sample"]
+    kind: Literal["full", "hidden", "spans", "sampled", "student_topk", "teacher_topk", "teacher_sample"]
     k: int = 0
     tail: Tail = "bucket"
     sampled: bool = False
@@ -51,6 +52,10 @@ def full() -> Support:
 
 def sampled() -> Support:
     return Support(kind="sampled")
+
+
+def spans() -> Support:
+    return Support(kind="spans")
 
 
 def student_topk(*, k: Count, tail: Tail = "bucket", sampled: bool = False) -> Support:
@@ -119,4 +124,11 @@ def _mass(logp: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen, logp, PAD_LOGP).clamp_min(PAD_LOGP).logsumexp(-1)
 
 
-SUPPORTS = {"full": full, "sampled": sampled, "student_topk": student_topk, "teacher_topk": teacher_topk, "teacher_sample": teacher_sample}
+SUPPORTS = {
+    "full": full,
+    "spans": spans,
+    "sampled": sampled,
+    "student_topk": student_topk,
+    "teacher_topk": teacher_topk,
+    "teacher_sample": teacher_sample,
+}

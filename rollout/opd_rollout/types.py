@@ -69,7 +69,8 @@ class TokenScores:
     sampled [T]: of the completion's own tokens. ids [T, K] int64, logp [T, K], tail_logp [T]: the support, -1 and -1e4 where padded;
     with `k` > 0 column 0 is the completion's token and columns 1..k the top-k; with `draws` > 0 the ids drawn, each once, at the logarithm of
     how often it was drawn (the one exception: an estimate), and no tail. entropy [T], nats. hidden [T, D] or None.
-    view_hash identifies the context's token ids; version the scorer's weights.
+    view_hash identifies the context's token ids; version the scorer's weights. span [T] int64 or None: for a scorer with another tokenizer,
+    which tokens were scored together (equal numbers, -1 for none); `sampled` then holds equal shares of a span's log-prob.
     """
 
     sampled: Tensor
@@ -81,6 +82,7 @@ class TokenScores:
     temperature: float
     version: int
     view_hash: str
+    span: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,7 +90,7 @@ def with_small_supports(choice):
 def with_teacher(choice):
     """The choice with every external model that it leaves open filled in."""
     if isinstance(choice, dict):
-        return {key: {"path": "teacher"} if key == "external" else with_teacher(value) for key, value in choice.items()}
+        return {key: {**value, "path": "teacher"} if key == "external" else with_teacher(value) for key, value in choice.items()}
     return choice
 
 

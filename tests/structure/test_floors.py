@@ -30,6 +30,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below
         "opd.chat",
         "opd.contexts",
         "opd.token_bytes",
+        "opd.align",
         "opd.credit",
         "opd.evidence",
         "opd.objective",
