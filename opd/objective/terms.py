@@ -70,7 +70,7 @@ class Term:
     view_signal: str = "main"
     support: Support | None = None
     dense: Divergence | None = None
-    target: Callable[[Tensor, Tensor], Tensor] | None = None
+    target: Callable[..., Tensor] | None = None
     weights: tuple[Callable[[TokenStatistics], Tensor], ...] = ()
     gates: tuple[Callable[[Tensor], Tensor], ...] = ()
     fields: tuple[Callable[..., list[Tensor]], ...] = ()

@@ -16,7 +16,7 @@ SUPPORTS = {
     "teacher_topk_renormalise": {"teacher_topk": {"k": K, "tail": "renormalise"}},
     "teacher_topk_with_sampled": {"teacher_topk": {"k": K, "tail": "bucket", "sampled": True}},
 }
-PROPER = [name for name in DIVERGENCES if name not in ("expected_advantage", "plackett_luce")]
+PROPER = [name for name in DIVERGENCES if name not in ("expected_advantage", "plackett_luce", "span_likelihood", "rank_distance")]
 PAIRS = [(d, s) for d in PROPER for s in SUPPORTS if s != "full" or d in DENSE]
 
 
