@@ -39,7 +39,7 @@ def own_divergence(student_logp, teacher_logp):
             {"distill": "jsd", "support": {"student_topk": {"k": 4, "tail": "cut"}}},
             r"tail is 'cut'; it must be bucket \| renormalise \| drop",
         ),
-        ({"distill": "jsd", "support": "topk"}, r"unknown name 'topk'.*valid: full, sampled, student_topk, teacher_sample, teacher_topk"),
+        ({"distill": "jsd", "support": "topk"}, r"unknown name 'topk'.*valid: full, sampled, spans, student_topk, teacher_sample, teacher_topk"),
         ({"distill": "jsd", "advantage": "group_centered"}, r"unknown key 'advantage'"),
         (
             {"distill": "jsd", "policy": "reinforce"},
