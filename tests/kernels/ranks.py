@@ -1,6 +1,7 @@
 """Runs a function on several gloo ranks of this machine."""
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -32,3 +33,6 @@ def _enter(rank: int, function: Callable[..., None], world: int, folder: str, ar
         function(rank, world, *args)
     finally:
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the interpreter's own end races with threads that a collective's libraries leave: seen once as SIGABRT under load
