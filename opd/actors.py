@@ -26,7 +26,7 @@ STUDENT = "student"
 WHOLE_VOCABULARY = 4096  # up to so many ids the actors return whole rows: exact at every id and temperature
 SUPPORT_LIMIT = 128  # log-probs a token that an actor of a larger vocabulary returns at most
 CANARY_TOKENS = 16
-TRANSFER = {"cpu": "opd_shared_memory", "separate": "nccl", "colocated": "ipc"}
+TRANSFER = "opd_shared_memory"
 
 
 def plans(recipe: Recipe, served: Mapping[str, str], num_gpus: int) -> list[ActorPlan]:
@@ -55,6 +55,8 @@ def check_placement(recipe: Recipe) -> None:
         raise ValueError("engine.placement=colocated shares a GPU between learner and actors, and here is none: use engine.placement=separate")
     if e.tensor_parallel > 1 and not has_gpus:
         raise ValueError(f"engine.tensor_parallel is {e.tensor_parallel}, but here is no GPU: use 1, and engine.replicas for more actors")
+    if e.kind == "vllm" and has_gpus:
+        raise ValueError("engine=vllm cannot send weights to actors on GPUs yet (no NCCL or IPC transfer): use engine=torch or engine=process")
     if e.kind == "vllm" and not Path(e.exchange).is_dir():
         raise ValueError(f"engine.exchange: {e.exchange} is no folder; name one in memory (/dev/shm) or on a disk, as large as the weights")
     if e.kind == "vllm" and recipe.rollout.sampler != "student":
@@ -82,7 +84,7 @@ def student_engine(
     """
     e, config = recipe.engine, model.config
     files = ModelFiles(config=json.dumps({**config.to_dict(), "architectures": [type(model).__name__]}, default=str))
-    runner = _runner_settings(recipe, _positions(recipe, config), -1 if vocab_size <= WHOLE_VOCABULARY else 20, transfer=_transfer(recipe))
+    runner = _runner_settings(recipe, _positions(recipe, config), -1 if vocab_size <= WHOLE_VOCABULARY else 20, transfer=TRANSFER)
     settings = EngineSettings(
         vocab_size=vocab_size, manifest=shapes, chunk=e.chunk, load_seconds=e.deadline_seconds, leads=rank == 0, limits=_limits(recipe),
         tied="lm_head.weight" if getattr(config.get_text_config(), "tie_word_embeddings", False) else "", sleeps=e.placement == "colocated",
@@ -137,10 +139,6 @@ def _runner_settings(recipe: Recipe, positions: int, max_logprobs: int, transfer
         mode=mode, dtype=recipe.model.dtype, positions=positions, max_logprobs=max_logprobs, tensor_parallel=e.tensor_parallel, kv_bytes=e.kv_bytes,
         memory_share=e.memory_share, transfer=transfer, sleeps=e.placement == "colocated",
     )  # fmt: skip
-
-
-def _transfer(recipe: Recipe) -> str:
-    return TRANSFER[recipe.engine.placement if torch.cuda.is_available() else "cpu"]
 
 
 def _positions(recipe: Recipe, config: Any) -> int:

@@ -1,7 +1,7 @@
-"""The learner's weights to the actors' vLLM: what is sent is checked first, how it travels depends on the hardware.
+"""The learner's weights to the actors' vLLM: what is sent is checked first.
 
-On a CPU: one shared-memory file a version, copied into once; it stays until the next version is in place, so that a restarted actor finds
-a full export. On GPUs: vLLM's own NCCL or IPC transfer (opd_rollout.weight_sync_gpu).
+One shared-memory file a version, copied into once; it stays until the next version is in place, so that a restarted actor finds a full
+export. There is no transfer between GPUs (NCCL, IPC) yet.
 """
 
 import secrets
