@@ -61,11 +61,13 @@ def test_a_changed_arm_runs_again_and_the_search_comes_first(tmp_path):
 
 def slow_train(recipe, overrides, folder):
     """Trains until it is told to stop, then says that it was preempted."""
-    stopped = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    stopped = []  # a list, not an Event: a handler that sets the Event while its lock is held waits for itself
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "status.json", {"state": "running", "step": 0, "steps": 1, "why": ""})
-    stopped.wait(60)
+    deadline = time.monotonic() + 60
+    while not stopped and time.monotonic() < deadline:
+        time.sleep(0.02)
     write_json(folder / "status.json", {"state": "preempted", "step": 0, "steps": 1, "why": "preempted (SIGTERM)"})
     return folder
 

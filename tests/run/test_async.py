@@ -1,5 +1,6 @@
 """The asynchronous loop with a real engine process: bounds, versions, resume, kills."""
 
+import contextlib
 import json
 import os
 import random
@@ -174,7 +175,8 @@ def test_a_generator_killed_at_random_moments_changes_nothing(tmp_path, monkeypa
         while len(killed) < 5 and not done.wait(dice.uniform(0.05, 0.4)):
             if engines:
                 killed.append(engines[-1].pid)
-                os.kill(engines[-1].pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it died of the kill before
+                    os.kill(engines[-1].pid, signal.SIGKILL)
                 time.sleep(0.5)
 
     monkeypatch.setattr(process_engine.ProcessEngine, "_start", noted)
