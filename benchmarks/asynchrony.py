@@ -21,7 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch  # noqa: E402
 from opd_rollout.replicas import Replicas  # noqa: E402
 
-from opd import api, build  # noqa: E402
+from opd import api  # noqa: E402
+from opd.build import system as build  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "recipes/runs/opsd_expr.yaml"  # rollout takes about as long as teacher and update

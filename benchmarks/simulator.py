@@ -11,7 +11,7 @@ from pathlib import Path
 
 from asynchrony import RECIPE, ROOT, facts, run, step_seconds
 
-from opd.simulate import WARM_UP, Layout, calibrate, fixed_share_of, predict
+from opd.timing.simulate import WARM_UP, Layout, calibrate, fixed_share_of, predict
 
 PROMPTS = 32  # of RECIPE
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd.runfolder import append_line
+from opd.run.folder import append_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd.bundle import decode, encode
 from opd.loop import RolloutSource
+from opd.replaying.bundle import decode, encode
 from opd.types import Judged, Meter
 
 POLL_SECONDS = 0.2

@@ -14,27 +14,26 @@ from typing import Any
 
 from opd_rollout.engine import Engine
 
-from opd import chat, loop_async
+from opd import loop_async
 from opd.ahead import Ahead
-from opd.audit import audit_engine
-from opd.build import Parts, actors_of, build_parts, check_tracking, input_facts, is_sharded, open_sink, parse_weights
-from opd.config import load_recipe, parse_overrides, parse_recipe
+from opd.build.audit import audit_engine
+from opd.build.system import Parts, actors_of, build_parts, check_tracking, input_facts, is_sharded, open_sink, parse_weights
+from opd.config.load import load_recipe, parse_overrides, parse_recipe
+from opd.config.recipe import Recipe
+from opd.config.stages import read_stages
 from opd.errors import Paused
 from opd.eval import Codec, EvalResult, EvalSettings, decoding_name, write_evaluation
 from opd.eval import evaluate as evaluate_problems
-from opd.freezing import Recorder
-from opd.guard import parse_rules
-from opd.guarding import RunGuard
-from opd.launch import refuse_other_launchers, train_stages, wants_launcher
+from opd.guard.action import RunGuard
+from opd.guard.rules import parse_rules
+from opd.launcher.driver import refuse_other_launchers, train_stages, wants_launcher
+from opd.launcher.ranks import ALONE, Ranks
 from opd.learner.memory import is_out_of_memory
-from opd.live import LiveView, PhaseClock, Reports, Status
 from opd.loop import System
 from opd.loop import train as train_loop
 from opd.randomness import seed_generators
-from opd.ranks import ALONE, Ranks
-from opd.recipe import Recipe
-from opd.run import Plan, TrainingRun
-from opd.runfolder import (
+from opd.replaying.freezing import Recorder
+from opd.run.folder import (
     check_run,
     checkpoint_step,
     checkpoints,
@@ -47,8 +46,10 @@ from opd.runfolder import (
     run_folder,
     write_json,
 )
-from opd.stages import read_stages
+from opd.run.live import LiveView, PhaseClock, Reports, Status
+from opd.run.training import Plan, TrainingRun
 from opd.stop import StopRequest, stop_signals
+from opd.text import chat
 from opd.types import Prompt
 from opd.verify import final_answer
 from opd.viewer.columns import ShownColumns

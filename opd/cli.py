@@ -5,11 +5,11 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from opd.config import describe, find_recipe, parse_overrides
+from opd.config.load import describe, find_recipe, parse_overrides
+from opd.config.stages import read_stages
 from opd.errors import NotReproduced, Paused, Preempted, RunFailed, TooManySkipped
-from opd.launch import refuse_other_launchers, train_stages, wants_launcher
+from opd.launcher.driver import refuse_other_launchers, train_stages, wants_launcher
 from opd.overview import overview
-from opd.stages import read_stages
 
 USAGE = """usage: opd COMMAND [NAME] [key=value ...]
 
@@ -93,7 +93,7 @@ def _inspect(words: Sequence[str]) -> None:
 
 
 def _doctor(words: Sequence[str]) -> None:
-    print(import_module("opd.doctor").doctor(_name(words, "doctor RUN"), parse_overrides(words[1:])))
+    print(import_module("opd.timing.doctor").doctor(_name(words, "doctor RUN"), parse_overrides(words[1:])))
 
 
 def _diagnose(words: Sequence[str]) -> None:
@@ -101,15 +101,15 @@ def _diagnose(words: Sequence[str]) -> None:
 
 
 def _bundle(words: Sequence[str]) -> None:
-    print(import_module("opd.replay").bundle(_name(words, "bundle RUN step=N"), parse_overrides(words[1:])))
+    print(import_module("opd.replaying.replay").bundle(_name(words, "bundle RUN step=N"), parse_overrides(words[1:])))
 
 
 def _replay(words: Sequence[str]) -> None:
-    print(import_module("opd.replay").replay_and_report(_name(words, "replay BUNDLE"), parse_overrides(words[1:])))
+    print(import_module("opd.replaying.replay").replay_and_report(_name(words, "replay BUNDLE"), parse_overrides(words[1:])))
 
 
 def _simulate(words: Sequence[str]) -> None:
-    simulator = import_module("opd.simulate")
+    simulator = import_module("opd.timing.simulate")
     print(simulator.describe(simulator.simulate(_name(words, "simulate RUN"), words[1:])))
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from opd_rollout.types import Completion
 
-from opd import chat
-from opd.choices import nearest
+from opd.config.choices import nearest
+from opd.text import chat
 from opd.types import Judged, Meter, Prompt, Verdict, View
 from opd.views import (
     ViewInput,

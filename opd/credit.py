@@ -15,7 +15,7 @@ import torch
 from opd_rollout.types import TokenScores
 from torch import Tensor
 
-from opd.choices import Count, InnerShare, NonNegative, Positive, Share, reads
+from opd.config.choices import Count, InnerShare, NonNegative, Positive, Share, reads
 from opd.pooling import Pool
 
 

@@ -10,7 +10,7 @@ from opd_rollout.sampling import request_seed
 from opd_rollout.types import Completion, GenerateRequest, Sampling
 
 from opd.accuracy import EvalResult, decoding_name, summarise, write_evaluation
-from opd.ranks import ALONE, Ranks
+from opd.launcher.ranks import ALONE, Ranks
 from opd.types import Prompt, Verdict, Verifier
 
 __all__ = ["Codec", "EvalResult", "EvalSettings", "decoding_name", "evaluate", "write_evaluation"]

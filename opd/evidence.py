@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from opd.choices import InnerShare, NonNegative, Positive, Share, reads
+from opd.config.choices import InnerShare, NonNegative, Positive, Share, reads
 from opd.credit import SequenceSignals
 from opd.pooling import Pool
 

@@ -75,7 +75,7 @@ class Clock(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
-    """All the parts of a run, wired by `opd.build`. `last` holds the previous step's metrics for closed-loop schedules."""
+    """All the parts of a run, wired by `opd.build.system`. `last` holds the previous step's metrics for closed-loop schedules."""
 
     source: RolloutSource
     view: Viewer

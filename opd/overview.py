@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from opd.config import PACKAGED, read_yaml
+from opd.config.load import PACKAGED, read_yaml
 
 
 def overview(runs: Path = Path("runs")) -> str:

@@ -11,7 +11,7 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-from opd.choices import nearest
+from opd.config.choices import nearest
 from opd.tasks import TASKS, Task
 from opd.types import Message, Prompt, Verifier
 from opd.verify import gold_problem

@@ -12,16 +12,16 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from opd.config import find_recipe, load_recipe, read_yaml
-from opd.guard import RULES
+from opd.config.load import find_recipe, load_recipe, read_yaml
+from opd.config.recipe import Recipe
+from opd.guard.rules import RULES
 from opd.overview import recipe_files
-from opd.recipe import Recipe
 
 GUARD_RAILS = """# Guard rails
 
-Generated from `opd/guard.py` by `python -m opd.reference`. Rules look at a run after every step; each speaks once, and again after ten steps without
-cause. "At first" is the mean over the first `window` steps, "now" over the last; nothing is said before both have passed. What a rule says goes to
-the terminal, to `guard.jsonl` in the run folder, and to W&B as an alert. Then its action:
+Generated from `opd/guard/rules.py` by `python -m opd.reference`. Rules look at a run after every step; each speaks once, and again after ten
+steps without cause. "At first" is the mean over the first `window` steps, "now" over the last; nothing is said before both have passed. What a
+rule says goes to the terminal, to `guard.jsonl` in the run folder, and to W&B as an alert. Then its action:
 
 - `warn` (the default): nothing more.
 - `pause`: the state is saved and the run stops with exit status 3; `status.json` says `paused`. The same command goes on, and the rule stays silent
@@ -45,7 +45,8 @@ def recipe_reference() -> str:
     lines = [
         "# Recipe reference",
         "",
-        "Generated from the types in `opd/recipe.py` by `python -m opd.reference`. `opd show RECIPE` prints a recipe with every default filled in.",
+        "Generated from the types in `opd/config/recipe.py` by `python -m opd.reference`.",
+        "`opd show RECIPE` prints a recipe with every default filled in.",
         "",
     ]
     pending: list[tuple[str, type[BaseModel]]] = [("", Recipe)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from opd_rollout import mixing
 
-from opd.choices import Count, Share, resolve
+from opd.config.choices import Count, Share, resolve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,10 +15,10 @@ from opd_rollout.engine import Engine
 from opd_rollout.sampling import request_seed
 from opd_rollout.types import Completion, GenerateRequest, Sampling
 
-from opd.choices import nearest, resolve
+from opd.config.choices import nearest, resolve
+from opd.launcher.ranks import ALONE, Ranks, dealt
 from opd.objective.schedules import SCHEDULES
 from opd.objective.terms import Schedule, scheduled_value
-from opd.ranks import ALONE, Ranks, dealt
 from opd.types import Judged, Meter, Prompt, Verdict, Verifier
 from opd.verify import judge
 

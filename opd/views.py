@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from opd.choices import Share, nearest, parameters_of, resolve, split_choice
+from opd.config.choices import Share, nearest, parameters_of, resolve, split_choice
 from opd.types import Judged, View
 from opd.verify.answers import final_answer
 

@@ -16,7 +16,7 @@ from opd_rollout.engine import Engine
 from opd_rollout.types import GenerateRequest, Sampling
 from torch import Tensor
 
-from opd.token_bytes import byte_spans
+from opd.text.token_bytes import byte_spans
 from opd.types import Judged, Message, Meter
 from opd.views import segments
 

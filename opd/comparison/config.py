@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from opd.choices import nearest
-from opd.config import explain, find_recipe, load_recipe, merge, parse_overrides, read_yaml
-from opd.recipe import Recipe
+from opd.config.choices import nearest
+from opd.config.load import explain, find_recipe, load_recipe, merge, parse_overrides, read_yaml
+from opd.config.recipe import Recipe
 
 UNLIMITED_STEPS = 1_000_000  # under a budget of tokens or seconds, steps do not stop a run
 

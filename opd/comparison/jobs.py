@@ -10,7 +10,7 @@ from typing import Any
 
 from opd.comparison.config import Budget, Comparison, arm_overrides, arm_recipe
 from opd.comparison.results import RunResult, dev_score, read_run
-from opd.config import recipe_hash
+from opd.config.load import recipe_hash
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

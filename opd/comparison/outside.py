@@ -15,15 +15,16 @@ from opd_rollout.types import ModuleWeights
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.callbacks import TrainerCallback
 
-from opd import api, pretrained
-from opd.build import Parts, build_parts
-from opd.config import load_recipe
+from opd import api
+from opd.build import pretrained
+from opd.build.student import student_path
+from opd.build.system import Parts, build_parts
+from opd.config.load import load_recipe
+from opd.config.recipe import Recipe
 from opd.eval import write_evaluation
-from opd.live import Status
-from opd.recipe import Recipe
-from opd.runfolder import append_line, open_run
+from opd.run.folder import append_line, open_run
+from opd.run.live import Status
 from opd.source import parse_source
-from opd.student import student_path
 
 
 def train_sft(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Path:

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from opd.comparison.jobs import Job, run_fraction
 from opd.comparison.results import PRIMARY
 from opd.comparison.workers import Outcome
-from opd.runfolder import read_lines
+from opd.run.folder import read_lines
 
 
 class ComparisonView:

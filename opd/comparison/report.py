@@ -15,7 +15,7 @@ from opd.comparison.jobs import Tuned
 from opd.comparison.results import GREEDY, PRIMARY, RunResult
 from opd.comparison.summary import COSTS, ArmSummary, PairSummary, Summary
 from opd.comparison.table import write_csv
-from opd.config import differences
+from opd.config.load import differences
 
 NUM_STYLES = 8
 

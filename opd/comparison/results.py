@@ -12,7 +12,7 @@ import numpy as np
 
 from opd.accuracy import majority_vote, pass_at
 from opd.comparison.statistics import Table
-from opd.runfolder import read_lines
+from opd.run.folder import read_lines
 
 PRIMARY = "temperature 1.0"
 GREEDY = "greedy"

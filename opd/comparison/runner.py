@@ -15,7 +15,7 @@ from opd.comparison.summary import summarise
 from opd.comparison.table import print_table
 from opd.comparison.workers import Functions, Outcome, run_jobs
 from opd.errors import Preempted
-from opd.runfolder import write_json
+from opd.run.folder import write_json
 from opd.stop import StopRequest, stop_signals
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from opd.choices import nearest
+from opd.config.choices import nearest
 from opd.verify.answers import marked_answer
 
 Record = Mapping[str, Any]

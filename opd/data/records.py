@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from opd.choices import nearest
+from opd.config.choices import nearest
 
 Records = Iterator[tuple[str, dict[str, Any]]]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from opd.config import explain, parse_overrides
-from opd.recipe import Recipe, Signal
+from opd.config.load import explain, parse_overrides
+from opd.config.recipe import Recipe, Signal
 from opd.types import Prompt
 
 PREFIX = "diagnose."

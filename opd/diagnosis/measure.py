@@ -16,12 +16,12 @@ from opd_kernels import HeadView, selected_logprobs, topk_logprobs
 from opd_rollout.types import ScoreRequest, TokenScores
 from torch import Tensor
 
-from opd import chat
-from opd.build import Parts
+from opd.build.system import Parts
+from opd.config.recipe import Recipe
 from opd.diagnosis import alignment
 from opd.diagnosis.branches import Branch, Judge, Success, exact_success, sampled_success
 from opd.diagnosis.config import Settings
-from opd.recipe import Recipe
+from opd.text import chat
 from opd.types import Judged
 
 TOP = (1, 2, 4, 8, 16, 32, 64)

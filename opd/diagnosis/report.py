@@ -8,10 +8,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from opd.config.recipe import Signal
 from opd.diagnosis.alignment import GRADIENTS
 from opd.diagnosis.config import Settings
 from opd.diagnosis.measure import Measured, aligned, alignment_of, captured, histogram, perplexity, surer, viability
-from opd.recipe import Signal
 
 SHOWN_QUESTIONS = 12
 SURE = 0.95

@@ -5,14 +5,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opd import chat
-from opd.build import build_parts
-from opd.config import load_recipe, parse_recipe, recipe_hash
+from opd.build.problems import load_problems
+from opd.build.system import build_parts
+from opd.config.load import load_recipe, parse_recipe, recipe_hash
 from opd.diagnosis.config import default_candidates, measured_recipe, split_overrides
 from opd.diagnosis.measure import measure
 from opd.diagnosis.report import figures, write
-from opd.problems import load_problems
 from opd.randomness import seed_generators
+from opd.text import chat
 
 
 def diagnose(reference: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> tuple[Path, dict[str, Any]]:

@@ -11,12 +11,12 @@ import torch
 from opd_kernels import SelectedLogprobs
 from torch import Tensor
 
-from opd.align import sums
-from opd.choices import parameters_of
+from opd.config.choices import parameters_of
 from opd.objective.supports import Categories, categories
 from opd.objective.surrogates import at_answer_ratio
 from opd.objective.terms import Objective, Term
 from opd.objective.weights import TokenStatistics
+from opd.text.align import sums
 from opd.types import MicroBatch, SignalRows, TokenRows
 
 EVERY_TOKEN = "*"

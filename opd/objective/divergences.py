@@ -12,8 +12,8 @@ import torch
 from opd_kernels import PAD_LOGP, Divergence
 from torch import Tensor
 
-from opd.align import rank_distance, span_likelihood
-from opd.choices import InnerShare, NonNegative
+from opd.config.choices import InnerShare, NonNegative
+from opd.text.align import rank_distance, span_likelihood
 
 
 def forward_kl(

@@ -12,7 +12,7 @@ import torch
 from opd_rollout.types import TokenScores
 from torch import Tensor
 
-from opd.choices import NonNegative, Positive, Range, reads
+from opd.config.choices import NonNegative, Positive, Range, reads
 from opd.credit import SequenceSignals
 from opd.objective.targets import MINIMUM_STEP
 from opd.pooling import Pool

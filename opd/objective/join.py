@@ -10,13 +10,13 @@ import torch
 from opd_rollout.types import TokenScores
 from torch import Tensor
 
-from opd.align import last_of_span, single
-from opd.choices import parameters_of, what_it_reads
+from opd.config.choices import parameters_of, what_it_reads
 from opd.credit import AnswerFacts, GroupOutcome, SequenceSignals
 from opd.objective.compose import IN_VIEW, keep_field, kept_tokens, length_field, span_field, weight_field
 from opd.objective.routes import RouteInput
 from opd.objective.terms import Objective, Term
 from opd.pooling import Pool, alone
+from opd.text.align import last_of_span, single
 from opd.types import Judged, Prepared, Sample
 
 Views = Mapping[str, Sequence[tuple[int, ...] | None]]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from opd.choices import name_of, nearest, parameters_of, what_it_reads
+from opd.config.choices import name_of, nearest, parameters_of, what_it_reads
 from opd.objective.divergences import DENSE
 from opd.objective.terms import Term
 

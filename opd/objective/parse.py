@@ -8,7 +8,7 @@ from typing import Any
 from opd_kernels import Divergence
 from torch import Tensor
 
-from opd.choices import Scheduled, name_of, nearest, parameters_of, resolve, split_choice, what_it_reads
+from opd.config.choices import Scheduled, name_of, nearest, parameters_of, resolve, split_choice, what_it_reads
 from opd.credit import CREDITS, SHAPINGS
 from opd.credit import TOKEN_CREDITS as OWN_TOKEN_CREDITS
 from opd.evidence import VIEW_CREDITS, VIEW_FIELDS

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opd.choices import NonNegative, Positive, reads
+from opd.config.choices import NonNegative, Positive, reads
 from opd.credit import GroupOutcome
 from opd.types import Verdict
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from opd.choices import Count, Positive, Range, Share, reads
+from opd.config.choices import Count, Positive, Range, Share, reads
 
 Step = Annotated[int, Range(0)]
 

@@ -10,7 +10,7 @@ import torch
 from opd_kernels import PAD_LOGP, SelectedLogprobs
 from torch import Tensor
 
-from opd.choices import Count
+from opd.config.choices import Count
 from opd.types import SignalRows, TokenRows
 
 Tail = Literal["bucket", "renormalise", "drop"]

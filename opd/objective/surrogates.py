@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from opd.choices import NonNegative, Positive, Range, reads
+from opd.config.choices import NonNegative, Positive, Range, reads
 
 LOG_RATIO_LIMIT = 20.0
 

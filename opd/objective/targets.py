@@ -5,7 +5,7 @@
 
 from torch import Tensor
 
-from opd.choices import Positive, Share
+from opd.config.choices import Positive, Share
 
 MINIMUM_STEP = 1e-3
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from opd_kernels import Divergence
 from torch import Tensor
 
-from opd.choices import Positive, Scheduled, name_of, parameters_of, what_it_reads
+from opd.config.choices import Positive, Scheduled, name_of, parameters_of, what_it_reads
 from opd.objective.routes import RouteInput
 from opd.objective.supports import Support
 from opd.objective.weights import TokenStatistics
@@ -92,7 +92,7 @@ class Term:
 
     @property
     def reads(self) -> frozenset[str]:
-        """What its functions declared with `opd.choices.reads`."""
+        """What its functions declared with `opd.config.choices.reads`."""
         return frozenset().union(*map(what_it_reads, self.functions))
 
     @property

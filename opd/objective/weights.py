@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opd.choices import Count, NonNegative, Positive, reads
+from opd.config.choices import Count, NonNegative, Positive, reads
 from opd.objective.surrogates import ratio
 from opd.types import SignalRows, TokenRows
 

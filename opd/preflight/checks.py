@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from packaging.version import Version
 
-from opd.build import learner_kind
+from opd.build.system import learner_kind
 from opd.preflight.facts import Facts, Finding
-from opd.runfolder import check_run
+from opd.run.folder import check_run
 
 TESTED = {"torch": ("2.11", "2.14"), "transformers": ("5.17", "6"), "deepspeed": ("0.19.8", "0.20"), "vllm": ("0.27", "0.33"), "ray": ("2.50", "3")}
 """Versions that the project was tested with: from, below."""

@@ -7,16 +7,17 @@ from typing import Any, Literal, TypeVar
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from opd import chat, pretrained
-from opd.build import check_support_sizes, check_tracking, learner_kind, objective_of, parse_weights
+from opd.build import pretrained
+from opd.build.problems import Problems, load_problems
+from opd.build.student import load_tokenizer, student_path
+from opd.build.system import check_support_sizes, check_tracking, learner_kind, objective_of, parse_weights
+from opd.config.recipe import Recipe
 from opd.contexts import check_hints
-from opd.guard import parse_rules
+from opd.guard.rules import parse_rules
 from opd.objective import Objective
-from opd.problems import Problems, load_problems
 from opd.prompts import check_dataset_hint
-from opd.recipe import Recipe
 from opd.source import parse_source
-from opd.student import load_tokenizer, student_path
+from opd.text import chat
 from opd.views import ViewSpec, resolve_view
 
 T = TypeVar("T")

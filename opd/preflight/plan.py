@@ -8,8 +8,8 @@ from statistics import mean
 
 import torch
 
-from opd.build import learner_kind, objective_of
-from opd.choices import nearest
+from opd.build.system import learner_kind, objective_of
+from opd.config.choices import nearest
 from opd.preflight.facts import Facts
 from opd.preflight.memory import ModelFacts, engine_memory, learner_memory, model_facts, teacher_memory
 

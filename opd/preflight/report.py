@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from opd.config import parse_overrides
+from opd.config.load import parse_overrides
+from opd.config.recipe import Recipe
+from opd.config.stages import read_stages
 from opd.preflight.checks import CHECKS, disk, error
 from opd.preflight.facts import Finding, gather
 from opd.preflight.plan import Plan, find_device, make_plan
-from opd.recipe import Recipe
-from opd.stages import read_stages
 
 
 def check(reference: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> bool:

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from opd_rollout.types import ScoreRequest, TokenScores
 
-from opd import chat
-from opd.align import Asked, align, on_student_tokens
-from opd.token_bytes import token_bytes, vocabulary_bytes
+from opd.text import chat
+from opd.text.align import Asked, align, on_student_tokens
+from opd.text.token_bytes import token_bytes, vocabulary_bytes
 
 
 class AlignedTeacher:

@@ -8,7 +8,7 @@ from math import isfinite
 from numbers import Real
 from typing import Any
 
-from opd.choices import nearest, resolve, split_choice
+from opd.config.choices import nearest, resolve, split_choice
 from opd.tasks import TASKS
 from opd.types import Prompt, Verdict, Verifier
 from opd.verify.answers import final_answer

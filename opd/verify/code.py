@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from opd.choices import Positive
+from opd.config.choices import Positive
 from opd.types import Prompt, Verdict
 from opd.verify.sandbox import Limits, NoIsolation, Outcome, obstacle, run_python
 

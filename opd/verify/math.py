@@ -16,7 +16,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from opd.choices import Positive
+from opd.config.choices import Positive
 from opd.types import Prompt, Verdict
 from opd.verify.answers import MAX_ANSWER_CHARACTERS, last_number, marked_answer, read_number
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd.runfolder import read_lines
+from opd.run.folder import read_lines
 
 NOT_COMPARED = ("seconds/", "rate/")
 SHOWN = 4

@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from opd.runfolder import read_lines
-from opd.token_class import CLASSES, token_classes
+from opd.run.folder import read_lines
+from opd.text.token_class import CLASSES, token_classes
 from opd.viewer.difference import first_difference, pair_up
 from opd.viewer.modes import modes_of
 

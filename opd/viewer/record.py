@@ -9,7 +9,7 @@ Legend: T completion tokens, K entries of a top-k list. Numbers are rounded to f
  "advantage": {term: [T]}, "weight": {term: [T]}, "versions": [[version, first, end]], "classes": [T], "columns": {name: [T]}}
 
 tail: probability outside the ids that the teacher's scores hold. weight: the route's factor on loss tokens. classes: places in
-opd.token_class.CLASSES. columns: loss/<term>, loss/total, ratio/<term>, tail_mass/<side>/<term> as the update saw them.
+opd.text.token_class.CLASSES. columns: loss/<term>, loss/total, ratio/<term>, tail_mass/<side>/<term> as the update saw them.
 
 Top-k lists come from the step where it had them. With `Readers`, missing ones (and the student's entropy) are those of the weights just after
 the step: near enough to read, not what the loss saw.
@@ -26,7 +26,7 @@ import torch
 from opd_rollout.types import ScoreRequest, TokenScores
 from torch import Tensor
 
-from opd.token_class import CLASSES, token_classes
+from opd.text.token_class import CLASSES, token_classes
 from opd.types import Judged, Sample
 from opd.viewer.columns import spread
 

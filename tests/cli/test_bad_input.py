@@ -12,11 +12,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from opd.bpe import train_byte_bpe
+from opd.build.pretrained import new_config
 from opd.cli import main
-from opd.pretrained import new_config
 from opd.tasks import TASKS
 from opd.tasks.tokenizer import character_tokenizer
+from opd.text.bpe import train_byte_bpe
 
 torch.set_num_threads(1)
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}

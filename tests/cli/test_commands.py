@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from opd.cli import USAGE, main
-from opd.config import parse_recipe
+from opd.config.load import parse_recipe
 from opd.overview import recipe_files
 
 TINY = {

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from opd.accuracy import EvalResult, decoding_name, summarise, write_evaluation
-from opd.config import load_recipe
-from opd.runfolder import append_line, write_json
+from opd.config.load import load_recipe
+from opd.run.folder import append_line, write_json
 
 # arm -> (accuracy it tends to, generated tokens for 63 % of the way, teacher tokens a generated token, seconds a 1,000 generated tokens)
 BEHAVIOUR = {

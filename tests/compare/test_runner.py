@@ -10,7 +10,7 @@ import pytest
 from opd.comparison.runner import compare, rebuild
 from opd.comparison.workers import Functions
 from opd.errors import Preempted
-from opd.runfolder import write_json
+from opd.run.folder import write_json
 
 
 def functions(train=fake_runs.fake_train):

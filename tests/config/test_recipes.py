@@ -2,7 +2,7 @@
 
 import pytest
 
-from opd.config import differences, load_recipe, merge, parse_overrides, parse_recipe, recipe_hash
+from opd.config.load import differences, load_recipe, merge, parse_overrides, parse_recipe, recipe_hash
 
 
 def test_overrides_win_over_run_over_method(tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from opd import chat
-from opd.bpe import SMALLEST, train_byte_bpe
+from opd.text import chat
+from opd.text.bpe import SMALLEST, train_byte_bpe
 
 TEXTS = ["Mara packs 6 boxes with 12 candles each.", "The café sells crêpes; 9 an hour.", "#### 22\n#### 23"] * 3
 USER = ({"role": "user", "content": "How many?"},)
@@ -94,7 +94,7 @@ def test_any_text_survives_encoding_and_decoding(tokenizer, text):
 
 
 def test_training_a_tokenizer_is_deterministic_across_processes():
-    code = f"from opd.bpe import train_byte_bpe; print(train_byte_bpe({TEXTS!r}, 300).backend_tokenizer.to_str())"
+    code = f"from opd.text.bpe import train_byte_bpe; print(train_byte_bpe({TEXTS!r}, 300).backend_tokenizer.to_str())"
     root = Path(__file__).resolve().parents[2]
     found = set()
     for threads in ("1", "4"):

@@ -2,10 +2,10 @@
 
 import pytest
 
-from opd.chat import render
 from opd.contexts import SignalViews, check_domains, in_domain, unanswered
 from opd.tasks import TASKS
 from opd.tasks.tokenizer import character_tokenizer
+from opd.text.chat import render
 from opd.types import Prompt
 from opd.views import TEMPLATES, resolve_view
 

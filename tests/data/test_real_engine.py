@@ -8,14 +8,14 @@ from opd_rollout.torch_engine import TorchEngine
 from opd_rollout.types import Sampling, ScoreRequest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opd import chat
-from opd.bpe import train_byte_bpe
 from opd.contexts import render_views
 from opd.data.records import read_records
 from opd.prompts import read_prompts, shuffled_stream, task_stream
 from opd.source import Codec, RolloutSource, SourceSettings
 from opd.tasks import HINT_TEMPLATES, TASKS
 from opd.tasks.tokenizer import character_tokenizer
+from opd.text import chat
+from opd.text.bpe import train_byte_bpe
 from opd.types import Judged
 from opd.verify import make_verifier
 from opd.views import TEMPLATES, resolve_view

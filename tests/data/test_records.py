@@ -7,12 +7,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from opd.build.problems import load_problems
+from opd.config.recipe import Recipe
 from opd.data.presets import PRESETS, find_preset
 from opd.data.records import read_records
 from opd.data.selection import between, contaminated, pass_rates
-from opd.problems import load_problems
 from opd.prompts import read_prompts
-from opd.recipe import Recipe
 from opd.types import Prompt
 
 ROWS = [{"question": f"How much is {n}, plus {n}?", "answer": f"It is {2 * n}\n#### {2 * n}", "domain": "sums"} for n in range(12)]

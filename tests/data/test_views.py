@@ -4,9 +4,9 @@ import pytest
 import torch
 from opd_rollout.types import Completion
 
-from opd import chat
-from opd.bpe import train_byte_bpe
 from opd.contexts import ViewCounts, render_views
+from opd.text import chat
+from opd.text.bpe import train_byte_bpe
 from opd.types import Judged, Prompt, Verdict
 from opd.views import TEMPLATES, ViewInput, resolve_view, segments
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from opd_rollout.types import Completion
 
-from opd.bpe import train_byte_bpe
-from opd.build import objective_of
-from opd.build_views import check_writers
-from opd.config import load_recipe
+from opd.build.system import objective_of
+from opd.build.views import check_writers
+from opd.config.load import load_recipe
 from opd.tasks import TASKS
 from opd.tasks.tokenizer import character_tokenizer
-from opd.token_bytes import byte_spans, token_bytes
+from opd.text.bpe import train_byte_bpe
+from opd.text.token_bytes import byte_spans, token_bytes
 from opd.types import Judged, Meter, Prompt, Verdict
 from opd.views import resolve_view
 from opd.writing import AnnotatedSource, Desk, Writer, annotated, check_writer, marked_tokens, request

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from opd.build import build_parts
+from opd.build.problems import load_problems
+from opd.build.system import build_parts
 from opd.cli import main
-from opd.config import load_recipe, parse_recipe
+from opd.config.load import load_recipe, parse_recipe
 from opd.diagnosis.config import default_candidates, measured_recipe, split_overrides
 from opd.diagnosis.measure import alignment_of, find_success, measure, ranked, surer
 from opd.diagnosis.run import diagnose
-from opd.problems import load_problems
 
 
 @pytest.fixture(scope="module")

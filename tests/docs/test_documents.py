@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from opd.reference import guard_rails, recipe_reference, with_table
-from opd.scaling import with_tables
+from opd.timing.scaling import with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "kernels").glob("README.md")])
@@ -97,7 +97,7 @@ def test_links_lead_somewhere(page: Path):
 def test_every_metric_of_a_run_is_documented(workplace: Path, monkeypatch):
     monkeypatch.chdir(workplace)
     from opd.api import train
-    from opd.runfolder import read_lines
+    from opd.run.folder import read_lines
 
     text = (ROOT / "docs/metrics.md").read_text()
     small = {"steps": 1, "eval.num_problems": 0, "eval.final_problems": 0, "track.wandb": "disabled", "rollout.prompts": 2}
@@ -112,4 +112,4 @@ def test_every_metric_of_a_run_is_documented(workplace: Path, monkeypatch):
 
 def test_the_tables_of_the_scaling_page_are_up_to_date():
     page = (ROOT / "docs/scaling.md").read_text()
-    assert page == with_tables(page), "run: python -m opd.scaling"
+    assert page == with_tables(page), "run: python -m opd.timing.scaling"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from opd import guard
-from opd.guard import RULES, History, Watch, parse_rules
+from opd.guard import rules as guard
+from opd.guard.rules import RULES, History, Watch, parse_rules
 
 SERIES = Path(__file__).parent / "series"
 COLLAPSED = sorted(SERIES.glob("collapse-*.json"))

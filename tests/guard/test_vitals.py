@@ -3,9 +3,9 @@ import pytest
 import torch
 from opd_rollout.types import Completion
 
-from opd.token_class import answer_span, class_shares, token_classes
+from opd.guard.vitals import announced, distinct, duplicates, leaked, ngrams, repeated, text_vitals, whole_groups
+from opd.text.token_class import answer_span, class_shares, token_classes
 from opd.types import Judged, Prompt, Verdict
-from opd.vitals import announced, distinct, duplicates, leaked, ngrams, repeated, text_vitals, whole_groups
 
 
 def answer(ids, *, prompt="p", text="", expected="42", group=0, member=0, question="What is it?", prompt_ids=(1, 2)):

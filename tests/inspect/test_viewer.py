@@ -9,9 +9,9 @@ from fake_samples import WordTokenizer, fake_contexts, fake_sample
 
 from opd.api import train
 from opd.cli import main
-from opd.config import parse_recipe
-from opd.runfolder import read_lines
-from opd.token_class import CLASSES
+from opd.config.load import parse_recipe
+from opd.run.folder import read_lines
+from opd.text.token_class import CLASSES
 from opd.viewer.difference import first_difference, first_token, pair_up
 from opd.viewer.modes import modes_of, values_of
 from opd.viewer.page import packed, unpacked, write_viewer

@@ -10,8 +10,8 @@ import torch
 from opd_kernels import dense_divergence, selected_logprobs
 from opd_rollout.types import Completion, TokenScores
 
-from opd.build import setting_of
-from opd.config import load_recipe
+from opd.build.system import setting_of
+from opd.config.load import load_recipe
 from opd.learner.loss import hidden_distance
 from opd.learner.packing import pack
 from opd.objective import build_objective, denominators, join, token_loss, token_weight

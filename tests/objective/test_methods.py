@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd.choices import name_of, parameters_of
+from opd.config.choices import name_of, parameters_of
 from tests.objective import dense
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "methods"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from opd.choices import parameters_of, resolve
+from opd.config.choices import parameters_of, resolve
 from opd.objective import build_objective
 
 

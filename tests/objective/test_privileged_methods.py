@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opd.build import objective_of
-from opd.config import load_recipe
+from opd.build.system import objective_of
+from opd.config.load import load_recipe
 from opd.credit import SequenceSignals
 from opd.evidence import agreement, class_contrast, consensus, evidence, margin, position_ramp
 from opd.objective import join

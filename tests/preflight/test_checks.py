@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from opd.cli import main
-from opd.config import load_recipe
+from opd.config.load import load_recipe
+from opd.config.stages import read_stages
 from opd.preflight.report import examine
-from opd.stages import read_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPR = "recipes/runs/opsd_expr.yaml"

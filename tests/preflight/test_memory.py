@@ -81,7 +81,7 @@ RUN = """
 import json, re, sys, tempfile
 from pathlib import Path
 from opd.preflight.report import examine
-from opd.stages import read_stages
+from opd.config.stages import read_stages
 overrides = json.loads(sys.argv[1])
 [recipe] = read_stages("recipes/runs/opsd_expr.yaml", overrides)
 predicted = examine(recipe)[1].bytes

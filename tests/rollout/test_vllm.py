@@ -16,8 +16,8 @@ from opd_rollout.sampling import request_seed
 from opd_rollout.torch_engine import TorchEngine
 from opd_rollout.types import GenerateRequest, Sampling, ScoreRequest
 
-from opd.build import build_parts
-from opd.config import load_recipe
+from opd.build.system import build_parts
+from opd.config.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ OVERRIDES = {
 
 @pytest.fixture(scope="module")
 def parts():
-    from opd.build import actors_of
+    from opd.build.system import actors_of
 
     recipe = load_recipe(str(ROOT / "recipes/runs/opsd_expr.yaml"), OVERRIDES)
     with actors_of(recipe) as actors:
@@ -119,7 +119,7 @@ def test_one_command_trains_and_leaves_nothing_behind(tmp_path):
 
 
 def test_what_the_machine_lacks_is_said_before_anything_starts(parts):
-    from opd.actors import check_placement
+    from opd.build.actors import check_placement
 
     for change, sentence in (
         ({"engine.placement": "colocated"}, "here is none"),

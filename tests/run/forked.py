@@ -20,8 +20,8 @@ import yaml  # noqa: E402
 
 import opd.api  # noqa: E402
 import opd.learner.deepspeed_learner  # noqa: E402
-import opd.live  # noqa: E402
-import opd.run  # noqa: E402
+import opd.run.live  # noqa: E402
+import opd.run.training  # noqa: E402
 from opd.cli import main  # noqa: E402
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -79,7 +79,7 @@ def _run(folder: str, words: tuple[str, ...], fault: Fault | None) -> None:
 
 def install(fault: Fault) -> None:
     """Put the fault into the clock that times every phase, or between the files of a checkpoint."""
-    original, visits = opd.live.PhaseClock.__call__, dict.fromkeys([fault.phase], 0)
+    original, visits = opd.run.live.PhaseClock.__call__, dict.fromkeys([fault.phase], 0)
 
     def strike() -> None:
         if visits[fault.phase] == fault.visit:
@@ -96,15 +96,15 @@ def install(fault: Fault) -> None:
             if phase == fault.phase and fault.where == "end":
                 strike()
 
-    opd.live.PhaseClock.__call__ = faulty
+    opd.run.live.PhaseClock.__call__ = faulty
     if fault.where == "middle":
-        write = opd.run.write_json
+        write = opd.run.training.write_json
 
         def broken(path, content):
             strike()
             write(path, content)
 
-        opd.run.write_json = broken
+        opd.run.training.write_json = broken
 
 
 def coin(prompt, text):

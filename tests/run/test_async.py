@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 import opd.api
 from opd import loop_async
 from opd.api import make_system, train
-from opd.build import build_parts, objective_of
-from opd.config import find_recipe, load_recipe, merge, parse_recipe, read_yaml
-from opd.live import PhaseClock, Status, StopRequest
+from opd.build.system import build_parts, objective_of
+from opd.config.load import find_recipe, load_recipe, merge, parse_recipe, read_yaml
+from opd.config.recipe import Recipe
 from opd.objective import join
-from opd.recipe import Recipe
-from opd.replay import run_recipe
-from opd.runfolder import read_lines
+from opd.replaying.replay import run_recipe
+from opd.run.folder import read_lines
+from opd.run.live import PhaseClock, Status, StopRequest
 from tests.run.forked import SHAPE, Fault, opd_process, recipe_file
 from tests.run.test_resume import same, saved, without_times
 

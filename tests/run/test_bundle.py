@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from opd.api import train
-from opd.bundle import RECORDS, decode, encode, read_bundle, weights_name, write_bundle
 from opd.cli import main
-from opd.config import parse_recipe
+from opd.config.load import parse_recipe
 from opd.objective import SignalNeeds
-from opd.replay import freeze, replay, scores_from
-from opd.runfolder import read_lines
+from opd.replaying.bundle import RECORDS, decode, encode, read_bundle, weights_name, write_bundle
+from opd.replaying.replay import freeze, replay, scores_from
+from opd.run.folder import read_lines
 
 TINY = {
     "model": {"shape": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}},

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from opd.cli import main
-from opd.doctor import advice, asynchrony, describe, examine
+from opd.timing.doctor import advice, asynchrony, describe, examine
 
 
 def folder_of(tmp_path, seconds, tokens=None, extra=None):

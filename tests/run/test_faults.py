@@ -15,11 +15,11 @@ from opd_rollout import torch_engine
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import opd.run
+import opd.run.training
 from opd.cli import main
 from opd.learner.learner import PolicyLearner
 from opd.learner.policy import Policy
-from opd.runfolder import claimed
+from opd.run.folder import claimed
 
 torch.set_num_threads(1)
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
@@ -147,7 +147,7 @@ def test_a_second_ctrl_c_ends_at_once_and_the_run_can_go_on(run):
 
 
 def test_a_signal_while_models_are_loaded_leaves_nothing(run, monkeypatch, tmp_path):
-    monkeypatch.setattr("opd.build.load_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("opd.build.system.load_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     status, said = run()
     assert status == 0 and "SIGTERM" in said and not (tmp_path / "runs").exists()
 
@@ -217,7 +217,7 @@ def unwritable(*_, **__):
     [
         ("opd.learner.learner.torch.save", out_of_space),
         ("opd.learner.learner.PolicyLearner.export", unwritable),
-        ("opd.run.append_line", out_of_space),
+        ("opd.run.training.append_line", out_of_space),
     ],
     ids=["optimizer", "weights", "metrics"],
 )
@@ -231,8 +231,8 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(run, monkeypatch, where, fai
 
 
 def test_after_a_full_disk_the_same_command_goes_on(run, monkeypatch):
-    write, count = opd.run.write_json, once(out_of_space, after=2)
-    monkeypatch.setattr(opd.run, "write_json", lambda *a: (count(), write(*a))[1])
+    write, count = opd.run.training.write_json, once(out_of_space, after=2)
+    monkeypatch.setattr(opd.run.training, "write_json", lambda *a: (count(), write(*a))[1])
     assert run()[0] == 2 and saved_steps() == [2]
     status, said = run()
     assert status == 0 and "resumed after step 2" in said and [row["step"] for row in metrics()] == [1, 2, 3, 4, 5, 6]

@@ -9,12 +9,12 @@ import yaml
 from safetensors.torch import load_file
 
 from opd.api import train
-from opd.bundle import weights_name
 from opd.cli import main
-from opd.config import parse_recipe
+from opd.config.load import parse_recipe
 from opd.errors import Paused
-from opd.guarding import last_good
-from opd.runfolder import read_lines
+from opd.guard.action import last_good
+from opd.replaying.bundle import weights_name
+from opd.run.folder import read_lines
 from tests.run.test_tracking import records
 
 TINY = {

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from pytest import approx
 
-from opd.config import parse_recipe, recipe_hash
-from opd.ranks import dealt
+from opd.config.load import parse_recipe, recipe_hash
+from opd.launcher.ranks import dealt
 from tests.run.launched import TINY, lines, opd, status, survivors
 
 

@@ -5,7 +5,7 @@ import json
 
 from rich.console import Console
 
-from opd.live import LiveView, Status
+from opd.run.live import LiveView, Status
 
 ROW = {"loss/total": 0.1234, "accuracy/train": 0.5, "eval/dev": 0.25, "seconds/step": 1.5, "rate/tokens": 321.0}
 

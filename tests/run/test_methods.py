@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import opd
-from opd.config import find_recipe, read_yaml
+from opd.build.pretrained import new_config
+from opd.config.load import find_recipe, read_yaml
 from opd.errors import Preempted
 from opd.overview import recipe_files
-from opd.pretrained import new_config
 from opd.tasks import TASKS
 from opd.tasks.tokenizer import character_tokenizer
 

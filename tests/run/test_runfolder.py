@@ -7,10 +7,10 @@ import signal
 
 import pytest
 
-from opd.config import parse_recipe
+from opd.config.load import parse_recipe
 from opd.errors import Preempted
-from opd.live import PhaseClock, Status
-from opd.runfolder import append_line, checkpoints, keep_lines, open_run, prune_checkpoints, read_lines, save_checkpoint
+from opd.run.folder import append_line, checkpoints, keep_lines, open_run, prune_checkpoints, read_lines, save_checkpoint
+from opd.run.live import PhaseClock, Status
 from opd.stop import StopRequest, stop_signals
 
 

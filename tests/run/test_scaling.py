@@ -2,7 +2,7 @@
 
 import pytest
 
-from opd.scaling import STUDENTS, Machine, Workload, decode_seconds, learner_fits, plan, step_costs, sync_seconds
+from opd.timing.scaling import STUDENTS, Machine, Workload, decode_seconds, learner_fits, plan, step_costs, sync_seconds
 
 EIGHT, THIRTY_TWO = STUDENTS
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from opd.cli import main
-from opd.simulate import Layout, StepCosts, calibrate, fixed_share_of, predict, schedule, simulate
+from opd.timing.simulate import Layout, StepCosts, calibrate, fixed_share_of, predict, schedule, simulate
 
 COST = StepCosts(rollout_shared=4.0, teacher=1.0, learn=2.0, sync=0.5)
 

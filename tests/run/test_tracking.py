@@ -98,4 +98,4 @@ def test_one_key_keeps_texts_out_and_another_keeps_wandb_out(tmp_path):
     status, said = opd_process(tmp_path, "train", recipe, "name=q", "track.wandb=disabled", "steps=1")
     assert status == 0 and not (tmp_path / "runs/q/wandb").exists()
     imported = (tmp_path / "modules").read_text().split()
-    assert "opd.api" in imported and "opd.track" not in imported and "wandb" not in imported
+    assert "opd.api" in imported and "opd.run.track" not in imported and "wandb" not in imported

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
+from opd.build.pretrained import new_config
 from opd.cli import main
-from opd.pretrained import new_config
 from opd.tasks import TASKS
 from opd.tasks.tokenizer import character_tokenizer
 

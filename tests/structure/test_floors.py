@@ -11,89 +11,58 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"opd": ROOT / "opd", "opd_rollout": ROOT / "rollout/opd_rollout", "opd_kernels": ROOT / "kernels/opd_kernels"}
 
-FLOORS = [  # lowest first; a module may import its own floor and below
+FLOORS = [  # lowest first; a module may import its own floor and below; a module of a package stands where its package does, unless it is named
     {"opd_kernels"},
     {"opd_rollout"},
-    {
-        "opd.choices",
-        "opd.config",
-        "opd.sweep",
-        "opd.stop",
-        "opd.errors",
-        "opd.pooling",
-        "opd.recipe",
-        "opd.stages",
-        "opd.types",
-    },
-    {
-        "opd.bpe",
-        "opd.chat",
-        "opd.contexts",
-        "opd.token_bytes",
-        "opd.align",
-        "opd.credit",
-        "opd.evidence",
-        "opd.objective",
-        "opd.tasks",
-        "opd.token_class",
-        "opd.verify",
-        "opd.views",
-    },
+    {"opd.config", "opd.errors", "opd.launcher", "opd.pooling", "opd.stop", "opd.types"},
+    {"opd.contexts", "opd.credit", "opd.evidence", "opd.objective", "opd.tasks", "opd.text", "opd.verify", "opd.views"},
     {
         "opd.accuracy",
-        "opd.beacon",
-        "opd.ranks",
-        "opd.watch",
+        "opd.build",
         "opd.data",
         "opd.guard",
+        "opd.launcher.beacon",
+        "opd.launcher.ranks",
+        "opd.launcher.watch",
         "opd.learner",
-        "opd.live",
-        "opd.pretrained",
         "opd.prompts",
         "opd.randomness",
-        "opd.runfolder",
+        "opd.run",
         "opd.teacher",
-        "opd.track",
-        "opd.vitals",
     },
     {
         "opd.ahead",
-        "opd.bundle",
         "opd.eval",
-        "opd.guarding",
+        "opd.guard.action",
         "opd.loop",
         "opd.loop_async",
-        "opd.run",
-        "opd.source",
+        "opd.replaying",
+        "opd.run.training",
         "opd.sampler",
+        "opd.source",
         "opd.writing",
     },
-    {
-        "opd.problems",
-        "opd.student",
-    },
+    {"opd.build.problems", "opd.build.student"},
     {
         "opd",
         "opd.__main__",
         "opd.api",
-        "opd.actors",
-        "opd.audit",
-        "opd.launch",
-        "opd.rank",
-        "opd.build",
-        "opd.build_views",
+        "opd.build.actors",
+        "opd.build.audit",
+        "opd.build.system",
+        "opd.build.views",
         "opd.cli",
         "opd.comparison",
         "opd.diagnosis",
-        "opd.doctor",
-        "opd.freezing",
+        "opd.launcher.driver",
+        "opd.launcher.rank",
         "opd.overview",
         "opd.preflight",
         "opd.reference",
-        "opd.replay",
+        "opd.replaying.freezing",
+        "opd.replaying.replay",
         "opd.reports",
-        "opd.scaling",
-        "opd.simulate",
+        "opd.timing",
         "opd.viewer",
     },
 ]
@@ -101,31 +70,28 @@ HOMES = {  # third-party package -> modules that may import it
     "triton": {"opd_kernels.row_kernels", "opd_kernels.triton"},
     "deepspeed": {"opd.learner.deepspeed"},
     "transformers": {
-        "opd.chat",
-        "opd.actors",
+        "opd.text.chat",
         "opd.build",
-        "opd.student",
         "opd.preflight.facts",
         "opd.preflight.memory",
-        "opd.pretrained",
-        "opd.bpe",
+        "opd.text.bpe",
         "opd.learner",
         "opd.tasks.tokenizer",
         "opd_rollout.torch_engine",
         "opd_rollout.backbone",
         "opd_rollout.cache",
     },
-    "tokenizers": {"opd.bpe", "opd.tasks.tokenizer"},
+    "tokenizers": {"opd.text.bpe", "opd.tasks.tokenizer"},
     "peft": {"opd.build", "opd.learner"},
     "pyarrow": {"opd.data.tables"},
     "datasets": {"opd.data.tables", "opd.comparison.outside"},
     "math_verify": {"opd.verify.math"},
-    "wandb": {"opd.track"},
+    "wandb": {"opd.run.track"},
     "matplotlib": {"opd.comparison", "opd.viewer"},
     "jinja2": {"opd.comparison", "opd.viewer", "opd.diagnosis"},
     "trl": {"opd.comparison.outside"},
-    "ray": {"opd_rollout.vllm", "opd_rollout.weight_sync", "opd_rollout.dispatch", "opd.launch"},
-    "vllm": {"opd_rollout.vllm", "opd_rollout.weight_sync", "opd.launch"},
+    "ray": {"opd_rollout.vllm", "opd_rollout.weight_sync", "opd_rollout.dispatch", "opd.launcher.driver"},
+    "vllm": {"opd_rollout.vllm", "opd_rollout.weight_sync", "opd.launcher.driver"},
 }
 
 
@@ -213,7 +179,7 @@ def test_third_party_packages_stay_at_home(package):
 
 def test_no_import_inside_functions_except_in_build():
     for dotted, path in MODULES.items():
-        if dotted == "opd.build":
+        if dotted == "opd.build.system":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -242,4 +208,4 @@ def test_plain_kernels_and_rollout_are_not_importable():
 
 
 def test_config_and_command_line_load_without_torch():
-    assert run_python("import sys, opd.config, opd.cli; print('torch' in sys.modules, 'transformers' in sys.modules)") == "False False"
+    assert run_python("import sys, opd.config.load, opd.cli; print('torch' in sys.modules, 'transformers' in sys.modules)") == "False False"

@@ -11,10 +11,10 @@ from opd_rollout.torch_engine import TorchEngine
 from opd_rollout.types import GenerateRequest, Sampling
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd import chat
 from opd.tasks import TASKS
 from opd.tasks.tokenizer import character_tokenizer
 from opd.tasks.types import with_hint
+from opd.text import chat
 from opd.types import Prompt
 
 MODELS = Path(__file__).parents[2] / "models"

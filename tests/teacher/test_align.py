@@ -4,9 +4,9 @@ import pytest
 import torch
 from opd_rollout.types import ScoreRequest, TokenScores
 
-from opd.align import align, last_of_span, rank_distance, single, sorted_distance, span_likelihood, sums
-from opd.bpe import train_byte_bpe
 from opd.teacher.aligned import AlignedTeacher
+from opd.text.align import align, last_of_span, rank_distance, single, sorted_distance, span_likelihood, sums
+from opd.text.bpe import train_byte_bpe
 
 
 def test_spans_by_hand():

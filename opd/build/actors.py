@@ -1,0 +1,153 @@
+"""From a recipe to its vLLM actors: the driver's side (which, on what) and a rank's side (engines and teachers over them)."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from opd_rollout.dispatch import Limits
+from opd_rollout.types import GenerateRequest, Sampling
+from opd_rollout.vllm_cluster import ActorAddress, ActorPlan, check_installed, connect, start_actors
+from opd_rollout.vllm_engine import EngineSettings, VllmEngine
+from opd_rollout.vllm_types import ModelFiles, RunnerSettings
+from opd_rollout.weight_sync import Canary, SharedMemoryParcels
+from transformers import PreTrainedTokenizerBase
+
+from opd.build import pretrained
+from opd.config.recipe import Recipe
+from opd.learner.types import Learner
+from opd.objective.terms import SignalNeeds
+from opd.teacher.score import Weights
+
+STUDENT = "student"
+WHOLE_VOCABULARY = 4096  # up to so many ids the actors return whole rows: exact at every id and temperature
+SUPPORT_LIMIT = 128  # log-probs a token that an actor of a larger vocabulary returns at most
+CANARY_TOKENS = 16
+TRANSFER = "opd_shared_memory"
+
+
+def plans(recipe: Recipe, served: Mapping[str, str], num_gpus: int) -> list[ActorPlan]:
+    """The actors of a recipe: the student's, and one for every teacher that vLLM serves (signal -> path)."""
+    e, found = recipe.engine, []
+    gpus = e.tensor_parallel if num_gpus else 0
+    if e.kind == "vllm":
+        shared = ",".join(map(str, range(num_gpus))) if e.placement == "colocated" and num_gpus else None
+        found.append(ActorPlan(role=STUDENT, replicas=e.replicas, gpus=gpus, restarts=e.restarts, visible_gpus=shared))
+    return found + [ActorPlan(role=name, gpus=min(gpus, 1), restarts=e.restarts) for name in served]
+
+
+@contextmanager
+def started(recipe: Recipe, served: Mapping[str, str], *, learner_gpus: int = 0) -> Iterator[ActorAddress]:
+    """The recipe's actors, started by this process, its driver; gone after the block. Raises ValueError for what the machine lacks."""
+    check_placement(recipe)
+    with start_actors(plans(recipe, served, torch.cuda.device_count()), address=recipe.ray.address, learner_gpus=learner_gpus) as where:
+        yield where
+
+
+def check_placement(recipe: Recipe) -> None:
+    """Raises ValueError for an engine that this machine or this recipe cannot have."""
+    check_installed()
+    e, has_gpus = recipe.engine, torch.cuda.is_available()
+    if e.placement == "colocated" and not has_gpus:
+        raise ValueError("engine.placement=colocated shares a GPU between learner and actors, and here is none: use engine.placement=separate")
+    if e.tensor_parallel > 1 and not has_gpus:
+        raise ValueError(f"engine.tensor_parallel is {e.tensor_parallel}, but here is no GPU: use 1, and engine.replicas for more actors")
+    if e.kind == "vllm" and has_gpus:
+        raise ValueError("engine=vllm cannot send weights to actors on GPUs yet (no NCCL or IPC transfer): use engine=torch or engine=process")
+    if e.kind == "vllm" and not Path(e.exchange).is_dir():
+        raise ValueError(f"engine.exchange: {e.exchange} is no folder; name one in memory (/dev/shm) or on a disk, as large as the weights")
+    if e.kind == "vllm" and recipe.rollout.sampler != "student":
+        raise ValueError("rollout.sampler lets a teacher draw tokens, which vLLM cannot: use engine=torch, or rollout.sampler=student")
+
+
+def student_engine(
+    recipe: Recipe,
+    where: ActorAddress,
+    model: torch.nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    learner: Learner,
+    vocab_size: int,
+    asked: Sequence[tuple[int, ...]],
+    stop_ids: tuple[int, ...],
+    check: Callable[[], None] | None,
+    *,
+    rank: int = 0,
+    attempt: str = "",
+    collective: bool = False,
+) -> VllmEngine:
+    """The student's actors, with the learner's weights in them. asked: prompts of the canary that ends every weight update.
+
+    rank, attempt: this learner rank, and a word that all ranks of one start share. collective: the learner scores with all ranks at once.
+    """
+    e, config = recipe.engine, model.config
+    files = ModelFiles(config=json.dumps({**config.to_dict(), "architectures": [type(model).__name__]}, default=str))
+    runner = _runner_settings(recipe, _positions(recipe, config), -1 if vocab_size <= WHOLE_VOCABULARY else 20, transfer=TRANSFER)
+    settings = EngineSettings(
+        vocab_size=vocab_size, manifest=shapes, chunk=e.chunk, load_seconds=e.deadline_seconds, leads=rank == 0, limits=_limits(recipe),
+        tied="lm_head.weight" if getattr(config.get_text_config(), "tie_word_embeddings", False) else "", sleeps=e.placement == "colocated",
+    )  # fmt: skip
+    actors = connect(where, STUDENT)
+    turned = actors[rank % len(actors) :] + actors[: rank % len(actors)]  # ranks begin with different actors
+    parcels = SharedMemoryParcels(Path(e.exchange), attempt, leads=rank == 0)
+    engine = VllmEngine(turned, files, runner, settings, parcels=parcels, check=check)
+    sampling = Sampling(temperature=recipe.sampling.temperature, max_tokens=min(CANARY_TOKENS, recipe.sampling.max_tokens), stop_ids=stop_ids)
+    engine.canary = Canary(
+        requests=tuple(GenerateRequest(prompt_ids=prompt, seed=index) for index, prompt in enumerate(asked)),
+        sampling=sampling, reference=partial(learner.teacher_pass, weights="live"), limit_nats=e.audit_nats, collective=collective,
+    ) if asked else None  # fmt: skip
+    engine.load_weights(learner.weights(learner.version))
+    return engine
+
+
+def served_teachers(
+    recipe: Recipe,
+    where: ActorAddress,
+    served: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    needs: Mapping[str, SignalNeeds],
+    check: Callable[[], None] | None,
+) -> dict[str, Weights]:
+    """Signal -> the scorer behind vLLM. Raises ValueError for a teacher whose tokens or positions do not fit the recipe."""
+    found, vocab_size, temperature = {}, len(tokenizer), recipe.sampling.temperature
+    for name, path in served.items():
+        folder = pretrained.find_model(path)
+        pretrained.check_same_tokens(tokenizer.get_vocab(), pretrained.load_tokenizer(folder).get_vocab(), path)
+        positions = _positions(recipe, pretrained.load_config(folder))
+        need, whole = needs.get(name, SignalNeeds()), vocab_size <= WHOLE_VOCABULARY
+        if need.hidden:
+            raise ValueError(f"signals.{name} is served by vLLM, which hands out no hidden states: use a teacher_topk or student_topk support")
+        if temperature != 1 and not whole:
+            raise ValueError(
+                f"signals.{name} is served by vLLM, which scores at temperature 1, and sampling.temperature is {temperature}: use "
+                "sampling.temperature=1, or engine: torch for this teacher"
+            )
+        runner = _runner_settings(recipe, positions, -1 if whole else SUPPORT_LIMIT)
+        e = recipe.engine
+        settings = EngineSettings(vocab_size=vocab_size, chunk=e.chunk, load_seconds=e.deadline_seconds, limits=_limits(recipe))
+        engine = VllmEngine(connect(where, name), ModelFiles(folder=folder), runner, settings, check=check)
+        found[name] = Weights(scores=partial(engine.score, temperature=temperature))
+    return found
+
+
+def _runner_settings(recipe: Recipe, positions: int, max_logprobs: int, transfer: str = "") -> RunnerSettings:
+    e, has_gpus = recipe.engine, torch.cuda.is_available()
+    mode = e.mode if e.mode != "auto" else "async" if has_gpus else "offline"
+    return RunnerSettings(
+        mode=mode, dtype=recipe.model.dtype, positions=positions, max_logprobs=max_logprobs, tensor_parallel=e.tensor_parallel, kv_bytes=e.kv_bytes,
+        memory_share=e.memory_share, transfer=transfer, sleeps=e.placement == "colocated",
+    )  # fmt: skip
+
+
+def _positions(recipe: Recipe, config: Any) -> int:
+    """Longest sequence of an actor; a view may be longer than a question."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    wanted = recipe.engine.positions or 2 * (recipe.data.max_prompt_tokens + recipe.sampling.max_tokens)
+    return min(most, wanted)
+
+
+def _limits(recipe: Recipe) -> Limits:
+    e = recipe.engine
+    return Limits(work_seconds=e.deadline_seconds, start_seconds=e.deadline_seconds, straggler_factor=e.straggler_factor)

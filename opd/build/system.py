@@ -1,0 +1,400 @@
+"""From a recipe to a running system: the only module that knows every concrete class."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial, wraps
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from opd_rollout.engine import Engine
+from opd_rollout.mixing import Partner
+from opd_rollout.process_engine import ChildSettings, ProcessEngine
+from opd_rollout.replicas import Replicas
+from opd_rollout.torch_engine import TorchEngine
+from opd_rollout.types import Sampling
+from transformers import PreTrainedTokenizerBase
+
+from opd.build import pretrained
+from opd.build.problems import Problems, load_problems, without_long
+from opd.build.student import external_model, load_model, load_tokenizer, pad_id, room_for_prompts, student_path
+from opd.build.views import FOREIGN, OTHERS, aligned, checked_views, with_writers
+from opd.config.load import recipe_hash
+from opd.config.recipe import EMA, Recipe
+from opd.contexts import SignalViews, prompt_context
+from opd.guard.rules import parse_rules
+from opd.launcher.ranks import ALONE, Ranks
+from opd.learner.torch_learner import torch_learner
+from opd.learner.types import Learner, LearnerSettings, OptimizerSettings
+from opd.objective import Objective, Setting, build_objective
+from opd.prompts import check_dataset_hint, check_lengths
+from opd.run.training import NoSink, Sink
+from opd.sampler import Sampler, parse_sampler
+from opd.source import Codec, RolloutSource, SourceSettings, parse_source
+from opd.teacher.local import LocalTeacher, frozen_copy
+from opd.teacher.score import SignalScorer, Weights
+from opd.text import chat
+from opd.types import Prompt, Verdict, Verifier
+from opd.writing import AnnotatedSource
+
+CANARY_PROMPTS = 2
+CHECKED_PROMPTS = 32  # of an endless stream, before the run starts; a file is checked whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything that a run is made of, before the loop is closed around it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+    num_parameters: int
+    learner: Learner
+    source: RolloutSource | AnnotatedSource
+    scorer: SignalScorer
+    objective: Objective
+    views: SignalViews
+    problems: Problems
+    encode: Callable[[Prompt], tuple[int, ...]]
+    stop_ids: tuple[int, ...]
+
+
+def build_parts(
+    recipe: Recipe, *, verifier: Callable[..., Any] | None = None, check: Callable[..., None] | None = None, ranks: Ranks = ALONE, actors: Any = None
+) -> Parts:
+    """Models, engine, learner, teachers and data of a recipe. Raises ValueError for everything that could not work, before any step.
+
+    ranks: who shares the prompts. check: called before every forward pass and verdict; may raise to end a long phase. actors: what
+    `actors_of` started; without them everything is in this process and its children.
+    """
+    if recipe.sampling.temperature == 0:
+        raise ValueError("sampling.temperature is 0: there is nothing to learn from greedy answers; greedy evaluation is eval.temperatures=[0]")
+    parse_rules(recipe.guard.action, recipe.guard.rules)
+    objective, choices = objective_of(recipe), {name: parse_weights(name, signal.weights) for name, signal in recipe.signals.items()}
+    sampler = parse_sampler(recipe.rollout.sampler)
+    problems = load_problems(recipe, verifier)
+    mixture = parse_source(recipe.rollout.source)
+    check_dataset_hint(problems.train if mixture.reads_data else (), mixture.hint)
+    tokenizer = load_tokenizer(recipe, problems)
+    specs = checked_views(recipe, problems, objective, choices)
+    check_support_sizes(objective, len(tokenizer))
+    model, encode = load_model(recipe, tokenizer), partial(_encode, tokenizer)
+    room = room_for_prompts(model, recipe.sampling.max_tokens, "the student")
+    problems = fitting(recipe, problems, encode, min(recipe.data.max_prompt_tokens, room))
+    served = {name: path for name, (kind, path) in choices.items() if kind == "served" and actors}
+    near = {name: path for name, (kind, path) in choices.items() if kind in OTHERS and name not in served}
+    teachers = {name: external_model(path, recipe, tokenizer, name, choices[name][0] == FOREIGN) for name, path in near.items()}
+    room_for_views = min([room, *(room_for_prompts(teacher, recipe.sampling.max_tokens, f"signals.{n}") for n, teacher in teachers.items())])
+    frozen = [name for name, (kind, _) in choices.items() if kind == "frozen"]
+    if frozen and recipe.model.lora is None:
+        teachers |= dict.fromkeys(frozen, frozen_copy(model))  # one copy under however many views
+    distant = bool(actors) and recipe.engine.kind == "vllm"
+    spoken = frozen_copy(model) if speaks_apart(recipe) and not distant else model
+    sent = shapes(model)
+    if recipe.model.lora:
+        add_adapters(model, recipe)
+    learner, vocab_size = make_learner(recipe, model, tokenizer, average_of(choices)), len(tokenizer)
+    stop_ids = chat.stop_ids(tokenizer, model.generation_config)
+    asked = [encode(prompt) for prompt in problems.dev[:CANARY_PROMPTS]]
+    if distant:
+        engine = distant_engine(recipe, actors, model, sent, learner, vocab_size, asked, stop_ids, check)
+    else:
+        engine = make_engine(recipe, spoken, pad_id(tokenizer), vocab_size, check)
+    verify = watched(problems.verify, {model, spoken, *teachers.values()}, check)
+    reader = copy.deepcopy(tokenizer) if recipe.asynchrony.max_staleness else tokenizer  # two threads may not share one
+    codec = Codec(encode=partial(_encode, reader), tokenize=partial(chat.tokenize, reader), decode=partial(chat.decode, reader), end=stop_ids[0])
+    writer = engine if sampler is None else drawn_with(sampler, spoken, teachers, recipe, tokenizer)
+    show = partial(prompt_context, reader, specs[mixture.view], room, codec.encode) if mixture.view else None
+    source = RolloutSource(writer, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show, ranks)
+    source = with_writers(source, recipe, engine, reader, room + recipe.sampling.max_tokens, stop_ids)
+    rows = {name: vocab_size if spec.tokenizer is None else len(spec.tokenizer) for name, spec in specs.items()}
+    weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), rows[name]) for name, (kind, _) in choices.items() if name not in served}
+    weights |= {name: aligned(weights[name], tokenizer, spec.tokenizer) for name, spec in specs.items() if spec.tokenizer is not None}
+    weights |= served_teachers(recipe, actors, served, tokenizer, objective.needs.signals, check) if served else {}
+    return Parts(
+        tokenizer=tokenizer, engine=engine, learner=learner, source=source, objective=objective, encode=encode, stop_ids=stop_ids,
+        num_parameters=sum(parameter.numel() for parameter in spoken.parameters()),
+        scorer=SignalScorer(weights, objective.needs.signals),
+        views=SignalViews(tokenizer, specs, room_for_views, {name: signal.domain for name, signal in recipe.signals.items()}),
+        problems=replace(problems, verify=verify),
+    )  # fmt: skip
+
+
+def fitting(recipe: Recipe, problems: Problems, encode: Callable[[Prompt], tuple[int, ...]], longest: int) -> Problems:
+    """The problems whose prompts fit. Raises ValueError for longer ones, unless the recipe leaves such training prompts out."""
+    if "too_long" in recipe.data.repair:
+        problems = without_long(problems, {prompt.id: len(encode(prompt)) for prompt in problems.train}, longest, recipe.seed)
+    check_lengths([*problems.dev, *problems.test, *problems.train], encode, longest)
+    return problems
+
+
+def watched(verify: Verifier, modules: Collection[torch.nn.Module], check: Callable[..., None] | None) -> Verifier:
+    """The verifier, and the modules' forward passes, with `check` asked before each."""
+    if check is None:
+        return verify
+    for module in modules:
+        module.get_decoder().register_forward_pre_hook(check)
+    return checked(verify, check)
+
+
+def checked(verify: Verifier, check: Callable[[], None]) -> Verifier:
+    """The verifier, asked only while `check` has nothing against it."""
+
+    @wraps(verify, updated=())
+    def asked(prompt: Prompt, text: str) -> Verdict:
+        check()
+        return verify(prompt, text)
+
+    return asked
+
+
+def make_engine(recipe: Recipe, model: torch.nn.Module, pad: int, vocab_size: int, check: Callable[..., None] | None) -> Any:
+    """The engine around the module, in this process or, as copies, in processes of its own."""
+    e, chunk_bytes = recipe.engine, recipe.learner.chunk_bytes
+    if e.kind != "process":  # vLLM without its actors (opd eval, opd replay): the same weights speak here
+        return TorchEngine(model, pad_id=pad, token_budget=e.token_budget, chunk_bytes=chunk_bytes, vocab_size=vocab_size)
+    settings = ChildSettings(
+        pad_id=pad, token_budget=e.token_budget, chunk_bytes=chunk_bytes, vocab_size=vocab_size, in_flight=recipe.asynchrony.in_flight
+    )
+    options = {"stall_seconds": e.stall_seconds} | ({} if check is None else {"check": check})
+    engines = [ProcessEngine(model, settings, **options) for _ in range(e.replicas)]
+    return engines[0] if len(engines) == 1 else Replicas(engines)
+
+
+def speaks_apart(recipe: Recipe) -> bool:
+    """Whether the engine has weights of its own: a sharded student cannot speak, and another process cannot share the learner's."""
+    return is_sharded(recipe) or recipe.engine.kind != "torch"
+
+
+def is_sharded(recipe: Recipe) -> bool:
+    """Whether the learner keeps the student's weights in pieces (ZeRO 3)."""
+    return recipe.learner.zero_stage == 3 and learner_kind(recipe) == "deepspeed"
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """The recipe's objective, judged legal against its signals, group and source."""
+    return build_objective(recipe.objective, setting_of(recipe))
+
+
+def setting_of(recipe: Recipe) -> Setting:
+    """What the rest of a recipe says to its objective."""
+    mixture = parse_source(recipe.rollout.source)
+    sampled_in = None if mixture.student == 1 or not mixture.view else mixture.view if mixture.student == 0 else f"{mixture.view}, in part"
+    return Setting(
+        signals=tuple(recipe.signals), group=recipe.group, source=mixture.kind, max_tokens=recipe.sampling.max_tokens, sampled_in=sampled_in,
+        sampler=recipe.rollout.sampler != "student", max_staleness=recipe.asynchrony.max_staleness,
+    )  # fmt: skip
+
+
+def drawn_with(
+    sampler: Sampler, student: torch.nn.Module, teachers: Mapping[str, torch.nn.Module], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> TorchEngine:
+    """An engine in which a teacher draws tokens with the student. Raises ValueError unless the sampler's signal has a model of its own."""
+    if sampler.signal not in teachers:
+        own = ", ".join(sorted(teachers)) or "none"
+        raise ValueError(
+            f"rollout.sampler draws with the signal {sampler.signal!r}, which has no model of its own here (signals that have: {own}); "
+            "give it weights {external: {path: FOLDER}}, or frozen without LoRA"
+        )
+    partner = Partner(model=teachers[sampler.signal], mix=sampler.mix)
+    options = {"pad_id": pad_id(tokenizer), "token_budget": recipe.engine.token_budget, "vocab_size": len(tokenizer)}
+    return TorchEngine(student, partner=partner, **options)
+
+
+def add_adapters(model: torch.nn.Module, recipe: Recipe) -> None:
+    """LoRA factors into the model; everything else is frozen."""
+    from opd.learner.lora import add_lora
+
+    assert recipe.model.lora
+    lora = recipe.model.lora
+    add_lora(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=recipe.seed)
+
+
+def make_learner(recipe: Recipe, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, average: EMA | None) -> Learner:
+    """The learner that the recipe names; "auto" is deepspeed where it imports."""
+    o, le, updates = recipe.optimizer, recipe.learner, recipe.updates
+    optimizer = OptimizerSettings(
+        lr=o.lr, schedule=o.schedule, warmup_steps=o.warmup_steps, weight_decay=o.weight_decay, betas=o.betas, clip=o.clip,
+        total_steps=recipe.steps * updates.minibatches * updates.epochs,
+    )  # fmt: skip
+    settings = LearnerSettings(
+        temperature=recipe.sampling.temperature, token_budget=le.token_budget, packed=le.packed, pad_id=pad_id(tokenizer),
+        chunk_bytes=le.chunk_bytes, minibatches=updates.minibatches, epochs=updates.epochs,
+        ema_rate=average and average.rate, ema_every=average.every if average else 1,
+        gradient_checkpointing=recipe.model.gradient_checkpointing, merge_adapters=speaks_apart(recipe),
+    )  # fmt: skip
+    vocab_size = len(tokenizer)
+    if learner_kind(recipe) == "torch":
+        return torch_learner(model, optimizer, settings, vocab_size=vocab_size)
+    from opd.learner.deepspeed_learner import deepspeed_learner
+
+    return deepspeed_learner(model, optimizer, settings, vocab_size=vocab_size, zero_stage=le.zero_stage)
+
+
+def learner_kind(recipe: Recipe) -> str:
+    """ "torch" or "deepspeed"; ValueError names the extra to install where deepspeed was asked for and is missing."""
+    if recipe.learner.kind == "torch":
+        return "torch"
+    if find_spec("deepspeed"):
+        return "deepspeed"
+    if recipe.learner.kind == "deepspeed":
+        raise ValueError('learner.kind is deepspeed, which is not installed: pip install "opd-train[train]", or learner.kind=torch')
+    return "torch"
+
+
+def parse_weights(name: str, choice: Any) -> tuple[str, Any]:
+    """(kind, value) of a signal's weights: live, frozen, ema with its rate, external with its path. Raises ValueError for anything else."""
+    forms = "live | frozen | {ema: {rate: 0.05, every: 1}} | {external: {path: FOLDER}} (beside path: engine: torch | vllm, or tokenizer: own)"
+    kind, given = (choice, {}) if isinstance(choice, str) else next(iter(choice.items())) if len(choice) == 1 else ("", None)
+    given = given or {}
+    if kind in ("live", "frozen") and not given:
+        return kind, None
+    if kind == "ema" and isinstance(given, Mapping) and set(given) <= {"rate", "every"}:
+        rate, every = given.get("rate", 0.05), given.get("every", 1)
+        if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 <= rate <= 1:
+            raise ValueError(f"signals.{name}.weights: the EMA rate is {rate!r}; it must be a number from 0 (never moves) to 1 (the live weights)")
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"signals.{name}.weights: the EMA moves every {every!r} rollout steps; it must be a whole number of at least 1")
+        return kind, EMA(rate=rate, every=every)
+    if kind == "external" and isinstance(given, Mapping) and set(given) <= {"path", "engine", "tokenizer"}:
+        if given.get("engine", "torch") not in ("torch", "vllm"):
+            raise ValueError(f"signals.{name}.weights: the teacher's engine is {given['engine']!r}; use torch (in the learner's process) or vllm")
+        if given.get("tokenizer", "own") != "own":
+            raise ValueError(f"signals.{name}: tokenizer is {given['tokenizer']!r}; write tokenizer: own, or leave it out")
+        if "tokenizer" in given and given.get("engine") == "vllm":
+            raise ValueError(f"signals.{name}: a teacher with a tokenizer of its own is scored in this process: leave out engine: vllm")
+        if isinstance(given.get("path"), str) and given["path"]:
+            return FOREIGN if "tokenizer" in given else "served" if given.get("engine") == "vllm" else kind, given["path"]
+        raise ValueError(f"signals.{name}: an external teacher needs a model: teacher.external.path=FOLDER (or {{external: {{path: FOLDER}}}})")
+    raise ValueError(f"signals.{name}.weights is {choice!r}; write {forms}")
+
+
+def average_of(choices: Mapping[str, tuple[str, Any]]) -> EMA | None:
+    """How the recipe's averaged teacher moves, None without one. Raises ValueError for two different averages."""
+    averages = {value for kind, value in choices.values() if kind == "ema"}
+    if len(averages) > 1:
+        found = ", ".join(sorted(f"rate {a.rate} every {a.every}" for a in averages))
+        raise ValueError(f"signals use several EMA rates or periods ({found}); the learner keeps one average")
+    return averages.pop() if averages else None
+
+
+def make_teacher(kind: str, recipe: Recipe, learner: Learner, module: torch.nn.Module | None, vocab_size: int) -> Weights:
+    """The scorer of a signal: the student's weights live, averaged or without adapters; a frozen copy; or another model."""
+    if module is None:
+        weights = {"live": "live", "ema": "ema", "frozen": "adapter_off"}[kind]
+        return Weights(scores=partial(learner.teacher_pass, weights=weights), head=partial(learner.head, weights))
+    le = recipe.learner
+    teacher = LocalTeacher(
+        module, temperature=recipe.sampling.temperature, token_budget=le.token_budget, chunk_bytes=le.chunk_bytes, packed=le.packed,
+        vocab_size=vocab_size,
+    )  # fmt: skip
+    return Weights(scores=teacher.scores, head=teacher.head)
+
+
+def input_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Hashes of what the run starts from, compared when it is resumed."""
+    files = [path for path in (recipe.data.path, recipe.data.eval_path) if path]
+    paths = [value for name, signal in recipe.signals.items() for kind, value in [parse_weights(name, signal.weights)] if kind in OTHERS]
+    folders = [student_path(recipe), *map(pretrained.find_model, paths)]
+    return {
+        "learner": learner_kind(recipe),
+        "template_hash": template_hash(tokenizer),
+        "data_hash": pretrained.content_hash(recipe_hash(recipe.data), files),
+        "model_hash": pretrained.fingerprint([folder for folder in folders if folder]),
+    }
+
+
+def distant_engine(*arguments: Any) -> Engine:
+    """See opd.build.actors.student_engine; Ray is imported only here."""
+    from opd.build.actors import student_engine
+
+    return student_engine(*arguments)
+
+
+def served_teachers(*arguments: Any) -> dict[str, Weights]:
+    """See opd.build.actors.served_teachers."""
+    from opd.build.actors import served_teachers as serve
+
+    return serve(*arguments)
+
+
+def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight that an engine of its own will be sent, tied ones once; before adapters and shards change the names."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def actors_of(recipe: Recipe) -> AbstractContextManager[Any]:
+    """The vLLM actors that a recipe asks for, started by this process and gone after the block; None for one that asks for none.
+
+    Raises ValueError where vLLM or Ray is not installed, or the machine lacks what they need.
+    """
+    choices = {name: parse_weights(name, signal.weights) for name, signal in recipe.signals.items()}
+    served = {name: path for name, (kind, path) in choices.items() if kind == "served"}
+    if recipe.engine.kind == "torch" and not served:
+        return nullcontext()
+    if missing := [name for name in ("ray", "vllm") if not find_spec(name)]:
+        raise ValueError(
+            f'engine=vllm needs {" and ".join(missing)}, which is not installed: pip install "opd-train[gpu]", or on a machine without a GPU '
+            '"opd-train[cpu]"; engine=torch needs neither'
+        )
+    from opd.build.actors import started
+
+    return started(recipe, served)
+
+
+def check_support_sizes(objective: Objective, vocab_size: int) -> None:
+    """Raises ValueError for a support larger than the vocabulary."""
+    for term in objective.terms:
+        if term.support and term.support.kind.endswith("topk") and term.support.k > vocab_size:
+            raise ValueError(
+                f"term {term.name!r}: support k is {term.support.k} but the vocabulary has {vocab_size} tokens; "
+                f"lower objective support k to at most {vocab_size}, or use support: full"
+            )
+
+
+def sampling_of(recipe: Recipe, stop_ids: tuple[int, ...]) -> Sampling:
+    s = recipe.sampling
+    return Sampling(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, max_tokens=s.max_tokens, stop_ids=stop_ids)
+
+
+def source_settings(recipe: Recipe, room: int) -> SourceSettings:
+    mixture, r = parse_source(recipe.rollout.source), recipe.rollout
+    return SourceSettings(
+        num_prompts=r.prompts, group=recipe.group, seed=recipe.seed, student_share=mixture.student, dataset_hint=mixture.hint,
+        view=mixture.view, paired=mixture.paired, schedule=mixture.schedule, filter=r.filter,
+        max_refill=r.max_refill, overlong=r.overlong, max_prompt_tokens=min(recipe.data.max_prompt_tokens, room),
+    )  # fmt: skip
+
+
+def check_tracking(wanted: str) -> None:
+    """Raises ValueError for W&B without the package, or online without a key. "auto" needs neither."""
+    if wanted in ("online", "offline") and not find_spec("wandb"):
+        raise ValueError(f'track.wandb is {wanted}, but wandb is not installed: pip install "opd-train[train]", or set track.wandb=disabled')
+    if wanted == "online":
+        from opd.run.track import has_key
+
+        if not has_key():
+            raise ValueError("track.wandb is online, but nobody is logged in: run `wandb login`, set WANDB_API_KEY, or set track.wandb=offline")
+
+
+def open_sink(recipe: Recipe, folder: Path, run_id: str) -> Sink:
+    """W&B as the recipe says, or nothing; "auto" without wandb installed is nothing."""
+    if recipe.track.wandb == "disabled" or not find_spec("wandb"):
+        return NoSink()
+    from opd.run.track import WandbSink, wandb_mode
+
+    mode, texts = wandb_mode(recipe.track.wandb), recipe.track.texts
+    config = recipe.model_dump(mode="json", exclude=None if texts else {"data": {"system"}})
+    return WandbSink(folder=folder, project=recipe.track.project, mode=mode, config=config, run_id=run_id, texts=texts)
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Names the chat template in the run's record."""
+    return hashlib.blake2b(str(tokenizer.chat_template).encode(), digest_size=8).hexdigest()
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, ...]:
+    return chat.render(tokenizer, prompt.messages)

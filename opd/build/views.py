@@ -1,0 +1,106 @@
+"""The views and writers of a recipe: resolved, judged against its data and objective, put around the source."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from opd_rollout.engine import Engine
+from transformers import PreTrainedTokenizerBase
+
+from opd.build import pretrained
+from opd.build.problems import Problems
+from opd.config.choices import name_of, nearest, parameters_of
+from opd.config.recipe import Recipe
+from opd.contexts import check_asking_view, check_domains, check_hints
+from opd.objective import Objective
+from opd.sampler import parse_sampler
+from opd.source import RolloutSource, parse_source
+from opd.teacher.aligned import AlignedTeacher
+from opd.teacher.score import Weights
+from opd.text import chat
+from opd.text.token_bytes import token_bytes
+from opd.views import ViewSpec, resolve_view
+from opd.writing import AnnotatedSource, Desk, Writer, check_writer
+
+FOREIGN = "foreign"
+OTHERS = ("external", "served", FOREIGN)
+"""Kinds of weights that are another model: with the student's tokenizer, or with one of its own."""
+
+
+def checked_views(recipe: Recipe, problems: Problems, objective: Objective, choices: Mapping[str, tuple[str, Any]]) -> dict[str, ViewSpec]:
+    """Every signal's view. Raises ValueError where it could never show anything, or something else reads what is not there."""
+    specs = {name: resolve_view(signal.view, problems.templates) for name, signal in recipe.signals.items()}
+    for name, spec in specs.items():
+        check_hints(name, spec, problems.train)
+    check_domains({name: signal.domain for name, signal in recipe.signals.items()}, problems.train)
+    check_asking_view(parse_source(recipe.rollout.source).view, specs)
+    check_hidden_signals(objective, choices)
+    check_foreign(recipe, objective, {name for name, (kind, _) in choices.items() if kind == FOREIGN})
+    check_writers(recipe, specs, objective)
+    own = {name: pretrained.load_tokenizer(pretrained.find_model(path)) for name, (kind, path) in choices.items() if kind == FOREIGN}
+    return {name: replace(spec, tokenizer=own.get(name)) for name, spec in specs.items()}
+
+
+def aligned(weights: Weights, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Weights:
+    """A scorer of another tokenizer's ids as one of the student's."""
+    return Weights(scores=AlignedTeacher(weights.scores, student=student, teacher=teacher).scores)
+
+
+def check_foreign(recipe: Recipe, objective: Objective, foreign: Collection[str]) -> None:
+    """Raises ValueError where something needs ids in common with a teacher of another tokenizer."""
+    drawn = parse_sampler(recipe.rollout.sampler)
+    if drawn is not None and drawn.signal in foreign:
+        raise ValueError(f"rollout.sampler draws with {drawn.signal!r}, whose tokenizer is its own; sample with the student: rollout.sampler=student")
+    for term in objective.terms:
+        if not term.signals & set(foreign) or term.support is None:
+            continue
+        kind, loss = term.support.kind, name_of(term.loss) if term.loss else ""
+        if kind in ("spans", "teacher_topk", "sampled") and term.target is None or (kind == "student_topk" and loss == "rank_distance"):
+            continue
+        raise ValueError(
+            f"term {term.name!r} compares student and teacher id by id, and the tokenizer of {', '.join(sorted(term.signals & set(foreign)))} is its "
+            "own. Legal: {span_likelihood: {}} on support: spans (alm); a divergence on {teacher_topk: {k: 64, tail: bucket}}, where tokens with the "
+            "same bytes are paired (gold); rank_distance on {student_topk: {k: 64, tail: bucket}} (uld)"
+        )
+
+
+def with_writers(
+    source: RolloutSource, recipe: Recipe, engine: Engine, tokenizer: PreTrainedTokenizerBase, positions: int, stop_ids: tuple[int, ...]
+) -> RolloutSource | AnnotatedSource:
+    """The source, and whoever writes about its answers."""
+    if not recipe.writers:
+        return source
+    desk = Desk(
+        engine=engine,
+        render=partial(chat.render, tokenizer),
+        decode=partial(chat.decode, tokenizer),
+        pieces=partial(token_bytes, tokenizer),
+        room=positions - max(writer.max_tokens for writer in recipe.writers.values()),
+        stop_ids=stop_ids,
+    )
+    return AnnotatedSource(source, {name: Writer(**writer.model_dump()) for name, writer in recipe.writers.items()}, desk)
+
+
+def check_hidden_signals(objective: Objective, choices: Mapping[str, tuple[str, Any]]) -> None:
+    """Raises ValueError where hidden states of two different models would be compared."""
+    for term in objective.terms:
+        if term.support and term.support.kind == "hidden" and term.signal and choices[term.signal][0] in OTHERS:
+            raise ValueError(
+                f"term {term.name!r}: match: hidden_states compares the student with itself under another view, and signals.{term.signal} is "
+                "another model, whose hidden states mean something else; use teacher: live | frozen | {ema: {}}, or distill: forward_kl"
+            )
+
+
+def check_writers(recipe: Recipe, specs: Mapping[str, ViewSpec], objective: Objective) -> None:
+    """Raises ValueError for a request that cannot be made, and for views and weights that read what nobody writes."""
+    for name, writer in recipe.writers.items():
+        check_writer(name, writer.ask)
+    read = {f"signals.{name}.view": parameters_of(spec.view).get("name") for name, spec in specs.items() if name_of(spec.view) == "note"}
+    marks = {f"weight of term {t.name!r}": parameters_of(f).get("name") for t in objective.terms for f in t.fields if name_of(f) == "marked"}
+    for where, name in {**read, **marks}.items():
+        declared = ", ".join(sorted(recipe.writers)) or "none"
+        if name not in recipe.writers:
+            raise ValueError(f"{where} reads what {name!r} writes{nearest(str(name), recipe.writers)}; declared: {declared}. Add writers.{name}")
+        if where in marks and not recipe.writers[name].points:
+            raise ValueError(f"{where} needs tokens that {name!r} points at; set writers.{name}.points=true")

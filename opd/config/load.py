@@ -1,0 +1,193 @@
+"""Recipe files: found, merged (method, run, overrides), validated; unknown keys are refused with the nearest valid name."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from opd.config.choices import nearest
+from opd.config.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+PACKAGED = (ROOT / "opd_data/recipes", ROOT / "recipes")  # in an installed wheel; in a checkout
+
+
+def load_recipe(reference: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read a recipe file, put its method beneath it and the overrides on top, and validate.
+
+    `reference` is a path or a name under recipes/. overrides: "a.b=value" strings (values as YAML) or a mapping of dotted keys.
+    Raises ValueError that names the file, the key and the fix.
+    """
+    path = find_recipe(reference)
+    return parse_recipe(read_yaml(path), overrides, origin=str(reference), is_method=path.parent.name == "methods", stem=path.stem)
+
+
+def parse_recipe(
+    raw: Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    origin: str = "recipe",
+    is_method: bool = False,
+    stem: str = "",
+    resolved: bool = False,
+) -> Recipe:
+    """Validate a mapping as a recipe: method file beneath (unless already resolved), overrides on top. Raises ValueError with the fix."""
+    changes = parse_overrides(overrides)
+    method = changes.get("method", stem if is_method else raw.get("method", ""))
+    merged = dict(raw)
+    if method and not resolved and not (is_method and method == stem):
+        merged = merge(read_yaml(find_recipe(str(method), kind="methods")), raw if not is_method else {})
+    merged["method"] = method
+    for key, value in changes.items():
+        by_name = key == "engine" and isinstance(value, str)
+        _set_dotted(merged, "engine.kind" if by_name else key, value)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise ValueError(explain(error, Recipe, origin)) from None
+
+
+def find_recipe(reference: str, kind: str = "") -> Path:
+    """The recipe file for a path or a name; looks at the path, then recipes/ here, then the packaged ones."""
+    kinds = (kind,) if kind else ("runs", "methods", "compare")
+    names = [reference, f"{reference}.yaml"]
+    candidates = [] if kind and "/" not in reference else [Path(name) for name in names]
+    for root in (Path("recipes"), *PACKAGED):
+        candidates += [root / folder / name for folder in kinds for name in names]
+        candidates += [root.parent / name for name in names if name.startswith("recipes/")]
+        candidates += [root / name.removeprefix("recipes/") for name in names if name.startswith("recipes/")]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted({p.stem for root in (Path("recipes"), *PACKAGED) for folder in kinds for p in (root / folder).glob("*.yaml")})
+    raise ValueError(f"no recipe {reference!r}{nearest(Path(reference).stem, known)}; known: {', '.join(known) or 'none'}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file; ValueError names file and line."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {_place(error)}{' '.join(str(getattr(error, 'problem', None) or error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: expected a mapping of keys, found {type(loaded).__name__}")
+    return loaded
+
+
+def _place(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` over `base`, mapping by mapping; choices (teacher, view, source ...) and lists are replaced whole."""
+    whole = {"teacher", "view", "objective", "source", "sampler", "verifier", "weights", "shape", "columns"}
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key not in whole
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """["a.b=1"] -> {"a.b": 1}. Raises ValueError for a word without "="."""
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
+    parsed = {}
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{word!r} is not an override: write key=value, e.g. optimizer.lr=3e-4")
+        try:
+            parsed[key] = _number(yaml.safe_load(value)) if value else ""
+        except yaml.YAMLError:
+            raise ValueError(f"{word!r}: the value is not valid YAML; put quotes around it, or close its brackets") from None
+    return parsed
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML reads 3e-4 as text
+        except ValueError:
+            return value
+    return value
+
+
+def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = tree.get(parent)
+        if isinstance(tree, list):
+            raise ValueError(f"{dotted}: lists are replaced whole")
+        tree[parent] = dict(child) if isinstance(child, Mapping) else {}
+        if isinstance(child, list):
+            items = list(child)
+            index, *rest = dotted.split(f"{parent}.", 1)[1].split(".")
+            if not index.isdigit() or int(index) >= len(items):
+                raise ValueError(f"{dotted}: {parent} is a list of {len(items)}; write {parent}.0. ... {parent}.{len(items) - 1}.")
+            items[int(index)] = dict(items[int(index)])
+            if rest:
+                _set_dotted(items[int(index)], ".".join(rest), value)
+            else:
+                items[int(index)] = value
+            tree[parent] = items
+            return
+        tree = tree[parent]
+    tree[last] = value
+
+
+def explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
+    """Pydantic's findings as sentences: the key, what is wrong, the nearest valid name."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            fields = _fields_at(model, item["loc"][:-1])
+            lines.append(f"unknown key {where!r}{nearest(str(item['loc'][-1]), fields)}; valid: {', '.join(sorted(fields))}")
+        elif not where:  # about several keys, which the sentence names itself
+            lines.append(item["msg"].removeprefix("Value error, "))
+        else:
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (found {_short(item.get('input'))})")
+    return f"{origin}: " + "; ".join(lines)
+
+
+def _fields_at(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    current: Any = model
+    for part in loc:
+        field = getattr(current, "model_fields", {}).get(part)
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else getattr(current, "__args__", ())
+        current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), current)
+    return list(getattr(current, "model_fields", {}))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def recipe_hash(recipe: BaseModel) -> str:
+    """Eight hex digits of everything that decides the run's result (not its name, nor how it is logged and launched)."""
+    content = recipe.model_dump(mode="json", exclude={"name": True, "track": True, "launch": True, "learner": {"ranks"}})
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=4).hexdigest()
+
+
+def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """'key: a -> b' for every leaf that differs between two dumped recipes."""
+    found = []
+    for key in sorted({*left, *right}):
+        a, b = left.get(key), right.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {_short(a)} -> {_short(b)}")
+    return found
+
+
+def describe(recipe: BaseModel) -> str:
+    """The recipe as YAML with every default filled in."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,1 @@
+"""Guard rails: what is watched, and what is done."""

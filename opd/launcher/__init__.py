@@ -1,0 +1,1 @@
+"""The launcher of a run with several processes, and its ranks."""

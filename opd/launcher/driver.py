@@ -1,0 +1,230 @@
+"""The launcher of a run with several processes: starts the learner's ranks, watches them, restarts them, and leaves none behind.
+
+Light on purpose: neither torch nor a model is imported here. What a rank does is told by its beacon (opd/launcher/beacon.py).
+"""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+
+from opd.config.recipe import Recipe
+from opd.errors import Paused, Preempted, RunFailed, TooManySkipped
+from opd.launcher.sweep import MARK, sweep
+from opd.launcher.watch import Board, Child, End, behind, read_messages, verdict
+from opd.run.folder import check_run, finished, run_folder
+from opd.stop import stop_signals
+
+GRACE_SECONDS = 10.0  # for the others to say how they ended, once one rank is gone
+POLL_SECONDS = 0.2
+
+
+def wants_launcher(recipe: Recipe) -> bool:
+    """Whether a run needs processes besides this one."""
+    return recipe.learner.ranks > 1 or recipe.launch.nodes > 1
+
+
+def refuse_other_launchers() -> None:
+    """Raises ValueError inside torchrun, the deepspeed launcher or the like: opd starts its own ranks."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ or count not in ("", "1"):
+        raise ValueError(
+            f"this process was started by torchrun or another launcher (WORLD_SIZE={count}), but opd starts, watches and restarts its ranks "
+            f"itself. Run once, without it: opd train RECIPE learner.ranks={count}; several machines: see docs/distributed.md"
+        )
+
+
+def train_stages(stages: Sequence[Recipe], reference: str, *, quiet: bool = False) -> Path:
+    """Run recipes one after the other, each with its ranks; returns the last run's folder. Raises as `opd.api.train`, and RunFailed."""
+    folder = Path()
+    for recipe in stages:
+        folder = run_folder(recipe, reference)
+        check_run(folder, recipe)
+        if not finished(folder):
+            launch(recipe, folder, quiet=quiet)
+        elif not quiet:
+            print(f"{folder} is finished: nothing to do", file=sys.stderr)
+    return folder
+
+
+@dataclass(slots=True)
+class Forwarded:
+    """The stop signal that came first; a second SIGINT ends everything at once."""
+
+    number: int = 0
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = self.number or number
+
+
+def launch(recipe: Recipe, folder: Path, *, quiet: bool) -> None:
+    """One run with its ranks, from start to end, restarts included."""
+    check_machine(recipe)
+    asked, tries = Forwarded(), 0
+    board = Board(folder, recipe)
+    with stop_signals(asked), marked_processes() as mark, tempfile.TemporaryDirectory(prefix="opd-") as scratch:
+        while True:
+            children = start_ranks(recipe, folder, Path(scratch) / str(board.restarts), quiet=quiet)
+            try:
+                end = supervise(children, board, asked, recipe.launch.deadline_seconds)
+            finally:
+                stop_all(children)
+                sweep(mark)
+            tries = 1 if board.saved_anew() else tries + 1
+            if not end.restartable or asked.number or tries > recipe.launch.restarts:
+                break
+            board.restarts += 1
+            print(f"opd: {end.text}; restarting from the last checkpoint ({tries} of {recipe.launch.restarts} without a new one)", file=sys.stderr)
+        board.finish(end)
+    conclude(end)
+
+
+def conclude(end: End) -> None:
+    """Raises what the run's end means to the command line."""
+    match end.kind:
+        case "finished":
+            return
+        case "preempted":
+            raise Preempted(end.text)
+        case "paused":
+            raise Paused(end.text)
+        case "input":
+            raise ValueError(end.text)
+        case "skipped":
+            raise TooManySkipped(end.text)
+        case _:
+            raise RunFailed(f"{end.text}; the last checkpoint stays, run the same command to go on")
+
+
+def check_machine(recipe: Recipe) -> None:
+    """Raises ValueError for ranks that this machine cannot hold."""
+    ranks, given = recipe.learner.ranks, os.environ.get("CUDA_VISIBLE_DEVICES")
+    if find_spec("deepspeed") is None:
+        raise ValueError('several ranks need deepspeed, which is not installed: pip install "opd-train[train]", or learner.ranks=1')
+    devices = num_gpus()
+    if devices and ranks > devices and os.environ.get("DS_ACCELERATOR") != "cpu":
+        seen = f" (CUDA_VISIBLE_DEVICES={given})" if given is not None else ""
+        raise ValueError(f"learner.ranks is {ranks}, but here are {devices} GPUs{seen}: use learner.ranks={devices}, or DS_ACCELERATOR=cpu")
+    if recipe.launch.nodes > 1 and recipe.launch.node_rank == 0:
+        host, _, port = recipe.launch.master.rpartition(":")
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, int(port)))
+            except (OSError, OverflowError) as error:
+                raise ValueError(f"launch.master={recipe.launch.master}: cannot listen there ({error}); give a free port of machine 0") from None
+
+
+def num_gpus() -> int:
+    """GPUs that a process started now would see."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return len([device for device in given.split(",") if device.strip() not in ("", "-1")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+@contextmanager
+def marked_processes() -> Iterator[str]:
+    """All processes started inside carry a mark, and none of them outlives the block or this process, however it ends."""
+    mark = secrets.token_hex(8)
+    unmarked = {name: value for name, value in os.environ.items() if name != MARK}
+    script = str(Path(__file__).with_name("sweep.py"))
+    guard = subprocess.Popen([sys.executable, "-P", "-S", script, mark], stdin=subprocess.PIPE, env=unmarked, start_new_session=True)
+    os.environ[MARK] = mark
+    try:
+        yield mark
+    finally:
+        os.environ.pop(MARK, None)
+        sweep(mark)
+        assert guard.stdin is not None
+        guard.stdin.close()
+        guard.wait()
+
+
+def start_ranks(recipe: Recipe, folder: Path, scratch: Path, *, quiet: bool) -> list[Child]:
+    """This machine's ranks. The first one of machine 0 has the terminal, the others write to files under `scratch`."""
+    scratch.mkdir()
+    local, nodes = recipe.learner.ranks, recipe.launch.nodes
+    first, count = recipe.launch.node_rank * local, local * nodes
+    rendezvous = f"file://{scratch}/rendezvous" if nodes == 1 else f"tcp://{recipe.launch.master}"
+    order = {"recipe": recipe.model_dump(mode="json"), "folder": str(folder), "quiet": quiet, "count": count, "rendezvous": rendezvous}
+    order["threads"] = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // local))
+    children = []
+    for place in range(local):
+        ours, theirs = socket.socketpair()
+        rank = first + place
+        log = None if rank == 0 else scratch / f"rank-{rank}.log"
+        with theirs, open(os.devnull) as nothing, log.open("wb") if log else open(os.devnull) as output:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "opd.launcher.beacon", str(theirs.fileno())],
+                env={**os.environ, **environment(place, rank, count, nodes)},
+                stdin=nothing,
+                stdout=output if log else None,
+                stderr=output if log else None,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        child = Child(rank=rank, process=process, link=ours, log=log)
+        child.tell(**order, rank=rank)
+        ours.setblocking(False)
+        children.append(child)
+    return children
+
+
+def environment(place: int, rank: int, count: int, nodes: int) -> dict[str, str]:
+    """What torch, DeepSpeed and CUDA read; each rank sees one GPU, where there are any."""
+    found = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(count), "PYTHONFAULTHANDLER": "1"}
+    given = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
+    if num_gpus() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        found["CUDA_VISIBLE_DEVICES"] = given[place] if given else str(place)
+    if nodes == 1 and sys.platform == "linux":
+        found["GLOO_SOCKET_IFNAME"] = "lo"
+    return found
+
+
+def supervise(children: Sequence[Child], board: Board, asked: Forwarded, deadline_seconds: float) -> End:
+    """Watch until every rank has ended, or one has and the others had time to say so too; returns how the attempt ended."""
+    forwarded, first_end = False, None
+    while True:
+        read_messages(children, POLL_SECONDS)
+        if asked.number and not forwarded:
+            forwarded = True
+            for child in children:
+                child.signal(asked.number)
+        gone = [child for child in children if child.process.poll() is not None]
+        board.show(children, bool(asked.number))
+        if len(gone) == len(children):
+            read_messages(children, 0.0)
+            return verdict(children, asked.number)
+        broken = [child for child in gone if child.outcome[0] != "finished"]
+        if broken and first_end is None:
+            first_end = time.monotonic()
+        if first_end is not None and time.monotonic() - first_end > GRACE_SECONDS:
+            return verdict(children, asked.number)
+        stalled = board.stalled(children, deadline_seconds)
+        if stalled is not None:
+            for child in behind(children) or children:
+                child.signal(signal.SIGUSR2)  # its stack, for whoever reads the log
+            time.sleep(POLL_SECONDS)
+            return stalled
+
+
+def stop_all(children: Sequence[Child]) -> None:
+    """SIGKILL to every rank's process group; returns when the ranks are gone."""
+    for child in children:
+        child.kill()
+    for child in children:
+        child.process.wait()
+        child.link.close()

@@ -1,0 +1,1 @@
+"""A step in a file, and done again from there."""

@@ -1,0 +1,1 @@
+"""Messages, texts and tokens."""

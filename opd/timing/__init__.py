@@ -1,0 +1,1 @@
+"""Where the seconds go, measured and predicted."""
