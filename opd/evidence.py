@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from opd.config.choices import InnerShare, NonNegative, Positive, Share, reads
+from opd.config.choices import Count, InnerShare, NonNegative, Positive, Share, reads
 from opd.credit import SequenceSignals
 from opd.pooling import Pool
 
@@ -98,6 +98,45 @@ def class_contrast(answers: Sequence[SequenceSignals], pool: Pool, *, signal: st
     return [torch.where(answer.loss_mask, value, 0.0).to(answer.student_logp) for answer, value in zip(answers, slope, strict=True)]
 
 
+@reads("teacher_topk", "target_logp")
+def curious_teacher(
+    sequence: SequenceSignals,
+    *,
+    signal: str = "main",
+    k: Count = 512,
+    rise: NonNegative = 0.5,
+    slope: Positive = 2.0,
+    middle: NonNegative = 1.2,
+    low: Positive = 1.1,
+    high: Positive = 1.5,
+) -> Tensor:
+    """log of the signal's probability of each sampled token [T] at the temperature that raises its entropy H by rise sigmoid(slope (H - middle)).
+
+    Temperatures are held in [low, high] and found by bisection on the signal's k likeliest ids and the sampled one, renormalised; tokens with
+    H <= 0.03 take `low`. For `policy: squared_error` (CurioSFT, arXiv 2602.02244, as in the authors' code).
+    """
+    scores = sequence.scores[signal]
+    logp_TK = torch.where(scores.ids >= 0, scores.logp, -torch.inf).double().log_softmax(-1)
+    entropy = _entropy_at(logp_TK, torch.ones(len(logp_TK), dtype=torch.float64))
+    wanted = entropy + rise * torch.sigmoid(slope * (entropy - middle))
+    below, above = torch.full_like(entropy, low), torch.full_like(entropy, high)
+    for _ in range(40):
+        between = (below + above) / 2.0
+        short = _entropy_at(logp_TK, between) < wanted
+        below, above = torch.where(short, between, below), torch.where(short, above, between)
+    temperature = torch.where(entropy <= 0.03, torch.full_like(entropy, low), (below + above) / 2.0)
+    total = (logp_TK / temperature[:, None]).logsumexp(-1)
+    share = torch.where(scores.ids >= 0, scores.logp, -torch.inf).double().logsumexp(-1)
+    found = (scores.sampled.double() - share) / temperature - total
+    return torch.where(sequence.loss_mask, found, 0.0).to(sequence.student_logp)
+
+
+def _entropy_at(logp_TK: Tensor, temperature: Tensor) -> Tensor:
+    """Entropy in nats [T] of each row at its own temperature."""
+    warmer = (logp_TK / temperature[:, None]).log_softmax(-1)
+    return -torch.where(warmer > -torch.inf, warmer.exp() * warmer, 0.0).sum(-1)
+
+
 def agreement(
     answers: Sequence[SequenceSignals],
     pool: Pool,
@@ -157,6 +196,12 @@ def marked(answers: Sequence[SequenceSignals], pool: Pool, *, name: str, inside:
     return found
 
 
-VIEW_CREDITS = {"evidence": evidence, "consensus": consensus, "margin": margin, "class_contrast": class_contrast}
+VIEW_CREDITS = {
+    "evidence": evidence,
+    "consensus": consensus,
+    "margin": margin,
+    "class_contrast": class_contrast,
+    "curious_teacher": curious_teacher,
+}
 
 VIEW_FIELDS = {"agreement": agreement, "position_ramp": position_ramp, "marked": marked}

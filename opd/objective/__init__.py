@@ -1,8 +1,8 @@
 """What is minimised: terms made of small pure functions, one global denominator each; torch only."""
 
 from opd.objective.compose import EVERY_TOKEN, denominators, length_field, rows_to_tensors, token_loss, token_weight
+from opd.objective.findings import Setting
 from opd.objective.join import group_outcome, join
-from opd.objective.legality import Setting
 from opd.objective.meters import meters
 from opd.objective.parse import build_objective
 from opd.objective.routes import RouteInput

@@ -12,7 +12,7 @@ import torch
 from opd_rollout.types import TokenScores
 from torch import Tensor
 
-from opd.config.choices import NonNegative, Positive, Range, reads
+from opd.config.choices import Count, NonNegative, Positive, Range, Share, reads
 from opd.credit import SequenceSignals
 from opd.objective.targets import MINIMUM_STEP
 from opd.pooling import Pool
@@ -61,6 +61,27 @@ def soft_or(
     h = _unit([_entropy(answer) for answer in answers], masks, pool, outliers)
     d = _unit([_shared_reverse_kl(answer, signal) for answer in answers], masks, pool, 0.0)
     return largest([a + b - a * b for a, b in zip(h, d, strict=True)], masks, share, pool)
+
+
+@reads("shared_ids")
+def peak_divergence(
+    answers: Sequence[SequenceSignals], pool: Pool, *, tokens: Count = 20, factor: Positive = 2.0, decay: Share = 1.0, signal: str = "main"
+) -> list[Tensor]:
+    """`factor` at each answer's `tokens` tokens with the largest KL(student || signal), else 1, times decay^n at its n-th token (CORD, 2601.16547).
+
+    The divergence is taken on the student's top-k and the rest, at rollout weights; of equal ones the earlier token counts as larger.
+    """
+    return [_peaks(answer, signal, tokens, factor) * _decaying(answer, decay) for answer in answers]
+
+
+def _peaks(answer: SequenceSignals, signal: str, tokens: int, factor: float) -> Tensor:
+    gap = torch.where(answer.loss_mask, _shared_reverse_kl(answer, signal), -torch.inf)
+    chosen = gap.argsort(descending=True, stable=True)[:tokens]
+    return torch.ones_like(gap).index_fill(0, chosen, factor)
+
+
+def _decaying(answer: SequenceSignals, decay: float) -> Tensor:
+    return decay ** (answer.loss_mask.double().cumsum(0) - 1.0).clamp_min(0.0)
 
 
 def _unit(values: Sequence[Tensor], masks: Sequence[Tensor], pool: Pool, outliers: float) -> list[Tensor]:
@@ -142,6 +163,7 @@ FIELDS = {
     "top_entropy": top_entropy,
     "opener": opener,
     "soft_or": soft_or,
+    "peak_divergence": peak_divergence,
     "batch_confidence": batch_confidence,
     "extrapolation_budget": extrapolation_budget,
     "span_ratio": span_ratio,

@@ -4,44 +4,23 @@ A rule looks at one term and returns a Finding or None. A finding with an `allow
 lists the name runs, and the name is printed beside its results. The others have no override, because nothing useful could come of them.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import replace
 
 from opd.config.choices import name_of, nearest, parameters_of, what_it_reads
 from opd.objective.divergences import DENSE
+from opd.objective.findings import Finding, Rule, Setting
+from opd.objective.policy_rules import (
+    drawn_with_a_teacher,
+    group_has_siblings,
+    off_policy_has_a_ratio,
+    penalty_in_the_reward,
+    regression_has_a_target,
+    sampled_by_the_policy,
+    stale_answers_are_corrected,
+)
 from opd.objective.terms import Term
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What the rest of the recipe says; None where it is not known, which leaves the matching rules out.
-
-    sampled_in: the signal under whose view answers are sampled; None where the student samples under its own prompt.
-    """
-
-    signals: Collection[str] | None = None
-    group: int | None = None
-    source: Literal["student", "dataset", "mixed"] | None = None
-    vocabulary: int | None = None
-    max_tokens: int | None = None
-    sampled_in: str | None = None
-    sampler: bool = False
-    """Whether a teacher helps to draw the tokens."""
-    max_staleness: int = 0
-    """Versions that an answer may be older than the learner that reads it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """Why a term is refused, what is legal instead, and the `allow` name that lets it run all the same."""
-
-    reason: str
-    legal: str
-    allow: str = ""
-
-
-Rule = Callable[[Term, Setting], Finding | None]
 REVERSE = ("reverse_kl", "stop_gradient_reverse_kl", "skew_reverse_kl")
 BIASED = (
     "truncated_forward_kl",
@@ -135,17 +114,6 @@ def context_has_its_own_ids(term: Term, setting: Setting) -> Finding | None:
     )
 
 
-def off_policy_has_a_ratio(term: Term, setting: Setting) -> Finding | None:
-    if setting.sampled_in is None or term.kind != "surrogate" or term.context == setting.sampled_in:
-        return None
-    if term.reads & {"old_logp"} or any("behaviour_logp" in what_it_reads(weight) for weight in term.weights):
-        return None
-    return Finding(
-        reason=f"answers are sampled under the view of {setting.sampled_in!r}, and this term learns in another context without a ratio between them",
-        legal="policy: ppo_clip | sequence_clip | cispo, weight: sampler_ratio, or context: " + setting.sampled_in,
-    )
-
-
 def route_sees_a_view(term: Term, setting: Setting) -> Finding | None:
     asks = name_of(term.route).endswith("view") or name_of(term.route) == "wrong_by_teacher_perplexity"
     if not asks or setting.signals is None or term.view_signal in setting.signals:
@@ -184,10 +152,12 @@ def token_clip_is_sparse(term: Term, setting: Setting) -> Finding | None:
 
 
 def k_fits(term: Term, setting: Setting) -> Finding | None:
-    if not term.support or setting.vocabulary is None or term.support.k <= setting.vocabulary:
+    asked = [parameters_of(function)["k"] for function in term.functions if "teacher_topk" in what_it_reads(function)]
+    k = max([term.support.k if term.support else 0, *asked])
+    if setting.vocabulary is None or k <= setting.vocabulary:
         return None
     return Finding(
-        reason=f"k is {term.support.k} and the vocabulary has {setting.vocabulary} tokens",
+        reason=f"k is {k} and the vocabulary has {setting.vocabulary} tokens",
         legal=f"k of at most {setting.vocabulary}, or support: full",
     )
 
@@ -294,80 +264,12 @@ def ranking_needs_candidates(term: Term, setting: Setting) -> Finding | None:
     return Finding(reason="plackett_luce orders candidate tokens, and the rest of the vocabulary is none", legal="a top-k support with tail: drop")
 
 
-def penalty_in_the_reward(term: Term, setting: Setting) -> Finding | None:
-    kinds = [kind for kind in (parameters_of(function).get("kind") for function in term.shape) if kind in ("k2", "k3")]
-    if not kinds:
-        return None
-    return Finding(
-        reason=f"{kinds[0]} inside the reward is another objective than the KL: its policy gradient is not that of the reverse KL",
-        legal="kl_penalty: {kind: k1}, or a term reference_kl: k2",
-        allow=f"{kinds[0]}_reward",
-    )
-
-
 def weight_reads_signal(term: Term, setting: Setting) -> Finding | None:
     if "signal" not in term.reads or term.signal is not None:
         return None
     return Finding(
         reason="a weight reads the teacher's entropy, but the term has no signal",
         legal="the weight on a distill term, or student_confidence",
-    )
-
-
-def sampled_by_the_policy(term: Term, setting: Setting) -> Finding | None:
-    if setting.source in (None, "student") or (setting.source == "mixed" and name_of(term.route) == "from_student"):
-        return None
-    if term.credit is not None and "own_logp" in term.reads:  # compares answers, whoever wrote them
-        return None
-    sampled = term.kind == "surrogate" or (term.support is not None and term.support.kind == "sampled")
-    ratio = term.reads & {"old_logp", "behaviour_logp"}
-    if not sampled and not ratio:
-        return None
-    return Finding(
-        reason=(
-            f"answers from the source {setting.source!r} carry no log-probs of a policy that sampled them, so "
-            f"{'a ratio' if ratio else 'an estimate over sampled tokens'} means nothing on them"
-        ),
-        legal=(
-            "rollout.source: student; route: from_student where the source is mixed; or nll, or distill on full | student_topk | teacher_topk "
-            "without a ratio weight"
-        ),
-    )
-
-
-def drawn_with_a_teacher(term: Term, setting: Setting) -> Finding | None:
-    sampled = term.kind == "surrogate" or (term.support is not None and term.support.kind == "sampled")
-    corrected = any(name_of(weight) in ("sampler_ratio", "engine_ratio") for weight in term.weights)
-    if not setting.sampler or not sampled or corrected:
-        return None
-    return Finding(
-        reason="rollout.sampler lets a teacher draw tokens, so an estimate over sampled tokens is not one under the student",
-        legal="weight: sampler_ratio or engine_ratio on the term; rollout.sampler: student; or a divergence on full | student_topk | teacher_topk",
-    )
-
-
-def stale_answers_are_corrected(term: Term, setting: Setting) -> Finding | None:
-    sampled = term.kind == "surrogate" or (term.support is not None and term.support.kind == "sampled")
-    if not setting.max_staleness or not sampled or "behaviour_logp" in term.reads:
-        return None
-    return Finding(
-        reason=(
-            f"answers are up to {setting.max_staleness} versions old (asynchrony.max_staleness), and an estimate over sampled tokens takes them for "
-            "the present student's"
-        ),
-        legal="weight: {engine_ratio: {high: 2.0}} | span_ratio | sampler_ratio on the term; a divergence on full | student_topk | teacher_topk; "
-        "or asynchrony.max_staleness=0",
-        allow="stale_answers",
-    )
-
-
-def group_has_siblings(term: Term, setting: Setting) -> Finding | None:
-    if setting.group != 1 or "group" not in term.reads:
-        return None
-    credited = name_of(term.credit) if term.credit else name_of(term.route)
-    return Finding(
-        reason=f"{credited} compares the answers of one prompt, and group is 1",
-        legal="group: 2 or more; advantage: raw_reward or teacher_logratio; or a method without group credit (opd, opsd, sft)",
     )
 
 
@@ -392,6 +294,7 @@ RULES: tuple[Rule, ...] = (
     ranking_needs_candidates,
     penalty_in_the_reward,
     weight_reads_signal,
+    regression_has_a_target,
     sampled_by_the_policy,
     drawn_with_a_teacher,
     stale_answers_are_corrected,

@@ -14,7 +14,8 @@ from opd.credit import TOKEN_CREDITS as OWN_TOKEN_CREDITS
 from opd.evidence import VIEW_CREDITS, VIEW_FIELDS
 from opd.objective.divergences import DENSE, DIVERGENCES, ESTIMATORS, sampled_reverse_kl
 from opd.objective.fields import FIELDS as BATCH_FIELDS
-from opd.objective.legality import Setting, check_objective, check_term
+from opd.objective.findings import Setting
+from opd.objective.legality import check_objective, check_term
 from opd.objective.routes import ROUTES
 from opd.objective.schedules import SCHEDULES
 from opd.objective.supports import SUPPORTS, Support, sampled

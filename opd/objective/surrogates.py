@@ -3,12 +3,13 @@
 (student_logp with its graph, old_logp, advantage), all [N] -> (loss [N], clipped [N] bool or None).
 """
 
+import math
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from opd.config.choices import NonNegative, Positive, Range, reads
+from opd.config.choices import InnerShare, NonNegative, Positive, Range, reads
 
 LOG_RATIO_LIMIT = 20.0
 
@@ -84,4 +85,30 @@ def cispo(
     return -w * advantage * (1.0 + student_logp - student_logp.detach()), w != r
 
 
-SURROGATES = {"reinforce": reinforce, "ppo_clip": ppo_clip, "sequence_clip": sequence_clip, "cispo": cispo}
+@reads("old_logp", "sequence")
+def log_ratio_regression(
+    student_logp: Tensor, old_logp: Tensor, advantage: Tensor, *, scale: Positive = 1.0, low: InnerShare = 0.2, high: Positive = 0.2
+) -> tuple[Tensor, Tensor | None]:
+    """(clamp(d, log(1 - low), log(1 + high)) - scale A)^2, d the answer's mean log p - log p_old: no ratio is formed, so nothing explodes.
+
+    The form for texts of GDSD (arXiv 2605.29398), which regresses a diffusion model's log-ratio. Beyond the clamp there is no gradient.
+    """
+    gap = student_logp - old_logp
+    held = gap.clamp(math.log1p(-low), math.log1p(high))
+    return (held - scale * advantage).square(), (held != gap).detach()
+
+
+@reads("target_logp")
+def squared_error(student_logp: Tensor, old_logp: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(log p - A)^2 / 2, where A is a log-probability to come near to and no advantage, such as `curious_teacher` gives."""
+    return (student_logp - advantage).square() / 2.0, None
+
+
+SURROGATES = {
+    "reinforce": reinforce,
+    "ppo_clip": ppo_clip,
+    "sequence_clip": sequence_clip,
+    "cispo": cispo,
+    "log_ratio_regression": log_ratio_regression,
+    "squared_error": squared_error,
+}

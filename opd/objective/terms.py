@@ -178,8 +178,10 @@ class Objective:
 
     def _signal_needs(self, signal: str) -> SignalNeeds:
         supports = [term.support for term in self.terms if signal in term.supported_signals and term.support]
+        functions = [function for term in self.terms for function in term.functions if "teacher_topk" in what_it_reads(function)]
+        asked = [parameters_of(function)["k"] for function in functions if parameters_of(function)["signal"] == signal]
         return SignalNeeds(
-            k=max((s.k for s in supports if s.kind == "teacher_topk"), default=0),
+            k=max([s.k for s in supports if s.kind == "teacher_topk"] + asked, default=0),
             draws=max((s.k for s in supports if s.kind == "teacher_sample"), default=0),
             student_support=any(s.kind == "student_topk" for s in supports),
             hidden=any(s.kind in ("full", "hidden") for s in supports),

@@ -24,7 +24,11 @@ ALONE = Setting(signals=(), group=8, source="student")
 DRAWN = Setting(signals=("main",), group=8, source="student", sampler=True)
 BOTH = Setting(signals=("main", "reference"), group=8, source="student")
 
+CURIOUS = {"policy": "squared_error", "advantage": {"curious_teacher": {"k": 8}}}
+DATA = Setting(signals=("main",), group=1, source="dataset", vocabulary=50)
+
 LEGAL = [
+    (CURIOUS, DATA, ()),
     (distill({"forward_kl": {"entry_clip": 0.05}}), TEACHER, ()),
     (distill("reverse_kl", topk("student", 8)), TEACHER, ()),
     (distill("reverse_kl", topk("teacher", 8)), TEACHER, ()),
@@ -98,6 +102,9 @@ ILLEGAL = [
     ({"reference_kl": "k3", "signal": "main"}, TEACHER, "forward KL's gradient", "reference_kl: k2", "allow: [k3_loss]"),
     ({"reference_kl": "k1", "signal": "main"}, TEACHER, "expected gradient zero", "reference_kl: k2", "allow: [k1_loss]"),
     (distill("forward_kl", topk("teacher", 1, "renormalise")), TEACHER, "always zero", "k of at least 2", None),
+    ({**CURIOUS, "advantage": "teacher_logratio"}, TEACHER, "which advantages are not", "curious_teacher", None),
+    ({**CURIOUS, "policy": "reinforce"}, TEACHER, "is no advantage", "squared_error", None),
+    ({**CURIOUS, "advantage": {"curious_teacher": {"k": 51}}}, DATA, "the vocabulary has 50", "at most 50", None),
     (distill("forward_kl", topk("teacher", 51)), TEACHER, "the vocabulary has 50", "at most 50", None),
     (distill({"forward_kl": {"entry_clip": 0.05}}, topk("teacher", 8)), TEACHER, "entry_clip", "support: full", None),
     (distill("forward_kl", "sampled"), TEACHER, "sampled token alone", "distill: reverse_kl", None),
