@@ -1,6 +1,8 @@
 """From a recipe to its vLLM actors: the driver's side (which, on what) and a rank's side (engines and teachers over them)."""
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
 from opd.config.recipe import Recipe
+from opd.launcher.sweep import MARK, marked_processes
 from opd.learner.types import Learner
 from opd.objective.terms import SignalNeeds
 from opd.teacher.score import Weights
@@ -41,10 +44,17 @@ def plans(recipe: Recipe, served: Mapping[str, str], num_gpus: int) -> list[Acto
 
 @contextmanager
 def started(recipe: Recipe, served: Mapping[str, str], *, learner_gpus: int = 0) -> Iterator[ActorAddress]:
-    """The recipe's actors, started by this process, its driver; gone after the block. Raises ValueError for what the machine lacks."""
+    """The recipe's actors, started by this process, its driver; gone after the block, and soon after this process however it ends.
+
+    Raises ValueError for what the machine lacks.
+    """
     check_placement(recipe)
-    with start_actors(plans(recipe, served, torch.cuda.device_count()), address=recipe.ray.address, learner_gpus=learner_gpus) as where:
-        yield where
+    wanted = plans(recipe, served, torch.cuda.device_count())
+    short = "/tmp" if os.access("/tmp", os.W_OK) else None  # a socket's path has 107 bytes at most
+    with tempfile.TemporaryDirectory(prefix="opd-ray-", dir=short, ignore_cleanup_errors=True) as scratch, marked_processes(Path(scratch)):
+        options = {"address": recipe.ray.address, "learner_gpus": learner_gpus, "folder": Path(scratch), "passed": {MARK: os.environ[MARK]}}
+        with start_actors(wanted, **options) as where:
+            yield where
 
 
 def check_placement(recipe: Recipe) -> None:

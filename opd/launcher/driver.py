@@ -4,15 +4,13 @@ Light on purpose: neither torch nor a model is imported here. What a rank does i
 """
 
 import os
-import secrets
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +18,7 @@ from types import FrameType
 
 from opd.config.recipe import Recipe
 from opd.errors import Paused, Preempted, RunFailed, TooManySkipped
-from opd.launcher.sweep import MARK, sweep
+from opd.launcher.sweep import marked_processes, sweep
 from opd.launcher.watch import Board, Child, End, behind, read_messages, verdict
 from opd.run.folder import check_run, finished, run_folder
 from opd.stop import stop_signals
@@ -133,24 +131,6 @@ def num_gpus() -> int:
     if given is not None:
         return len([device for device in given.split(",") if device.strip() not in ("", "-1")])
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
-
-
-@contextmanager
-def marked_processes() -> Iterator[str]:
-    """All processes started inside carry a mark, and none of them outlives the block or this process, however it ends."""
-    mark = secrets.token_hex(8)
-    unmarked = {name: value for name, value in os.environ.items() if name != MARK}
-    script = str(Path(__file__).with_name("sweep.py"))
-    guard = subprocess.Popen([sys.executable, "-P", "-S", script, mark], stdin=subprocess.PIPE, env=unmarked, start_new_session=True)
-    os.environ[MARK] = mark
-    try:
-        yield mark
-    finally:
-        os.environ.pop(MARK, None)
-        sweep(mark)
-        assert guard.stdin is not None
-        guard.stdin.close()
-        guard.wait()
 
 
 def start_ranks(recipe: Recipe, folder: Path, scratch: Path, *, quiet: bool) -> list[Child]:

@@ -1,13 +1,18 @@
-"""Ends what a run has started, however deep, when its launcher is gone: `python sweep.py MARK`, standard library only.
+"""Ends what a run has started, however deep, when its launcher is gone: `python sweep.py MARK [FOLDER]`, standard library only.
 
 Every process of a run inherits the environment variable OPD_RUN_MARK, so that children of children (verifiers, loggers, Ray) are found
-too. It reads its standard input, which ends when the launcher dies, even by SIGKILL.
+too. It reads its standard input, which ends when the launcher dies, even by SIGKILL. FOLDER is removed afterwards.
 """
 
 import os
+import secrets
+import shutil
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARK = "OPD_RUN_MARK"
@@ -15,20 +20,43 @@ QUIET_SECONDS = 0.3  # nothing found for so long: nobody is left, also none that
 GIVE_UP_SECONDS = 30.0
 
 
-def marked(mark: str) -> list[int]:
-    """Processes that carry the mark, but for this one (Linux; elsewhere none is found)."""
-    wanted, found = f"{MARK}={mark}".encode(), []
+def marked(mark: str, folder: Path | None = None) -> list[int]:
+    """Processes that carry the mark or have a file below `folder` open, and all below them, but for this one (Linux; elsewhere none is found).
+
+    A process that changes its title, as Ray's agents and vLLM's engine do, may write over its environment, hence the other two ways.
+    """
+    children, found = dict[int, list[int]](), set[int]()
     for entry in Path("/proc").glob("[0-9]*"):
+        pid = int(entry.name)
         try:
-            if wanted in (entry / "environ").read_bytes().split(b"\0") and not is_zombie(entry):
-                found.append(int(entry.name))
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            if state == "Z" or pid == os.getpid():
+                continue
+            children.setdefault(int(parent), []).append(pid)
+            if _carries((entry / "environ").read_bytes(), mark) or (folder is not None and _has_open(entry, folder)):
+                found.add(pid)
         except OSError:
             continue  # gone, or somebody else's
-    return [pid for pid in found if pid != os.getpid()]
+    below = list(found)
+    while below:
+        new = [pid for pid in children.get(below.pop(), ()) if pid not in found]
+        found.update(new)
+        below += new
+    return list(found)
 
 
-def is_zombie(entry: Path) -> bool:
-    return state_of(entry) == "Z"
+def _carries(environ: bytes, mark: str) -> bool:
+    """A process started inside of several runs carries the marks of all."""
+    values = [entry.partition(b"=")[2] for entry in environ.split(b"\0") if entry.startswith(f"{MARK}=".encode())]
+    return any(mark.encode() in value.split(b":") for value in values)
+
+
+def _has_open(entry: Path, folder: Path) -> bool:
+    for link in (entry / "fd").iterdir():
+        with suppress(OSError):  # closed in the meantime
+            if os.readlink(link).startswith(f"{folder}/"):
+                return True
+    return False
 
 
 def state_of(entry: Path) -> str:
@@ -39,11 +67,11 @@ def state_of(entry: Path) -> str:
         return ""
 
 
-def sweep(mark: str) -> None:
-    """SIGKILL to every marked process until none is left."""
+def sweep(mark: str, folder: Path | None = None) -> None:
+    """SIGKILL to every process that `marked` finds, until none is left."""
     started = quiet_since = time.monotonic()
     while time.monotonic() - started < GIVE_UP_SECONDS and time.monotonic() - quiet_since < QUIET_SECONDS:
-        for pid in marked(mark):
+        for pid in marked(mark, folder):
             quiet_since = time.monotonic()
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -52,11 +80,34 @@ def sweep(mark: str) -> None:
         time.sleep(0.05)
 
 
+@contextmanager
+def marked_processes(folder: Path | None = None) -> Iterator[str]:
+    """All processes started inside carry a mark, and neither they nor `folder` outlive the block or this process, however it ends."""
+    mark, outer = secrets.token_hex(8), os.environ.get(MARK)
+    unmarked = {name: value for name, value in os.environ.items() if name != MARK}
+    words = [sys.executable, "-P", "-S", __file__, mark] + ([] if folder is None else [str(folder)])
+    guard = subprocess.Popen(words, stdin=subprocess.PIPE, env=unmarked, start_new_session=True)
+    os.environ[MARK] = mark if outer is None else f"{outer}:{mark}"
+    try:
+        yield mark
+    finally:
+        os.environ.pop(MARK, None)
+        if outer is not None:
+            os.environ[MARK] = outer
+        sweep(mark, folder)
+        assert guard.stdin is not None
+        guard.stdin.close()
+        guard.wait()
+
+
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.buffer.read()
-    sweep(sys.argv[1])
+    folder = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+    sweep(sys.argv[1], folder)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Tensors of one weight version in one shared-memory file: written once by the sender, mapped by every reader, removed after use.
 
 A file is never written again: a reader that still maps it while a newer version is written must not see new bytes (nor a shorter file).
+Its writer holds a lock on it, which the kernel gives back when the writer dies: a file that nobody holds is nobody's.
 """
 
+import errno
+import fcntl
 import mmap
 import os
 import shutil
@@ -33,26 +36,59 @@ def num_bytes(metadata: WeightMetadata) -> int:
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in _sizes(metadata))
 
 
-def write(path: Path, metadata: WeightMetadata, buckets: Iterable[Sequence[tuple[str, Tensor]]]) -> Written:
-    """Copy every bucket into a new file, each byte once. Raises ValueError for too little room, or tensors that metadata did not announce."""
-    size = num_bytes(metadata)
+def write(path: Path, metadata: WeightMetadata, buckets: Iterable[Sequence[tuple[str, Tensor]]]) -> tuple[Written, int]:
+    """Copy every bucket into a new file, each byte once; returns it and the descriptor that holds its lock, for `remove`.
+
+    Raises ValueError for too little room, and AssertionError for tensors that metadata did not announce.
+    """
+    size = max(num_bytes(metadata), 1)
+    lack = f"one version of the weights needs {size >> 20} MiB; enlarge it (docker run --shm-size=...), or name another folder with engine.exchange"
     free = shutil.disk_usage(path.parent).free
     if free < size + MARGIN:
-        raise ValueError(
-            f"{path.parent} has {free >> 20} MiB free, and one version of the weights needs {size >> 20} MiB; enlarge it (docker run "
-            "--shm-size=...), or name another folder with engine.exchange"
-        )
-    expected = iter(zip(metadata.names, metadata.shapes, metadata.dtypes, strict=True))
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        raise ValueError(f"{path.parent} has {free >> 20} MiB free, and {lack}")
+    coming = path.with_suffix(".coming")  # until the lock is held, so that `remove_stale` of another run does not take it for a dead one's
+    descriptor = os.open(coming, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        os.posix_fallocate(descriptor, 0, max(size, 1))
-        memory = mmap.mmap(descriptor, max(size, 1))
-    except BaseException:
-        path.unlink(missing_ok=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.rename(coming, path)
+        os.posix_fallocate(descriptor, 0, size)
+        _fill(mmap.mmap(descriptor, size), metadata, buckets)
+    except BaseException as error:
+        coming.unlink(missing_ok=True)
+        remove(path, descriptor)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(f"{path.parent} became full, and {lack}") from None
         raise
-    finally:
-        os.close(descriptor)
-    offset = 0
+    return Written(path=str(path), metadata=metadata), descriptor
+
+
+def remove(path: Path, descriptor: int) -> None:
+    """The file and its lock."""
+    path.unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def remove_stale(folder: Path, pattern: str) -> list[Path]:
+    """Removes files whose writer is dead, and returns them; those of other users stay."""
+    removed = []
+    for path in folder.glob(pattern):
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue  # gone a moment ago, or somebody else's
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            removed.append(path)
+        except OSError:
+            continue  # its writer lives
+        finally:
+            os.close(descriptor)
+    return removed
+
+
+def _fill(memory: mmap.mmap, metadata: WeightMetadata, buckets: Iterable[Sequence[tuple[str, Tensor]]]) -> None:
+    expected, offset = iter(zip(metadata.names, metadata.shapes, metadata.dtypes, strict=True)), 0
     for bucket in buckets:
         for name, tensor in bucket:
             announced = next(expected, None)
@@ -62,7 +98,6 @@ def write(path: Path, metadata: WeightMetadata, buckets: Iterable[Sequence[tuple
             target.copy_(tensor)
             offset += -(-target.nbytes // ALIGNMENT) * ALIGNMENT
     assert next(expected, None) is None, "the source sent fewer tensors than metadata announced"
-    return Written(path=str(path), metadata=metadata)
 
 
 def read(written: Written) -> list[tuple[str, Tensor]]:

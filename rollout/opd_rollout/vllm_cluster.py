@@ -1,5 +1,6 @@
 """Ray, seen from the driver (who starts and owns the actors) and from a learner rank (who only finds them by name)."""
 
+import logging
 import os
 import secrets
 import signal
@@ -7,15 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import RayError
 
 from opd_rollout.vllm_actor import VllmActor
 
 TESTED_VLLM = ((0, 27), (0, 33))
-LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by an address that other machines reach
+LOOPBACK = "127.0.0.1"
 ENVIRONMENT = {  # of every actor; nobind: with vLLM's own binding all actors of a machine share its first core
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -24,6 +27,7 @@ ENVIRONMENT = {  # of every actor; nobind: with vLLM's own binding all actors of
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray keeps 127.0.0.1, on which its servers then listen, instead of a public address
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
@@ -75,16 +79,20 @@ def _version_of(name: str) -> str | None:
 
 
 @contextmanager
-def start_actors(plans: Sequence[ActorPlan], *, address: str = "", learner_gpus: int = 0) -> Iterator[ActorAddress]:
+def start_actors(
+    plans: Sequence[ActorPlan], *, address: str = "", learner_gpus: int = 0, folder: Path | None = None, passed: Mapping[str, str] | None = None
+) -> Iterator[ActorAddress]:
     """Start (or join, by `address`) a Ray cluster and create the named, still empty actors of every plan; all are gone after the block.
 
-    learner_gpus: GPUs of this machine that the learner's ranks will take. Raises ValueError where the cluster lacks what the plans need,
-    or cannot be reached.
+    learner_gpus: GPUs of this machine that the learner's ranks will take. folder: where a cluster that is started keeps its sockets and logs.
+    passed: environment variables of the actors. Raises ValueError where the cluster lacks what the plans need, or cannot be reached.
     """
     check_installed()
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
-    namespace = f"opd-{secrets.token_hex(6)}"
-    _join(address, namespace)
+    namespace, found = f"opd-{secrets.token_hex(6)}", os.environ.get(ONE_MACHINE)
+    if not address:
+        os.environ[ONE_MACHINE] = "0"
+    _join(address, namespace, folder)
     created: list[Any] = []
     try:
         check_resources(plans, ray.available_resources(), learner_gpus if not address else 0, address)
@@ -92,7 +100,7 @@ def start_actors(plans: Sequence[ActorPlan], *, address: str = "", learner_gpus:
         for plan in plans:
             for index in range(plan.replicas):
                 name = f"{plan.role}-{index}"
-                created.append(_create(plan, name, namespace, shared=bool(address)))
+                created.append(_create(plan, name, namespace, passed or {}, shared=bool(address)))
                 names.setdefault(plan.role, []).append(name)
         yield ActorAddress(address=ray.get_runtime_context().gcs_address, namespace=namespace, names=names)
     finally:
@@ -100,6 +108,8 @@ def start_actors(plans: Sequence[ActorPlan], *, address: str = "", learner_gpus:
             with suppress(RayError, RuntimeError):
                 ray.kill(handle, no_restart=True)
         ray.shutdown()
+        os.environ.pop(ONE_MACHINE, None)
+        os.environ.update({} if found is None else {ONE_MACHINE: found})
 
 
 def connect(where: ActorAddress, role: str) -> list[tuple[str, Any]]:
@@ -136,8 +146,8 @@ def check_resources(plans: Sequence[ActorPlan], offered: Mapping[str, float], le
         )
 
 
-def _create(plan: ActorPlan, name: str, namespace: str, *, shared: bool) -> Any:
-    environment = dict(ENVIRONMENT)
+def _create(plan: ActorPlan, name: str, namespace: str, passed: Mapping[str, str], *, shared: bool) -> Any:
+    environment = {**ENVIRONMENT, **passed}
     if "OMP_NUM_THREADS" in os.environ:
         environment["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
     if plan.visible_gpus is not None:
@@ -154,14 +164,18 @@ def _create(plan: ActorPlan, name: str, namespace: str, *, shared: bool) -> Any:
     )  # fmt: skip
 
 
-def _join(address: str, namespace: str) -> None:
+def _join(address: str, namespace: str, folder: Path | None = None) -> None:
     """A local cluster on the loopback interface, without a dashboard, or the one at `address`."""
     options: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     if not address:
         options |= {"num_cpus": 0, "include_dashboard": False, "_node_ip_address": LOOPBACK, "address": "local"}
+        options |= {} if folder is None else {"_temp_dir": str(folder)}
     else:
         options |= {"address": address}
-    asked_to_stop = signal.getsignal(signal.SIGTERM)
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(ONE_MACHINE) != "0"  # Ray reads the variable when it is imported
+    asked_to_stop, talk = signal.getsignal(signal.SIGTERM), logging.getLogger("ray")
+    level = talk.level
+    talk.setLevel(logging.ERROR)
     try:
         ray.init(**options)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
@@ -169,4 +183,5 @@ def _join(address: str, namespace: str) -> None:
         fix = "leave ray.address empty for a cluster of this machine" if address else "free memory or ports on this machine, or use engine=torch"
         raise ValueError(f"Ray {f'at {address} cannot be reached' if address else 'does not start'} ({reason}); {fix}") from error
     finally:
+        talk.setLevel(level)
         signal.signal(signal.SIGTERM, asked_to_stop)  # Ray puts its own in the place of whoever saves the run

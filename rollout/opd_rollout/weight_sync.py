@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd_rollout.shared_memory import Written, write
+from opd_rollout.shared_memory import Written, remove, remove_stale, write
 from opd_rollout.types import GenerateRequest, Sampling, ScoreRequest, TokenScores, WeightMetadata, WeightSource
 
 
@@ -37,12 +37,17 @@ class Parcel:
 
 
 class SharedMemoryParcels:
-    """Writes each version into a file of its own under `folder`; the one before goes when `done` is called."""
+    """Writes each version into a file of its own under `folder`; the one before goes when `done` is called.
+
+    Files that dead runs left there are removed first.
+    """
 
     def __init__(self, folder: Path, attempt: str = "", *, leads: bool = True) -> None:
         """attempt: a word that the ranks of one start of the learner share and that no other start has."""
         self._folder, self._attempt, self._leads, self._serial = folder, attempt or secrets.token_hex(6), leads, 0
-        self._kept: list[Path] = []
+        self._kept: list[tuple[Path, int]] = []
+        if leads:
+            remove_stale(folder, "opd-*.weights")
 
     def make(self, weights: WeightSource) -> Parcel:
         """Copies the weights (all ranks iterate them, one writes). Raises ValueError for too little room."""
@@ -51,8 +56,8 @@ class SharedMemoryParcels:
         path = self._folder / f"opd-{stamp}.weights"
         metadata = weights.metadata()
         if self._leads:
-            self._kept.append(path)
-            written = write(path, metadata, weights.buckets())
+            written, lock = write(path, metadata, weights.buckets())
+            self._kept.append((path, lock))
         else:
             for _ in weights.buckets():
                 pass
@@ -61,14 +66,14 @@ class SharedMemoryParcels:
 
     def done(self) -> None:
         """The newest version is in place: older files may go."""
-        for path in self._kept[:-1]:
-            path.unlink(missing_ok=True)
+        for path, lock in self._kept[:-1]:
+            remove(path, lock)
         del self._kept[:-1]
 
     def close(self) -> None:
         """Removes every file."""
-        for path in self._kept:
-            path.unlink(missing_ok=True)
+        for path, lock in self._kept:
+            remove(path, lock)
         self._kept.clear()
 
 
