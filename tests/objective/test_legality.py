@@ -25,10 +25,10 @@ DRAWN = Setting(signals=("main",), group=8, source="student", sampler=True)
 BOTH = Setting(signals=("main", "reference"), group=8, source="student")
 
 CURIOUS = {"policy": "squared_error", "advantage": {"curious_teacher": {"k": 8}}}
-DATA = Setting(signals=("main",), group=1, source="dataset", vocabulary=50)
+IMITATED = Setting(signals=("main",), group=1, source="dataset", vocabulary=50)
 
 LEGAL = [
-    (CURIOUS, DATA, ()),
+    (CURIOUS, IMITATED, ()),
     (distill({"forward_kl": {"entry_clip": 0.05}}), TEACHER, ()),
     (distill("reverse_kl", topk("student", 8)), TEACHER, ()),
     (distill("reverse_kl", topk("teacher", 8)), TEACHER, ()),
@@ -104,7 +104,7 @@ ILLEGAL = [
     (distill("forward_kl", topk("teacher", 1, "renormalise")), TEACHER, "always zero", "k of at least 2", None),
     ({**CURIOUS, "advantage": "teacher_logratio"}, TEACHER, "which advantages are not", "curious_teacher", None),
     ({**CURIOUS, "policy": "reinforce"}, TEACHER, "is no advantage", "squared_error", None),
-    ({**CURIOUS, "advantage": {"curious_teacher": {"k": 51}}}, DATA, "the vocabulary has 50", "at most 50", None),
+    ({**CURIOUS, "advantage": {"curious_teacher": {"k": 51}}}, IMITATED, "the vocabulary has 50", "at most 50", None),
     (distill("forward_kl", topk("teacher", 51)), TEACHER, "the vocabulary has 50", "at most 50", None),
     (distill({"forward_kl": {"entry_clip": 0.05}}, topk("teacher", 8)), TEACHER, "entry_clip", "support: full", None),
     (distill("forward_kl", "sampled"), TEACHER, "sampled token alone", "distill: reverse_kl", None),
