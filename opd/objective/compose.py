@@ -104,6 +104,7 @@ def token_loss(
         contribution = factor * torch.where(active, loss, 0.0)
         total = total + contribution.sum()
         columns[f"loss/{term.name}"] = contribution.detach()
+        columns[f"share/{term.name}"] = torch.where(rows.loss_mask, active.to(loss.dtype), torch.nan)
         columns["loss/total"] = columns["loss/total"] + contribution.detach()
         columns |= {f"{name}/{term.name}": torch.where(active, value, torch.nan) for name, value in extra.items()}
     return total, columns | _common_columns(objective, selected, rows)

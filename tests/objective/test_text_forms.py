@@ -55,9 +55,9 @@ def test_cord_from_recipe_to_gradient_and_what_sets_it_apart():
     weight = {"peak_divergence": {"tokens": 2, "factor": 2.0, "decay": 0.99}}
     batch.expect(load("cord", t1__weight=weight)[1], cord_loss)
     for changed in ({"factor": 1.0}, {"decay": 1.0}, {"tokens": 1}):
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match="not close"):
             batch.expect(load("cord", t1__weight={"peak_divergence": {**weight["peak_divergence"], **changed}})[1], cord_loss)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="not close"):
         batch.expect(load("cord", without=["1.weight"])[1], cord_loss)
 
 
@@ -100,11 +100,11 @@ def test_gdsd_from_recipe_to_gradient_and_what_sets_it_apart(drift):
     assert any(abs(gap) > 0.3 for gap in gaps) == (drift > 0.1), "one batch inside the clamp, one partly beyond it"
     batch.expect(load("gdsd")[1], gdsd_loss)
     without_penalty = load("gdsd", t1__coef=0.0)[1]
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="not close"):
         batch.expect(without_penalty, gdsd_loss)
     for changed in ({"scale": 2.0}, {"low": 0.9, "high": 9.0}):
         if drift > 0.1 or "scale" in changed:
-            with pytest.raises(AssertionError):
+            with pytest.raises(AssertionError, match="not close"):
                 batch.expect(load("gdsd", t0__policy={"log_ratio_regression": changed})[1], gdsd_loss)
 
 
@@ -155,9 +155,9 @@ def test_curio_sft_from_recipe_to_gradient_and_what_sets_it_apart():
 
     batch.expect(recipe(), loss, atol=1e-5)  # the grid's width
     for changed in ({"rise": 0.0}, {"low": 1.0, "high": 1.0001}, {"k": 2}):
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match="not close"):
             batch.expect(recipe(**changed), loss, atol=1e-4)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="not close"):
         batch.expect(recipe(), lambda answers: loss(answers, weight=0.0), atol=1e-4)
 
 

@@ -20,6 +20,7 @@ from opd.errors import Preempted
 from opd.overview import recipe_files
 from opd.tasks import TASKS
 from opd.tasks.tokenizer import character_tokenizer
+from opd.text.bpe import train_byte_bpe
 
 torch.set_num_threads(1)
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
@@ -133,3 +134,19 @@ def test_zero_stages_train_and_resume_bitwise_on_one_rank(here, stage, dtype, lo
     assert metrics(train("opsd", "broken", **changes)) == metrics(whole)
     gaps = [row["engine_gap_nats"] for row in metrics(whole)]
     assert max(gaps) < (1e-5 if dtype == "float32" else 0.02)  # the engine speaks with the learner's weights, also after updates
+
+
+@pytest.mark.parametrize("method", ["alm", "gold", "uld"])
+def test_a_teacher_with_another_tokenizer(here, method):
+    """A byte-pair teacher, whose chat template and tokens are its own: two steps, and scores of every answer."""
+    stranger = train_byte_bpe(["7+8=15;15-9=6;6", "3+4=7;7+5=12;12", "9-4=5;5+6=11;11"] * 9, 280)
+    torch.manual_seed(2)
+    AutoModelForCausalLM.from_config(new_config(SHAPE, stranger)).save_pretrained("stranger")
+    stranger.save_pretrained("stranger")
+    JUDGED.clear()
+    by_text.stop_after = 0
+    folder = train(method, "strange", teacher={"external": {"path": "stranger", "tokenizer": "own"}})
+    rows = metrics(folder)
+    assert len(rows) == 2 and all(row["views/main"] == 1.0 and row["loss/distill"] > 0 for row in rows)
+    first, second = (load_file(f"{name}/model.safetensors") for name in ("base", folder / "model"))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
