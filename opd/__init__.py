@@ -6,7 +6,7 @@ from typing import Any
 __all__ = ["compare", "evaluate", "inspect", "train"]
 __version__ = "0.1.0"
 
-HOMES = {"train": "opd.api", "evaluate": "opd.api", "compare": "opd.reports", "inspect": "opd.reports"}
+HOMES = {"train": "opd.api", "evaluate": "opd.examination.run", "compare": "opd.reports", "inspect": "opd.reports"}
 
 
 def __getattr__(name: str) -> Any:

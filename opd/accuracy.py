@@ -9,7 +9,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
+
+from scipy.special import stdtrit
 
 from opd.run.folder import append_line
 
@@ -22,9 +25,11 @@ class EvalResult:
     generations: tuple[Mapping[str, Any], ...]
 
 
-def decoding_name(temperature: float) -> str:
-    """ "greedy" or "temperature 0.7": how eval.jsonl names a decoding."""
-    return f"temperature {float(temperature)}" if temperature > 0 else "greedy"
+def decoding_name(temperature: float, top_p: float = 1.0, top_k: int = 0) -> str:
+    """ "greedy", "temperature 0.7" or "temperature 0.6 top-p 0.95 top-k 20": how eval.jsonl names a decoding."""
+    if temperature <= 0:
+        return "greedy"
+    return f"temperature {float(temperature)}" + f" top-p {top_p:g}" * (top_p < 1) + f" top-k {top_k}" * (top_k > 0)
 
 
 def summarise(generations: Sequence[Mapping[str, Any]], k: int) -> dict[str, Any]:
@@ -51,6 +56,10 @@ def summarise(generations: Sequence[Mapping[str, Any]], k: int) -> dict[str, Any
         "stderr": clustered_stderr(average),
         "pass@k_stderr": clustered_stderr(passed[k]),
         "maj@k_stderr": clustered_stderr(majority),
+        "interval": interval(average),
+        "pass@k_interval": interval(passed[k]),
+        "maj@k_interval": interval(majority),
+        "resolves": smallest_difference([[line["correct"] for line in lines] for lines in problems]),
         "pass_at": {str(j): _mean(values) for j, values in passed.items()},
         "length": _mean([line["length"] for line in generations]),
         "truncated": _mean([line["finish"] == "length" for line in generations]),
@@ -89,6 +98,40 @@ def majority_vote(answers: Sequence[str], correct: Sequence[bool]) -> float:
 def clustered_stderr(values: Sequence[float]) -> float:
     """Standard error of the mean over problems; 0 with fewer than two."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> list[float]:
+    """[low, high] around the mean of the problems' values, each in [0, 1]; [0, 1] without a problem.
+
+    Wilson's interval (1927) with Student's quantile and as many problems as would give, at this mean, the variance that the values have: it
+    stays in [0, 1], and thirty problems that all fail leave room for some that would not.
+    """
+    count, mean = len(values), _mean(values)
+    if count < 2:
+        return [0.0, 1.0]
+    stderr = clustered_stderr(values)
+    effective = mean * (1 - mean) / stderr**2 if stderr > 0 else count
+    z = float(stdtrit(count - 1, 0.5 + level / 2))
+    shrunk, spread = 1 + z * z / effective, z * math.sqrt(mean * (1 - mean) / effective + (z / (2 * effective)) ** 2)
+    middle = mean + z * z / (2 * effective)
+    return [max(0.0, (middle - spread) / shrunk), min(1.0, (middle + spread) / shrunk)]
+
+
+def smallest_difference(correct: Sequence[Sequence[bool]], *, level: float = 0.95, power: float = 0.8) -> list[float]:
+    """[at best, at worst] difference between two models' avg@k that these problems and answers would show, with this power, as not zero.
+
+    At best: both models find the same problems hard, and the comparison is paired by problem, so that only the noise of the k answers is
+    left (with one answer a problem it cannot be told apart from the problems, and is taken to be everything). At worst: nothing in common.
+    arXiv:2411.00640, section 5, where the variance of the conditional differences is 0 and twice the problems' own.
+    """
+    if len(correct) < 2:
+        return [1.0, 1.0]
+    means = [statistics.fmean(answers) for answers in correct]
+    few = (sum(means) + 1) / (len(means) + 2)
+    total = statistics.variance(means) or few * (1 - few)  # where all agree, what one problem more of each kind would give
+    noise = [m * (1 - m) / (len(answers) - 1) if len(answers) > 1 else total for m, answers in zip(means, correct, strict=True)]
+    quantiles = NormalDist().inv_cdf(0.5 + level / 2) + NormalDist().inv_cdf(power)
+    return [min(1.0, quantiles * math.sqrt(2 * variance / len(correct))) for variance in (min(_mean(noise), total), total)]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,7 +1,6 @@
-"""The commands that run a model, as functions: train, evaluate. `opd.reports` has those that read run folders."""
+"""Training, as a function. `opd.examination` evaluates; `opd.reports` reads run folders."""
 
 import contextlib
-import json
 import logging
 import shutil
 import sys
@@ -18,12 +17,13 @@ from opd import loop_async
 from opd.ahead import Ahead
 from opd.build.audit import audit_engine
 from opd.build.system import Parts, actors_of, build_parts, check_tracking, input_facts, is_sharded, open_sink, parse_weights
-from opd.config.load import load_recipe, parse_overrides, parse_recipe
+from opd.config.load import load_recipe
 from opd.config.recipe import Recipe
 from opd.config.stages import read_stages
 from opd.errors import Paused
 from opd.eval import Codec, EvalResult, EvalSettings, decoding_name, write_evaluation
 from opd.eval import evaluate as evaluate_problems
+from opd.examination.run import EVALUATION_SEED
 from opd.guard.action import RunGuard
 from opd.guard.rules import parse_rules
 from opd.launcher.driver import refuse_other_launchers, train_stages, wants_launcher
@@ -181,27 +181,6 @@ def evaluate_run(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Pat
     return folder
 
 
-def evaluate(model_or_run: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
-    """avg@k, pass@k and maj@k of a run's chosen model, or of a model folder on an embedded task (`data.task=...`); prints and returns the rows."""
-    changes = parse_overrides(overrides)
-    resolved = _eval_recipe(model_or_run, changes)
-    chosen = Path(model_or_run) / "chosen.json"
-    step = json.loads(chosen.read_text(encoding="utf-8"))["step"] if chosen.is_file() else 0
-    parts = build_parts(resolved)
-    rows = []
-    for temperature in resolved.eval.temperatures:
-        result = examine(resolved, parts, parts.engine, "test", parts.problems.test, temperature, resolved.eval.final_samples, step)
-        row = dict(result.row)
-        rows.append(row)
-        print(
-            f"{row['suite']} test, {row['decoding']}: avg@{row['k']} {row['avg@k']:.3f} ± {row['stderr']:.3f}, pass@{row['k']} {row['pass@k']:.3f} "
-            f"± {row['pass@k_stderr']:.3f}, maj@{row['k']} {row['maj@k']:.3f} ± {row['maj@k_stderr']:.3f} ({row['n_problems']} problems)"
-        )
-    parts.learner.close()
-    parts.engine.close()
-    return rows
-
-
 def facts(recipe: Recipe, parts: Parts) -> dict[str, Any]:
     """What resolved.json adds to the recipe: what was chosen, and hashes of template and data."""
     return {
@@ -293,9 +272,6 @@ def examine(
     return evaluate_problems(engine, prompts, parts.problems.verify, codec, settings, step=step, ranks=ranks)
 
 
-EVALUATION_SEED = 20260501
-
-
 
 def report_final(recipe: Recipe, folder: Path, parts: Parts, run: TrainingRun, system: System, ranks: Ranks) -> None:
     """Choose the checkpoint (best on dev, or the last), export it as model/, and examine it on the test split."""
@@ -322,21 +298,6 @@ def report_final(recipe: Recipe, folder: Path, parts: Parts, run: TrainingRun, s
                 result = examine(recipe, parts, parts.engine, "test", parts.problems.test, temperature, samples, chosen, ranks)
                 if ranks.leads:
                     write_evaluation(folder, result)
-
-
-def _eval_recipe(model_or_run: str, changes: Mapping[str, Any]) -> Recipe:
-    resolved = Path(model_or_run) / "resolved.json"
-    if not resolved.is_file():
-        if not any(key.startswith("data") for key in changes):
-            raise ValueError(f"{model_or_run} is no run folder: say what to examine it on, e.g. data.task=expr or data.path=FILE.jsonl")
-        return load_recipe("sft", {"model.path": model_or_run, "sampling.max_tokens": 64, "learner.kind": "torch", **changes})
-    before = json.loads(resolved.read_text())["recipe"]
-    model = Path(model_or_run) / "model"
-    if not (model / "config.json").is_file():
-        raise ValueError(f"{model_or_run} has no model/ yet: finish the run first (opd train with its recipe resumes it)")
-    alone = {"init": "", "teacher": "", "view": "", "signals": {}, "objective": [{"nll": {}}], "group": 1, "rollout": {}}  # nobody teaches
-    before = {**before, **alone, "model": {**before["model"], "path": str(model), "init": "pretrained", "lora": None}}
-    return parse_recipe(before, {"learner.kind": "torch", **changes}, origin=model_or_run, resolved=True)
 
 
 @contextlib.contextmanager

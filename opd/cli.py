@@ -16,7 +16,7 @@ USAGE = """usage: opd COMMAND [NAME] [key=value ...]
   train   RECIPE       one run -> runs/<name>/ (the same command again resumes)
   check   RECIPE       in seconds, without weights or a GPU: what is wrong, how much memory and time it will take (device=h100)
   compare COMPARISON   several arms x seeds under one budget -> runs/<name>/report.html
-  eval    MODEL_OR_RUN avg@k, pass@k, maj@k with standard errors
+  eval    MODEL_OR_RUN avg@k, pass@k, maj@k with intervals: a run's own problems, data.path=FILE or suite=aime24; server=http://...:8000/v1
   inspect RUN          token-level viewer -> <run>/inspect.html; other=RUN lays a second run beside it
   doctor  RUN          where the seconds went, who waited for whom, whether asynchrony would help
   diagnose RECIPE      which teacher and view suit the student, before any training -> runs/diagnose-.../diagnosis.html
@@ -85,7 +85,7 @@ def _compare(words: Sequence[str]) -> None:
 
 
 def _eval(words: Sequence[str]) -> None:
-    import_module("opd.api").evaluate(_name(words, "eval MODEL_OR_RUN"), parse_overrides(words[1:]))
+    import_module("opd.examination.run").evaluate(_name(words, "eval MODEL_OR_RUN"), parse_overrides(words[1:]))
 
 
 def _inspect(words: Sequence[str]) -> None:

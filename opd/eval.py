@@ -1,7 +1,7 @@
 """Examines a student on a fixed list of problems: answers, verdicts, one line of eval.jsonl, one file of generations."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ class EvalSettings:
     max_tokens: int
     stop_ids: tuple[int, ...]
     seed: int
+    top_p: float = 1.0
+    top_k: int = 0
 
 
 def evaluate(
@@ -55,27 +57,31 @@ def evaluate(
     _check(prompts, settings)
     started = time.perf_counter()
     k = settings.samples if settings.temperature > 0 else 1
-    of_ranks = ranks.gather(_answers(engine, prompts[ranks.rank :: ranks.count], verify, codec, settings, step))
+    of_ranks = ranks.gather(judged_answers(engine, prompts[ranks.rank :: ranks.count], verify, codec, settings, step))
     generations = tuple(of_ranks[n // k % ranks.count][n // k // ranks.count * k + n % k] for n in range(k * len(prompts)))
-    decoding = decoding_name(settings.temperature)
-    row = {
+    return EvalResult(row=evaluation_row(generations, settings, step, time.perf_counter() - started), generations=generations)
+
+
+def evaluation_row(generations: Sequence[Mapping[str, Any]], settings: EvalSettings, step: int, seconds: float) -> dict[str, Any]:
+    """A line of eval.jsonl from judged answers, k to a problem."""
+    decoding = decoding_name(settings.temperature, settings.top_p, settings.top_k)
+    return {
         "step": step,
         "suite": settings.suite,
         "split": settings.split,
         "decoding": decoding,
         "temperature": settings.temperature,
-        **summarise(generations, k),
+        **summarise(generations, settings.samples if settings.temperature > 0 else 1),
         "tokens": sum(line["length"] for line in generations),
-        "seconds": round(time.perf_counter() - started, 3),
+        "seconds": round(seconds, 3),
         "generations": f"generations/{settings.suite}-{settings.split}-{decoding.replace(' ', '-')}-step-{step:06d}.jsonl",
     }
-    return EvalResult(row=row, generations=generations)
 
 
-def _answers(
+def judged_answers(
     engine: Engine, prompts: Sequence[Prompt], verify: Verifier, codec: Codec, settings: EvalSettings, step: int
 ) -> list[dict[str, Any]]:
-    """The judged answers to these problems, in order."""
+    """The judged answers to these problems, in order, k to a problem: lines of a generations file."""
     k = settings.samples if settings.temperature > 0 else 1
     requests = [
         GenerateRequest(prompt_ids=ids, seed=request_seed(settings.seed, prompt.id, sample, step))
@@ -83,7 +89,9 @@ def _answers(
         for ids in [codec.encode(prompt)]
         for sample in range(k)
     ]
-    sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_tokens, stop_ids=settings.stop_ids)
+    sampling = Sampling(
+        temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k, max_tokens=settings.max_tokens, stop_ids=settings.stop_ids
+    )
     completions = engine.generate(requests, sampling) if requests else []
     assert len(completions) == len(requests)
     return [generation_record(prompts[n // k], n % k, completion, verify, codec) for n, completion in enumerate(completions)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, Qwen3Config
 from transformers.utils import logging as transformers_logging
 
 from opd.config.choices import nearest
@@ -63,6 +63,14 @@ def load_model(path: str, **options: Any) -> torch.nn.Module:
 def load_config(path: str) -> Any:
     """The folder's configuration, for a model with fresh weights."""
     return _from_pretrained(AutoConfig, path)
+
+
+def generation_config(path: str) -> GenerationConfig | None:
+    """The folder's generation settings; None where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        return None
 
 
 def new_model(config: Any, seed: int, **options: Any) -> torch.nn.Module:

@@ -10,6 +10,7 @@ from opd.config.recipe import Recipe
 from opd.data.presets import PRESETS, Preset, find_preset
 from opd.data.records import Records, existing_file, read_records
 from opd.data.selection import between, contaminated, pass_rates
+from opd.data.suites import SUITES, suite_records
 from opd.prompts import PromptStream, read_prompts, shuffled_stream, split_prompts, task_prompts, task_stream
 from opd.tasks import HINT_TEMPLATES, TASKS
 from opd.types import Prompt, Verifier
@@ -139,6 +140,9 @@ def _decontaminated(recipe: Recipe, prompts: Sequence[Prompt], exam: Sequence[Pr
 
 
 def _exam(name: str) -> list[Prompt]:
+    if name in SUITES:
+        bare = replace(SUITES[name], ask="{question}")  # the request around a question is no part of the exam
+        return read_prompts(suite_records(bare), repair=frozenset({"duplicate"}))[0]
     preset = PRESETS.get(name)
     records = read_records(preset.path, subset=preset.subset, split="test") if preset else read_records(name, split="test")
     return read_prompts(_under_our_names(records, preset) if preset else records, repair=frozenset({"duplicate"}))[0]

@@ -4,11 +4,12 @@ Names and columns are those that the data sets' own pages state; the hub cannot 
 record written by hand after that page, not on the data.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from opd.config.choices import nearest
+from opd.config.recipe import Choice
 from opd.verify.answers import marked_answer
 
 Record = Mapping[str, Any]
@@ -18,7 +19,7 @@ Record = Mapping[str, Any]
 class Preset:
     """path, subset, split: on the hub. columns: our name -> theirs, where plain. fields: our name -> what a record gives.
 
-    verifier: who judges. ungradable, duplicates: what such public sets need, "refuse" or "drop". licence: as the page states it.
+    verifier: who judges, as data.verifier names it. licence: as the page states it.
     """
 
     path: str
@@ -26,7 +27,7 @@ class Preset:
     split: str = "train"
     columns: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, Callable[[Record], Any]] = field(default_factory=dict)
-    verifier: str = "math"
+    verifier: Choice = "math"
     licence: str = ""
 
     def record(self, theirs: Record) -> dict[str, Any]:
@@ -52,8 +53,9 @@ def _lettered(record: Record) -> str:
     return "\n".join([record["question"], *lines])
 
 
-def _options(record: Record) -> str:
-    return "\n".join([record["question"], *(f"{chr(65 + n)}. {text}" for n, text in enumerate(record["options"]))])
+def lettered(question: str, options: Sequence[str]) -> str:
+    """The question, then its options as A, B, C ..., one a line."""
+    return "\n".join([question, *(f"{chr(65 + n)}. {text}" for n, text in enumerate(options))])
 
 
 PRESETS = {
@@ -87,8 +89,8 @@ PRESETS = {
         path="TIGER-Lab/MMLU-Pro",
         split="test",
         columns={"answer": "answer", "domain": "category"},
-        fields={"question": _options},
-        verifier="choice",
+        fields={"question": lambda r: lettered(r["question"], r["options"])},
+        verifier={"choice": {"letters": "ABCDEFGHIJ"}},
         licence="MIT",
     ),
     "mbpp": Preset(

@@ -16,6 +16,10 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+class Unreachable(ValueError):
+    """A data set of the hub that cannot be read here."""
+
+
 def read_records(source: str, *, subset: str = "", split: str = "train", limit: int = 0) -> Records:
     """(place, record) pairs of a file or hub data set, in order; the first `limit` of them, 0 for all.
 

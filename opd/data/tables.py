@@ -7,6 +7,8 @@ from typing import Any
 import datasets
 import pyarrow.parquet
 
+from opd.data.records import Unreachable
+
 Records = Iterator[tuple[str, dict[str, Any]]]
 
 
@@ -30,7 +32,7 @@ def hub(name: str, subset: str, split: str, limit: int) -> Records:
             yield f"{name}/{split}[{number}]", record
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise Unreachable(
             f"{name!r} is no file here, and as a data set of the hub (subset {subset or 'none'}, split {split}) it cannot be read: {reason}. "
             "Check the name, data.subset and data.split and the connection (HF_HUB_OFFLINE must not be 1), or give a local file"
         ) from None

@@ -14,9 +14,9 @@ from opd.types import Prompt, Verdict, Verifier
 from opd.verify.answers import final_answer
 from opd.verify.code import code_verdict, gold_tests_problem, require_isolation
 from opd.verify.math import MathVerifier, math_verdict
-from opd.verify.simple import choice_verdict, exact_verdict, json_verdict, regex_verdict
+from opd.verify.simple import choice_verdict, chosen_letter, exact_verdict, json_verdict, regex_verdict
 
-__all__ = ["VERIFIERS", "MathVerifier", "as_verifier", "final_answer", "gold_problem", "judge", "make_verifier"]
+__all__ = ["VERIFIERS", "MathVerifier", "as_verifier", "final_answer", "gold_problem", "judge", "make_verifier", "read_answer"]
 
 
 def make_verifier(choice: Any) -> Verifier:
@@ -25,6 +25,14 @@ def make_verifier(choice: Any) -> Verifier:
     if name in REQUIRES:
         REQUIRES[name]()
     return as_verifier(verifier) if name == "fn" else verifier
+
+
+def read_answer(choice: Any) -> Callable[[Prompt, str], str]:
+    """What a vote counts under this verifier: the letter of a choice, nothing for programs, else the final answer."""
+    name, parameters = split_choice(choice, "verifier")
+    if name == "choice":
+        return lambda prompt, text: chosen_letter(text, **parameters)
+    return (lambda prompt, text: "") if name == "code" else final_answer
 
 
 def as_verifier(function: Callable[..., Any], *, correct_at: float = 1.0) -> Verifier:

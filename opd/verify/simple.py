@@ -9,6 +9,8 @@ from opd.types import Prompt, Verdict
 from opd.verify.answers import marked_answer
 
 _OPENING = re.compile(r"[{\[]")
+_ANSWER_IS = re.compile(r"[Aa]nswer(?: is|:)\s*\**\s*(\(?[A-Z]\)?)(?![A-Za-z])")
+_PRONOUN = re.compile(r"(?<![A-Za-z(])I(?=['’]|\s+[a-z])")
 _LETTER = re.compile(r"(?<![A-Za-z])\(?([A-Z])\)?(?![A-Za-z])")
 
 
@@ -24,12 +26,21 @@ def exact_verdict(prompt: Prompt, text: str, *, ignore_case: bool = False, last_
 def choice_verdict(prompt: Prompt, text: str, *, letters: str = "ABCDE") -> Verdict:
     """Right when the chosen letter is the gold one.
 
-    The choice is a marked answer's letter, else the last letter of `letters` that stands alone in the text.
+    Read by `chosen_letter`.
     """
     if prompt.answer is None:
         return Verdict(status="abstain", feedback="no gold answer")
-    found = [letter for letter in _LETTER.findall(marked_answer(text) or text) if letter in letters]
-    return _compare(found[-1] if found else "", prompt.answer.strip().strip("()."))
+    return _compare(chosen_letter(text, letters), prompt.answer.strip().strip("()."))
+
+
+def chosen_letter(text: str, letters: str = "ABCDE") -> str:
+    """The letter of a marked answer, else of the last "answer is X", else the last that stands alone ("I" only where no word follows)."""
+    marked = marked_answer(text)
+    for part in [marked] if marked else [" ".join(_ANSWER_IS.findall(text)), _PRONOUN.sub("", text)]:
+        found = [letter for letter in _LETTER.findall(part) if letter in letters]
+        if found:
+            return found[-1]
+    return ""
 
 
 def json_verdict(prompt: Prompt, text: str, *, keys: Sequence[str] = ()) -> Verdict:

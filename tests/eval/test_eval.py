@@ -1,13 +1,14 @@
 import itertools
 import json
 import math
+import random
 import statistics
 
 import pytest
 import torch
 from opd_rollout.types import Completion
 
-from opd.accuracy import clustered_stderr, majority_vote, pass_at, powers, summarise, write_evaluation
+from opd.accuracy import clustered_stderr, interval, majority_vote, pass_at, powers, smallest_difference, summarise, write_evaluation
 from opd.eval import Codec, EvalSettings, evaluate
 from opd.types import Prompt, Verdict
 
@@ -147,3 +148,39 @@ def test_powers():
     assert powers(1) == [1]
     assert powers(4) == [1, 2, 4]
     assert powers(12) == [1, 2, 4, 8, 12]
+
+
+def test_interval_by_hand_and_within_its_bounds():
+    low, high = interval([0.0] * 30)  # z = 2.0452 (29 degrees of freedom): 0 to z^2 / (30 + z^2)
+    assert low == 0.0 and high == pytest.approx(2.04523**2 / (30 + 2.04523**2), abs=1e-4)
+    assert interval([1.0] * 30) == pytest.approx([1 - high, 1.0])
+    assert interval([0.5]) == [0.0, 1.0] == interval([])
+    narrow, wide = interval([0.4, 0.6] * 50), interval([0.0, 1.0] * 50)
+    assert narrow[1] - narrow[0] < 0.25 * (wide[1] - wide[0]) and sum(narrow) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("hardness", "k"), [((0.0, 0.05, 0.1), 4), ((0.1, 0.5, 0.9), 4), ((0.02, 0.3, 1.0), 1), ((0.9, 1.0, 1.0), 8)])
+def test_intervals_hold_the_truth_as_often_as_they_say(hardness, k):
+    """Problems drawn from three kinds, 30 an exam, 2,000 exams."""
+    rng, held = random.Random(1), 0
+    truth = statistics.fmean(hardness)
+    for _ in range(2000):
+        values = [statistics.fmean(rng.random() < p for _ in range(k)) for p in rng.choices(hardness, k=30)]
+        low, high = interval(values)
+        held += low <= truth <= high
+    assert 0.93 <= held / 2000 <= 0.995
+
+
+def test_smallest_difference_by_hand_and_by_simulation():
+    answers = [[True, True, False, False]] * 50 + [[True] * 4] * 50  # means 0.5 and 1: variance 0.0631, noise 0.5 * 0.25 / 3
+    best, worst = smallest_difference(answers)
+    assert best == pytest.approx(2.8016 * math.sqrt(2 * 0.5 * 0.25 / 3 / 100), rel=1e-3)
+    assert worst == pytest.approx(2.8016 * math.sqrt(2 * 0.0625 * 100 / 99 / 100), rel=1e-3)
+    assert smallest_difference([[False]] * 30)[1] > 0.1  # thirty failures show no small difference
+    assert smallest_difference([[True]]) == [1.0, 1.0]
+    rng, seen, p, k = random.Random(2), 0, 0.4, 8
+    best, _ = smallest_difference([[rng.random() < p for _ in range(k)] for _ in range(100)])
+    for _ in range(1000):  # two models equal on every problem but for `best`: a paired test sees it in 80 % of exams
+        gaps = [(sum(rng.random() < p + best for _ in range(k)) - sum(rng.random() < p for _ in range(k))) / k for _ in range(100)]
+        seen += abs(statistics.fmean(gaps)) > 1.984 * statistics.stdev(gaps) / 10
+    assert 0.70 <= seen / 1000 <= 0.90

@@ -54,6 +54,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below; a modul
         "opd.cli",
         "opd.comparison",
         "opd.diagnosis",
+        "opd.examination",
         "opd.launcher.driver",
         "opd.launcher.rank",
         "opd.overview",
@@ -72,6 +73,7 @@ HOMES = {  # third-party package -> modules that may import it
     "transformers": {
         "opd.text.chat",
         "opd.build",
+        "opd.examination.speaker",
         "opd.preflight.facts",
         "opd.preflight.memory",
         "opd.text.bpe",
