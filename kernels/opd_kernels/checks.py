@@ -3,6 +3,7 @@
 Values of CUDA tensors are checked by device-side asserts, so that no check waits for the device.
 """
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable
@@ -186,10 +187,29 @@ def check_extras(extras: tuple[Tensor, ...], hidden: Tensor) -> None:
             raise ValueError(f"extras[{index}] requires a gradient, which would be lost; pass extras[{index}].detach()")
 
 
-def check_loss_fn(loss_fn: Any) -> None:
-    """Raises ValueError unless loss_fn can be called."""
+def check_loss_fn(loss_fn: Any, extras: tuple[Tensor, ...]) -> None:
+    """Raises ValueError unless loss_fn can be called with (selected, *extras)."""
     if not isinstance(loss_fn, Callable):
         raise ValueError(f"loss_fn is a {type(loss_fn).__name__}; it must be a function (selected, *extras) -> (loss, aux)")
+    try:
+        signature = inspect.signature(loss_fn)
+    except (TypeError, ValueError):  # a callable that does not tell what it takes
+        return
+    try:
+        signature.bind(None, *extras)
+    except TypeError as mismatch:
+        raise ValueError(
+            f"extras has {len(extras)} tensors, but loss_fn takes {signature} ({mismatch}); it must take selected and one argument an extra"
+        ) from None
+
+
+def check_loss_depends(depends: bool) -> None:
+    """Raises ValueError where a gradient is wanted of a loss that has none."""
+    if not depends:
+        raise ValueError(
+            "loss_fn returned a loss that does not depend on selected.logp, tail_logp, logz or entropy (detached, or formed under no_grad?), "
+            "so every gradient would be zero; build it from those tensors, or call under torch.no_grad() for the value alone"
+        )
 
 
 def check_loss(result: Any, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:

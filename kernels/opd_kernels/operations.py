@@ -114,7 +114,7 @@ def fused_sparse_loss(
     `loss_fn(selected, *extras)` sees a chunk of C tokens: a SelectedLogprobs and the matching slices of `extras` (each [N, ...],
     constants). It returns the sum of the chunk's token losses and a dict of per-token tensors [C], which come back detached and
     joined to [N]. It must not mix tokens: pass normalisers and weights as extras. The loss is differentiable in hidden, weight and
-    bias; nothing that loss_fn captures receives a gradient.
+    bias; nothing that loss_fn captures receives a gradient. Raises ValueError where the loss depends on none of what it was given.
     """
     check_projection(hidden, weight)
     options = check_options(
@@ -131,7 +131,7 @@ def fused_sparse_loss(
     ids = check_ids(ids, hidden, total_columns)
     check_count("student_topk", student_topk, 0, total_columns)
     check_extras(extras, hidden)
-    check_loss_fn(loss_fn)
+    check_loss_fn(loss_fn, extras)
     module = choose_backend(backend, hidden)
     if hidden.shape[0] == 0:
         empty = _empty_selected(hidden, weight, bias, ids, tail=tail, entropy=entropy, student_topk=student_topk)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_kernels.checks import check_loss
+from opd_kernels.checks import check_loss, check_loss_depends
 from opd_kernels.selection import FLOOR
 from opd_kernels.types import (
     PAD_LOGP,
@@ -83,7 +83,9 @@ def fused_sparse_loss(
     **keywords: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See `opd_kernels.fused_sparse_loss`: the closure on selected_logprobs of all tokens."""
-    loss, aux = check_loss(loss_fn(selected_logprobs(hidden, weight, ids, **keywords), *extras), hidden.shape[0])
+    selected = selected_logprobs(hidden, weight, ids, **keywords)
+    loss, aux = check_loss(loss_fn(selected, *extras), hidden.shape[0])
+    check_loss_depends(loss.requires_grad or not selected.logz.requires_grad)
     return loss, {name: value.detach() for name, value in aux.items()}
 
 

@@ -102,6 +102,40 @@ def test_loss_fn(loss_fn, message, tokens, backend):
         opd_kernels.fused_sparse_loss(HIDDEN[:tokens], WEIGHT, IDS[:tokens], loss_fn, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda s: (s.logp.detach().sum(), {}),
+        lambda s: (torch.tensor(2.0), {}),
+        lambda s: (torch.no_grad()(lambda: s.logz.sum())(), {}),
+    ],
+    ids=["detached", "constant", "no_grad"],
+)
+def test_a_loss_without_a_gradient(loss_fn, backend):
+    """Its gradients would be zeros without a word; with no gradient wanted the value stands."""
+    hidden = HIDDEN.clone().requires_grad_()
+    with pytest.raises(ValueError, match="does not depend on selected.logp, tail_logp, logz or entropy"):
+        opd_kernels.fused_sparse_loss(hidden, WEIGHT, IDS, loss_fn, backend=backend)
+    with torch.no_grad():
+        value, _ = opd_kernels.fused_sparse_loss(hidden, WEIGHT, IDS, loss_fn, backend=backend)
+    assert torch.isfinite(value) and not value.requires_grad
+
+
+def test_a_loss_of_something_else_alone():
+    captured = torch.ones(1, requires_grad=True)
+    with pytest.raises(ValueError, match="does not depend on selected"):
+        opd_kernels.fused_sparse_loss(HIDDEN.clone().requires_grad_(), WEIGHT, IDS, lambda s: (captured.sum(), {}), backend="torch")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("tokens", [0, 4])
+def test_extras_that_loss_fn_does_not_take(count, tokens):
+    extras = (torch.zeros(tokens),) * count
+    with pytest.raises(ValueError, match=rf"extras has {count} tensors, but loss_fn takes \(s, teacher_logp, weight\)"):
+        opd_kernels.fused_sparse_loss(HIDDEN[:tokens], WEIGHT, IDS[:tokens], lambda s, teacher_logp, weight: (s.logz.sum(), {}), extras)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
