@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opd_kernels.checks import check_loss
+from opd_kernels.checks import check_loss, check_loss_depends
 from opd_kernels.distributed import collect_selected, combine_sums, reduce_hidden_gradient, smallest_over_ranks
 from opd_kernels.dlogits import GradientSums, add_tile, dlogits_, dlogits_of_mass_, gradient_sums
 from opd_kernels.placement import owned_ids, place
@@ -17,7 +17,7 @@ from opd_kernels.precomputed import attach, needs_gradient
 from opd_kernels.products import Projection, Scratch, logits_into, projection
 from opd_kernels.running import MASKED, accumulate, accumulate_below, empty_sums
 from opd_kernels.selection import RunningSums, Upstream, coefficients, finalize
-from opd_kernels.tiling import cast_columns, chunk_rows, inner_rows, spans
+from opd_kernels.tiling import cast_columns, chunk_rows, inner_rows, product_columns, resident_rows, spans
 from opd_kernels.topk import RunningTopk, block_maxima
 from opd_kernels.types import LogitOptions, LossFn, SelectedLogprobs, TopkLogprobs, chunk_budget
 
@@ -26,31 +26,34 @@ from opd_kernels.types import LogitOptions, LossFn, SelectedLogprobs, TopkLogpro
 class RowChunks:
     """Scratch for whole rows of `rows` tokens. Products are as wide as they can be; elementwise work goes a few rows at a time.
 
-    columns: of one product, all of them unless the weight must be cast first. inner: rows that are worked on together. tiles: two areas
-    of `inner` rows.
+    columns: of one product of a gradient, all of them unless the weight must be cast first. filled: of one product of logits. inner: rows
+    that are worked on together. tiles: two areas of `inner` rows.
     """
 
     rows: int
     columns: int
+    filled: int
     inner: int
     logits: Scratch
     tiles: Scratch
 
 
-def row_chunks(head: Projection, copies: int = 1) -> RowChunks:
-    """Sizes and scratch for `copies` sets of whole rows, the same on all ranks of a process group."""
+def row_chunks(head: Projection, copies: int = 1, most: int | None = None) -> RowChunks:
+    """Sizes and scratch for `copies` sets of at most `most` whole rows, the same on all ranks of a process group."""
     device = head.hidden.device
     elements = chunk_budget(head.options, device, row_sets=copies) // (copies * head.dtype.itemsize)
-    rows = smallest_over_ranks(chunk_rows(head.hidden.shape[0], head.columns, elements), head.options.process_group, device)
+    fitting = chunk_rows(head.hidden.shape[0], head.columns, elements)
+    rows = smallest_over_ranks(fitting if most is None else min(fitting, most), head.options.process_group, device)
     columns = max(1, head.columns) if head.weight.dtype == head.hidden.dtype else cast_columns(head.columns, head.hidden.shape[1], device)
     inner = min(rows, inner_rows(head.columns, copies, device))
     tiles = Scratch(inner * head.columns, 2, head)
-    return RowChunks(rows=rows, columns=columns, inner=inner, logits=Scratch(rows * head.columns, copies, head), tiles=tiles)
+    filled = min(columns, product_columns(head.columns, device))
+    return RowChunks(rows=rows, columns=columns, filled=filled, inner=inner, logits=Scratch(rows * head.columns, copies, head), tiles=tiles)
 
 
 def fill(rows_x: Tensor, head: Projection, chunks: RowChunks) -> None:
     """Writes the logits of all columns into rows_x [C, V]."""
-    for columns in spans(head.columns, chunks.columns):
+    for columns in spans(head.columns, chunks.filled):
         logits_into(rows_x[:, columns], head, slice(0, rows_x.shape[0]), head.weight_tile(columns.start, columns.stop), columns.start)
 
 
@@ -72,7 +75,7 @@ def topk_logprobs(hidden: Tensor, weight: Tensor, k: int, *, always_include: Ten
     """See `opd_kernels.topk_logprobs`."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = projection(hidden, weight, options)
-        chunks = row_chunks(head)
+        chunks = row_chunks(head, most=resident_rows(head.hidden.device))
         parts = [
             _score_chunk(part_of(head, rows), chunks, k, None if always_include is None else always_include[rows])
             for rows in spans(hidden.shape[0], chunks.rows)
@@ -136,7 +139,7 @@ def fused_sparse_loss(
     needs = needs_gradient(hidden, weight, options.bias)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = projection(hidden, weight, options)
-        chunks = row_chunks(head)
+        chunks = row_chunks(head, most=resident_rows(head.hidden.device))
         sums = gradient_sums(head, needs, head.dtype)
         losses, auxes = [], []
         for rows in spans(hidden.shape[0], chunks.rows):
@@ -195,15 +198,17 @@ def _select_chunk(
 def run_loss(
     loss_fn: LossFn, selected: SelectedLogprobs, extras: tuple[Tensor, ...], differentiate: bool
 ) -> tuple[Tensor, dict[str, Tensor], Upstream | None]:
-    """Runs a closure on one chunk: (loss, aux, gradients of the loss at the chunk's outputs). Raises ValueError for a malformed result."""
+    """Runs a closure on one chunk: (loss, aux, gradients of the loss at the chunk's outputs). Raises ValueError for a bad result."""
     names = ("logp", "tail_logp", "logz", "entropy")
     leaves = {name: getattr(selected, name) for name in names if getattr(selected, name) is not None}
     with torch.set_grad_enabled(differentiate):
         leaves = {name: leaf.detach().requires_grad_(differentiate) for name, leaf in leaves.items()}
         loss, aux = check_loss(loss_fn(replace(selected, **leaves), *extras), selected.logz.shape[0])
     grads: dict[str, Tensor | None] = dict.fromkeys(names)
-    if differentiate and loss.requires_grad:
+    if differentiate:
+        check_loss_depends(loss.requires_grad)
         grads.update(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))
+        check_loss_depends(any(grad is not None for grad in grads.values()))
     upstream = Upstream(**grads) if differentiate else None
     return loss.detach(), {name: value.detach() for name, value in aux.items()}, upstream
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opd_kernels.exponentials import exp_into
 from opd_kernels.placement import TileIds
 from opd_kernels.products import Projection, add_product, product_into, softcap_slope
 from opd_kernels.selection import FLOOR, Coefficients
@@ -21,10 +22,10 @@ def dlogits_(
         softcap_slope(x, head, rows, out=slope)
     x.sub_(coefficients.reference[rows, None])
     if coefficients.slope is None:
-        x.exp_().mul_(coefficients.scale[rows, None])
+        exp_into(x, out=x).mul_(coefficients.scale[rows, None])
     else:
         assert mass is not None
-        torch.exp(x.clamp_(min=FLOOR), out=mass)
+        exp_into(x.clamp_(min=FLOOR), out=mass)
         x.mul_(coefficients.slope[rows, None]).add_(coefficients.scale[rows, None]).mul_(mass)
     if slope is not None:
         x.mul_(slope)

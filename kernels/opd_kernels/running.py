@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from opd_kernels.exponentials import exp_into
 from opd_kernels.selection import FLOOR, RunningSums
 
 MASKED = -1e30  # a column left out of sums with a known maximum: its exponential is 0, and 0 * MASKED is no NaN
@@ -29,11 +30,11 @@ def accumulate(x: Tensor, sums: RunningSums, shifted: Tensor, mass: Tensor | Non
     decay = offset.exp()
     torch.sub(x, origin[:, None], out=shifted)
     if mass is None:
-        shifted.exp_()
+        exp_into(shifted, out=shifted)
         sums.l.mul_(decay).add_(shifted.sum(dim=1))
     else:
         shifted.clamp_(min=FLOOR)
-        torch.exp(shifted, out=mass)
+        exp_into(shifted, out=mass)
         sums.t.add_(torch.where(sums.l == 0, 0.0, offset * sums.l)).mul_(decay)
         sums.l.mul_(decay).add_(mass.sum(dim=1))
         sums.t.add_(shifted.mul_(mass).sum(dim=1))
@@ -48,6 +49,6 @@ def accumulate_below(x: Tensor, sums: RunningSums, shifted: Tensor, mass: Tensor
     torch.sub(x, torch.where(sums.m == _NEG_INF, 0.0, sums.m)[:, None], out=shifted)
     if not bounded:
         shifted.clamp_(min=MASKED)
-    torch.exp(shifted, out=mass)
+    exp_into(shifted, out=mass)
     sums.l.add_(mass.sum(dim=1))
     sums.t.add_(mass.mul_(shifted).sum(dim=1))
