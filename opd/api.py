@@ -16,6 +16,7 @@ from opd_rollout.engine import Engine
 from opd import loop_async
 from opd.ahead import Ahead
 from opd.build.audit import audit_engine
+from opd.build.devices import device_facts
 from opd.build.system import Parts, actors_of, build_parts, check_tracking, input_facts, is_sharded, open_sink, parse_weights
 from opd.config.load import load_recipe
 from opd.config.recipe import Recipe
@@ -185,6 +186,7 @@ def facts(recipe: Recipe, parts: Parts) -> dict[str, Any]:
     """What resolved.json adds to the recipe: what was chosen, and hashes of template and data."""
     return {
         **input_facts(recipe, parts.tokenizer),
+        **device_facts(),
         "verifier": getattr(parts.problems.verify, "__qualname__", type(parts.problems.verify).__name__),
         "allow": list(parts.objective.allowed),
         "num_parameters": parts.num_parameters,

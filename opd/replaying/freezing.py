@@ -19,7 +19,7 @@ from opd.config.recipe import Recipe
 from opd.learner.learner import PolicyLearner
 from opd.loop import Views
 from opd.replaying.bundle import Bundle, Outcome, weights_name, write_bundle
-from opd.run.folder import environment
+from opd.run.machine import environment
 from opd.types import Judged, Meter, Prepared, Sample, StepReport
 
 HIDDEN_MEBIBYTES = 64  # up to here a bundle also holds the teachers' hidden states and heads, so that every objective can be replayed

