@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 
 from opd.config.load import describe, find_recipe, parse_overrides
 from opd.config.stages import read_stages
@@ -18,6 +19,7 @@ USAGE = """usage: opd COMMAND [NAME] [key=value ...]
   compare COMPARISON   several arms x seeds under one budget -> runs/<name>/report.html
   eval    MODEL_OR_RUN avg@k, pass@k, maj@k with intervals: a run's own problems, data.path=FILE or suite=aime24; server=http://...:8000/v1
   inspect RUN          token-level viewer -> <run>/inspect.html; other=RUN lays a second run beside it
+  diff    RUN_A RUN_B  every difference between two runs, and which of them can explain a gap in results
   doctor  RUN          where the seconds went, who waited for whom, whether asynchrony would help
   diagnose RECIPE      which teacher and view suit the student, before any training -> runs/diagnose-.../diagnosis.html
   bundle  RUN step=N   one step's rollouts, scores and weights in a file -> <run>/bundles/
@@ -92,6 +94,13 @@ def _inspect(words: Sequence[str]) -> None:
     print(import_module("opd.reports").inspect(_name(words, "inspect RUN"), parse_overrides(words[1:])))
 
 
+def _diff(words: Sequence[str]) -> None:
+    if len(words) != 2 or any("=" in word for word in words):
+        raise ValueError(f"opd diff takes two run folders, opd diff RUN_A RUN_B; found {' '.join(words) or 'none'}")
+    difference = import_module("opd.comparison.difference")
+    print(difference.describe(difference.diff_runs(Path(words[0]), Path(words[1]))))
+
+
 def _doctor(words: Sequence[str]) -> None:
     print(import_module("opd.timing.doctor").doctor(_name(words, "doctor RUN"), parse_overrides(words[1:])))
 
@@ -134,6 +143,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "compare": _compare,
     "eval": _eval,
     "inspect": _inspect,
+    "diff": _diff,
     "doctor": _doctor,
     "diagnose": _diagnose,
     "bundle": _bundle,
