@@ -102,8 +102,18 @@ def _train_in(folder: Path, recipe: Recipe, verifier: Callable[..., Any] | None,
         train_rank(folder, recipe, PhaseClock(Status(folder / "status.json", recipe.steps), stop), view, verifier)
 
 
-def train_rank(folder: Path, recipe: Recipe, clock: PhaseClock, view: LiveView, verifier: Callable[..., Any] | None = None) -> str:
-    """Build, check, then run as one of `clock.ranks`; up to `open_run` nothing is written. Returns why it ended."""
+def train_rank(
+    folder: Path,
+    recipe: Recipe,
+    clock: PhaseClock,
+    view: LiveView,
+    verifier: Callable[..., Any] | None = None,
+    actors: Mapping[str, Any] | None = None,
+) -> str:
+    """Build, check, then run as one of `clock.ranks`; up to `open_run` nothing is written. Returns why it ended.
+
+    actors: where the launcher has started them, as rank 0 knows it.
+    """
     ranks, status = clock.ranks, clock.status
     with contextlib.ExitStack() as held:
         held.callback(view.close)
@@ -113,8 +123,8 @@ def train_rank(folder: Path, recipe: Recipe, clock: PhaseClock, view: LiveView, 
                 held.enter_context(claimed(folder))
         ranks.wait()
         seed_generators(recipe.seed)
-        actors = held.enter_context(actors_of(recipe))
-        parts = build_parts(recipe, verifier=verifier, check=clock.check, ranks=ranks, actors=actors)
+        where = ranks.first(actors) or held.enter_context(actors_of(recipe))
+        parts = build_parts(recipe, verifier=verifier, check=clock.check, ranks=ranks, actors=where)
         held.callback(parts.learner.close)
         held.callback(parts.engine.close)
         for note in parts.problems.notes:

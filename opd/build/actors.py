@@ -20,11 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
 from opd.config.recipe import Recipe
+from opd.launcher.ranks import Ranks
 from opd.launcher.sweep import MARK, marked_processes
 from opd.learner.types import Learner
 from opd.objective.terms import SignalNeeds
 from opd.teacher.score import Weights
 
+Actors = ActorAddress | Mapping[str, Any]  # the launcher sends a mapping
 STUDENT = "student"
 WHOLE_VOCABULARY = 4096  # up to so many ids the actors return whole rows: exact at every id and temperature
 SUPPORT_LIMIT = 128  # log-probs a token that an actor of a larger vocabulary returns at most
@@ -57,6 +59,10 @@ def started(recipe: Recipe, served: Mapping[str, str], *, learner_gpus: int = 0)
             yield where
 
 
+def address_of(actors: Actors) -> ActorAddress:
+    return actors if isinstance(actors, ActorAddress) else ActorAddress(**actors)
+
+
 def check_placement(recipe: Recipe) -> None:
     """Raises ValueError for an engine that this machine or this recipe cannot have."""
     check_installed()
@@ -75,7 +81,7 @@ def check_placement(recipe: Recipe) -> None:
 
 def student_engine(
     recipe: Recipe,
-    where: ActorAddress,
+    actors: Actors,
     model: torch.nn.Module,
     shapes: Mapping[str, tuple[int, ...]],
     learner: Learner,
@@ -83,30 +89,26 @@ def student_engine(
     asked: Sequence[tuple[int, ...]],
     stop_ids: tuple[int, ...],
     check: Callable[[], None] | None,
-    *,
-    rank: int = 0,
-    attempt: str = "",
-    collective: bool = False,
+    ranks: Ranks,
 ) -> VllmEngine:
-    """The student's actors, with the learner's weights in them. asked: prompts of the canary that ends every weight update.
-
-    rank, attempt: this learner rank, and a word that all ranks of one start share. collective: the learner scores with all ranks at once.
-    """
-    e, config = recipe.engine, model.config
+    """The student's actors, with the learner's weights in them. asked: prompts of the canary that ends every weight update."""
+    e, config, where = recipe.engine, model.config, address_of(actors)
     files = ModelFiles(config=json.dumps({**config.to_dict(), "architectures": [type(model).__name__]}, default=str))
     runner = _runner_settings(recipe, _positions(recipe, config), -1 if vocab_size <= WHOLE_VOCABULARY else 20, transfer=TRANSFER)
     settings = EngineSettings(
-        vocab_size=vocab_size, manifest=shapes, chunk=e.chunk, load_seconds=e.deadline_seconds, leads=rank == 0, limits=_limits(recipe),
+        vocab_size=vocab_size, manifest=shapes, chunk=e.chunk, load_seconds=e.deadline_seconds, leads=ranks.leads, limits=_limits(recipe),
         tied="lm_head.weight" if getattr(config.get_text_config(), "tie_word_embeddings", False) else "", sleeps=e.placement == "colocated",
     )  # fmt: skip
-    actors = connect(where, STUDENT)
-    turned = actors[rank % len(actors) :] + actors[: rank % len(actors)]  # ranks begin with different actors
-    parcels = SharedMemoryParcels(Path(e.exchange), attempt, leads=rank == 0)
-    engine = VllmEngine(turned, files, runner, settings, parcels=parcels, check=check)
+    found = connect(where, STUDENT)
+    first, exchange = ranks.rank % len(found), Path(where.exchange or e.exchange)
+    turned = found[first:] + found[:first]  # ranks begin with different actors
+    parcels = SharedMemoryParcels(exchange, Path(where.exchange).name, leads=ranks.leads)
+    engine = VllmEngine(turned, files, runner, settings, parcels=parcels, check=check, share=ranks.first)
     sampling = Sampling(temperature=recipe.sampling.temperature, max_tokens=min(CANARY_TOKENS, recipe.sampling.max_tokens), stop_ids=stop_ids)
     engine.canary = Canary(
         requests=tuple(GenerateRequest(prompt_ids=prompt, seed=index) for index, prompt in enumerate(asked)),
-        sampling=sampling, reference=partial(learner.teacher_pass, weights="live"), limit_nats=e.audit_nats, collective=collective,
+        sampling=sampling, reference=partial(learner.teacher_pass, weights="live"), limit_nats=e.audit_nats,
+        collective=recipe.learner.zero_stage == 3,
     ) if asked else None  # fmt: skip
     engine.load_weights(learner.weights(learner.version))
     return engine
@@ -114,14 +116,14 @@ def student_engine(
 
 def served_teachers(
     recipe: Recipe,
-    where: ActorAddress,
+    actors: Actors,
     served: Mapping[str, str],
     tokenizer: PreTrainedTokenizerBase,
     needs: Mapping[str, SignalNeeds],
     check: Callable[[], None] | None,
 ) -> dict[str, Weights]:
     """Signal -> the scorer behind vLLM. Raises ValueError for a teacher whose tokens or positions do not fit the recipe."""
-    found, vocab_size, temperature = {}, len(tokenizer), recipe.sampling.temperature
+    found, vocab_size, temperature, where = {}, len(tokenizer), recipe.sampling.temperature, address_of(actors)
     for name, path in served.items():
         folder = pretrained.find_model(path)
         pretrained.check_same_tokens(tokenizer.get_vocab(), pretrained.load_tokenizer(folder).get_vocab(), path)

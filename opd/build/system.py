@@ -100,7 +100,7 @@ def build_parts(
     stop_ids = chat.stop_ids(tokenizer, model.generation_config)
     asked = [encode(prompt) for prompt in problems.dev[:CANARY_PROMPTS]]
     if distant:
-        engine = distant_engine(recipe, actors, model, sent, learner, vocab_size, asked, stop_ids, check)
+        engine = distant_engine(recipe, actors, model, sent, learner, vocab_size, asked, stop_ids, check, ranks)
     else:
         engine = make_engine(recipe, spoken, pad_id(tokenizer), vocab_size, check)
     verify = watched(problems.verify, {model, spoken, *teachers.values()}, check)
@@ -333,7 +333,7 @@ def actors_of(recipe: Recipe) -> AbstractContextManager[Any]:
     """
     choices = {name: parse_weights(name, signal.weights) for name, signal in recipe.signals.items()}
     served = {name: path for name, (kind, path) in choices.items() if kind == "served"}
-    if recipe.engine.kind == "torch" and not served:
+    if recipe.engine.kind != "vllm" and not served:
         return nullcontext()
     if missing := [name for name in ("ray", "vllm") if not find_spec(name)]:
         raise ValueError(

@@ -364,8 +364,8 @@ class Recipe(_Frozen):
         nodes, count = self.launch.nodes, self.launch.nodes * self.learner.ranks
         if count > 1 and self.learner.kind == "torch":
             raise ValueError("learner.kind torch is one process: use learner.kind=deepspeed, or learner.ranks=1")
-        if count > 1 and self.engine.kind == "vllm":
-            raise ValueError("engine=vllm serves one learner process so far: use learner.ranks=1, or engine=torch")
+        if nodes > 1 and self.engine.kind == "vllm" and not self.ray.address:
+            raise ValueError("engine=vllm on several machines needs a Ray cluster over them: ray.address=HOST:PORT (or auto), or engine=torch")
         if count > 1 and self.asynchrony.max_staleness:
             raise ValueError("asynchrony.max_staleness needs one learner process so far: use learner.ranks=1, or asynchrony.max_staleness=0")
         if count > 1 and self.track.bundle_steps:

@@ -1,6 +1,7 @@
 """The launcher of a run with several processes: starts the learner's ranks, watches them, restarts them, and leaves none behind.
 
-Light on purpose: neither torch nor a model is imported here. What a rank does is told by its beacon (opd/launcher/beacon.py).
+Light on purpose: neither torch nor a model is imported here, but where vLLM actors are wanted: this process is then Ray's driver. What a
+rank does is told by its beacon (opd/launcher/beacon.py).
 """
 
 import os
@@ -10,15 +11,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from opd.config.recipe import Recipe
 from opd.errors import Paused, Preempted, RunFailed, TooManySkipped
-from opd.launcher.sweep import marked_processes, sweep
+from opd.launcher.sweep import marked_processes
 from opd.launcher.watch import Board, Child, End, behind, read_messages, verdict
 from opd.run.folder import check_run, finished, run_folder
 from opd.stop import stop_signals
@@ -72,14 +76,18 @@ def launch(recipe: Recipe, folder: Path, *, quiet: bool) -> None:
     check_machine(recipe)
     asked, tries = Forwarded(), 0
     board = Board(folder, recipe)
-    with stop_signals(asked), marked_processes() as mark, tempfile.TemporaryDirectory(prefix="opd-") as scratch:
+    with stop_signals(asked), tempfile.TemporaryDirectory(prefix="opd-") as scratch, actors_for(recipe) as actors:
         while True:
-            children = start_ranks(recipe, folder, Path(scratch) / str(board.restarts), quiet=quiet)
-            try:
-                end = supervise(children, board, asked, recipe.launch.deadline_seconds)
-            finally:
-                stop_all(children)
-                sweep(mark)
+            place = Path(scratch) / str(board.restarts)
+            place.mkdir()
+            with exchange_folder(recipe) as exchange, marked_processes(exchange):
+                order = {"recipe": recipe.model_dump(mode="json"), "folder": str(folder), "quiet": quiet}
+                order["actors"] = actors and {**actors, "exchange": str(exchange or "")}
+                children = start_ranks(recipe, order, place)
+                try:
+                    end = supervise(children, board, asked, recipe.launch.deadline_seconds)
+                finally:
+                    stop_all(children)
             tries = 1 if board.saved_anew() else tries + 1
             if not end.restartable or asked.number or tries > recipe.launch.restarts:
                 break
@@ -133,14 +141,41 @@ def num_gpus() -> int:
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
-def start_ranks(recipe: Recipe, folder: Path, scratch: Path, *, quiet: bool) -> list[Child]:
-    """This machine's ranks. The first one of machine 0 has the terminal, the others write to files under `scratch`."""
-    scratch.mkdir()
+@contextmanager
+def actors_for(recipe: Recipe) -> Iterator[Mapping[str, Any] | None]:
+    """Where the ranks find the recipe's actors, which this process, Ray's driver, has started; None for a recipe without any.
+
+    Several machines: those of machine 0, whose rank 0 tells the others.
+    """
+    if not wants_actors(recipe) or recipe.launch.node_rank:
+        yield None
+        return
+    with import_module("opd.build.system").actors_of(recipe) as where:  # torch and Ray, which a run without actors need not wait for
+        yield where.as_dict()
+
+
+def wants_actors(recipe: Recipe) -> bool:
+    """Whether something of a recipe lives in a Ray actor: the student's engine, or a teacher's."""
+    external = [signal.weights.get("external") for signal in recipe.signals.values() if isinstance(signal.weights, Mapping)]
+    return recipe.engine.kind == "vllm" or any(isinstance(given, Mapping) and given.get("engine") == "vllm" for given in external)
+
+
+@contextmanager
+def exchange_folder(recipe: Recipe) -> Iterator[Path | None]:
+    """A folder of one start of the ranks, for weights on their way to vLLM actors; None for another engine."""
+    if recipe.engine.kind != "vllm":
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="opd-", dir=recipe.engine.exchange, ignore_cleanup_errors=True) as made:
+        yield Path(made)
+
+
+def start_ranks(recipe: Recipe, order: Mapping[str, Any], scratch: Path) -> list[Child]:
+    """This machine's ranks, told `order`. The first one of machine 0 has the terminal, the others write to files under `scratch`."""
     local, nodes = recipe.learner.ranks, recipe.launch.nodes
     first, count = recipe.launch.node_rank * local, local * nodes
     rendezvous = f"file://{scratch}/rendezvous" if nodes == 1 else f"tcp://{recipe.launch.master}"
-    order = {"recipe": recipe.model_dump(mode="json"), "folder": str(folder), "quiet": quiet, "count": count, "rendezvous": rendezvous}
-    order["threads"] = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // local))
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // local))
     children = []
     for place in range(local):
         ours, theirs = socket.socketpair()
@@ -157,7 +192,7 @@ def start_ranks(recipe: Recipe, folder: Path, scratch: Path, *, quiet: bool) -> 
                 start_new_session=True,
             )
         child = Child(rank=rank, process=process, link=ours, log=log)
-        child.tell(**order, rank=rank)
+        child.tell(**order, rank=rank, count=count, rendezvous=rendezvous, threads=threads)
         ours.setblocking(False)
         children.append(child)
     return children

@@ -92,4 +92,4 @@ def _train(beacon: Beacon) -> str:
         beacon.tell(phase="build")
         view = LiveView(Path(order["folder"]).name, recipe.steps, quiet=order["quiet"] or rank > 0, roles=lambda: beacon.shown)
         with contextlib.closing(view):
-            return train_rank(Path(order["folder"]), recipe, PhaseClock(RankReports(beacon), stop, ranks), view)
+            return train_rank(Path(order["folder"]), recipe, PhaseClock(RankReports(beacon), stop, ranks), view, actors=order["actors"])

@@ -47,11 +47,12 @@ class ActorPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorAddress:
-    """How a rank finds the actors: plain values, for JSON."""
+    """How a rank finds the actors: plain values, for JSON. exchange: a folder for weights that all ranks of one start share."""
 
     address: str
     namespace: str
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    exchange: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd_rollout.dispatch import ActorsLost, Limits, Pool, Replica
+from opd_rollout.dispatch import Limits, Pool, Replica
 from opd_rollout.parity import LogprobGap, logprob_gap
 from opd_rollout.sampling import check_sampling
 from opd_rollout.scoring import view_hash
@@ -20,7 +20,7 @@ from opd_rollout.vllm_actor import FOLDER_STAMP
 from opd_rollout.vllm_types import Answers, ModelFiles, RunnerSettings, Scored, ScoreJob
 from opd_rollout.weight_sync import Canary, Parcel, SharedMemoryParcels, check_manifest
 
-POLL_SECONDS = 0.05
+NO_GAP = LogprobGap(mean=0.0, max=0.0, num_tokens=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +56,13 @@ class VllmEngine:
         *,
         parcels: SharedMemoryParcels | None = None,
         check: Callable[[], None] | None = None,
+        share: Callable[[Any], Any] = lambda value: value,
     ) -> None:
-        """Opens the model in every actor. Raises ValueError for a model that vLLM cannot load, ActorsLost where no actor comes up."""
-        self._model, self._runner, self._settings, self._parcels = model, runner, settings, parcels
+        """Opens the model in every actor. share(value) -> the leading rank's value, once all ranks are there.
+
+        Raises ValueError for a model that vLLM cannot load, ActorsLost where no actor comes up.
+        """
+        self._model, self._runner, self._settings, self._parcels, self._share = model, runner, settings, parcels, share
         self.canary: Canary | None = None
         self.version, self.last_gap, self.sync_seconds = 0, None, 0.0
         self._parcel = Parcel(stamp=FOLDER_STAMP if model.folder else "", version=0, written=None)
@@ -111,14 +115,12 @@ class VllmEngine:
         assert self._parcels is not None, "this engine's weights came with its folder"
         started = time.monotonic()
         check_manifest(self._settings.manifest, weights.metadata(), self._settings.tied)
-        parcel = self._parcels.make(weights)
+        self._parcel, self.version = self._parcels.make(weights), weights.version
         if self._settings.leads:
-            self._parcel, self.version = parcel, weights.version
-            self._pool.call("load", parcel.written, parcel.version, parcel.stamp, seconds=self._settings.load_seconds)
+            self._pool.call("load", self._parcel.written, self._parcel.version, self._parcel.stamp, seconds=self._settings.load_seconds)
             if not any(replica.state == "ready" for replica in self._pool.replicas):
                 self._pool.bring_up()
-        else:
-            self._await(parcel)
+        self._share(None)  # from here on an actor that any rank brings up finds the whole file
         self._fly_canary()
         self._parcels.done()
         self._loads += 1
@@ -140,35 +142,35 @@ class VllmEngine:
         parcel = self._parcel
         return handle.revive.remote(self._model, self._runner, parcel.written, parcel.version, parcel.stamp)
 
-    def _await(self, parcel: Parcel) -> None:
-        """Until an actor has what the leading rank sends."""
-        deadline = time.monotonic() + self._settings.load_seconds
-        while parcel.stamp not in self._pool.call("stamp", seconds=self._settings.load_seconds):
-            if time.monotonic() > deadline:
-                raise ActorsLost(f"no actor had weights {parcel.stamp} after {self._settings.load_seconds:.0f} s")
-            time.sleep(POLL_SECONDS)
-        self._parcel, self.version = parcel, parcel.version
-
     def _fly_canary(self) -> None:
         """Raises ValueError where an actor answers with another distribution than the learner's, also after a restart."""
-        canary = self.canary
+        canary, ready = self.canary, [replica for replica in self._pool.replicas if replica.state == "ready"]
         if canary is None:
             return
-        for replica in [replica for replica in self._pool.replicas if replica.state == "ready"][: None if self._loads == 0 else 1]:
+        chosen = ready[: None if self._loads == 0 else 1]
+        for index in range(self._share(len(chosen))):
+            replica = chosen[index] if self._settings.leads else None
             gap = self._gap(replica, canary)
-            if not gap.mean <= canary.limit_nats and not canary.collective:
-                self._pool.restart(replica, f"after the update it is {gap.mean:.3f} nats from the learner")
-                self._pool.bring_up()
+            if self._share(not gap.mean <= canary.limit_nats):
+                if replica is not None:
+                    self._pool.restart(replica, f"after the update it is {gap.mean:.3f} nats from the learner")
+                    self._pool.bring_up()
                 gap = self._gap(replica, canary)
             self.last_gap = gap
             if not gap.mean <= canary.limit_nats:
                 raise ValueError(
-                    f"actor {replica.name} and the learner disagree by {gap.mean:.4f} nats on average (largest {gap.max:.4f}) after a weight update, "
-                    f"more than engine.audit_nats={canary.limit_nats}, also from a full export: training would be off-policy. Use float32, "
+                    f"actor {chosen[index].name} and the learner disagree by {gap.mean:.4f} nats on average (largest {gap.max:.4f}) after a weight "
+                    f"update, more than engine.audit_nats={canary.limit_nats}, also from a full export: training would be off-policy. Use float32, "
                     "or raise the threshold knowingly"
                 )
+        self._share(None)
 
-    def _gap(self, replica: Replica, canary: Canary) -> LogprobGap:
+    def _gap(self, replica: Replica | None, canary: Canary) -> LogprobGap:
+        """None: of an actor that the leading rank asks; this one only takes part in the learner's scores, where those are collective."""
+        if replica is None:
+            if canary.collective:
+                canary.reference([])
+            return NO_GAP
         alone = Pool([replica], self._settings.limits, self._revive)
         seeds, prompts = [r.seed for r in canary.requests], [r.prompt_ids for r in canary.requests]
         [answers] = alone.run(1, lambda handle, _: handle.generate.remote(prompts, seeds, canary.sampling, self._parcel.stamp))

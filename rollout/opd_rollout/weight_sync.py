@@ -17,7 +17,7 @@ from opd_rollout.types import GenerateRequest, Sampling, ScoreRequest, TokenScor
 class Canary:
     """Answers that a freshly loaded actor gives and the learner scores: `limit_nats` bounds the mean |difference|.
 
-    collective: `reference` is one of all ranks, so that it cannot be asked again by one of them.
+    collective: `reference` is a call of all ranks together.
     """
 
     requests: tuple[GenerateRequest, ...]
