@@ -20,8 +20,10 @@ QUIET_SECONDS = 0.3  # nothing found for so long: nobody is left, also none that
 GIVE_UP_SECONDS = 30.0
 
 
-def marked(mark: str, folder: Path | None = None) -> list[int]:
-    """Processes that carry the mark or have a file below `folder` open, and all below them, but for this one (Linux; elsewhere none is found).
+def marked(mark: str, folder: Path | None = None, spared: int = 0) -> list[int]:
+    """Processes that carry the mark or have a file below `folder` open, and all below them, but for this one and `spared`.
+
+    Linux only; elsewhere none is found.
 
     A process that changes its title, as Ray's agents and vLLM's engine do, may write over its environment, hence the other two ways.
     """
@@ -30,7 +32,7 @@ def marked(mark: str, folder: Path | None = None) -> list[int]:
         pid = int(entry.name)
         try:
             state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-            if state == "Z" or pid == os.getpid():
+            if state == "Z" or pid in (os.getpid(), spared):
                 continue
             children.setdefault(int(parent), []).append(pid)
             if _carries((entry / "environ").read_bytes(), mark) or (folder is not None and _has_open(entry, folder)):
@@ -67,11 +69,11 @@ def state_of(entry: Path) -> str:
         return ""
 
 
-def sweep(mark: str, folder: Path | None = None) -> None:
+def sweep(mark: str, folder: Path | None = None, spared: int = 0) -> None:
     """SIGKILL to every process that `marked` finds, until none is left."""
     started = quiet_since = time.monotonic()
     while time.monotonic() - started < GIVE_UP_SECONDS and time.monotonic() - quiet_since < QUIET_SECONDS:
-        for pid in marked(mark, folder):
+        for pid in marked(mark, folder, spared):
             quiet_since = time.monotonic()
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -103,9 +105,10 @@ def marked_processes(folder: Path | None = None) -> Iterator[str]:
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    launcher = os.getppid()  # it may have a file of its cluster open while it ends by itself
     sys.stdin.buffer.read()
     folder = Path(sys.argv[2]) if len(sys.argv) > 2 else None
-    sweep(sys.argv[1], folder)
+    sweep(sys.argv[1], folder, spared=launcher)
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
 
