@@ -8,7 +8,8 @@ from typing import Any
 
 from opd.config.recipe import Recipe
 from opd.data.presets import PRESETS, Preset, find_preset
-from opd.data.records import Records, existing_file, read_records
+from opd.data.records import Records, existing_file, on_hub, read_records
+from opd.data.sample import sample_records
 from opd.data.selection import between, contaminated, pass_rates
 from opd.data.suites import SUITES, suite_records
 from opd.prompts import PromptStream, read_prompts, shuffled_stream, split_prompts, task_prompts, task_stream
@@ -67,11 +68,13 @@ def _embedded(recipe: Recipe, verifier: Callable[..., Any] | None) -> Problems:
 def _from_records(recipe: Recipe, verifier: Callable[..., Any] | None) -> Problems:
     data, ev = recipe.data, recipe.eval
     preset = find_preset(data.preset) if data.preset else None
-    choice = data.verifier if data.verifier != "auto" else preset.verifier if preset else "math"
+    choice = verifier_name(recipe)
     verify = as_verifier(verifier) if verifier else make_verifier(choice)
     gold = None if verifier or not isinstance(choice, str) else verify
     prompts, dropped = _read(recipe, data.path, data.split, gold)
     notes = [f"{count} {kind} records left out" for kind, count in dropped.items() if count]
+    if tries_out(recipe, data.path or (preset.path if preset else "")):
+        notes.append(f"model.init=random: {len(prompts)} made-up problems stand in for {data.preset or data.path}")
     if data.pass_rate:
         before = len(prompts)
         prompts = between(prompts, pass_rates(existing_file(data.pass_rate.file)), data.pass_rate.low, data.pass_rate.high)
@@ -100,10 +103,23 @@ def _from_records(recipe: Recipe, verifier: Callable[..., Any] | None) -> Proble
     )
 
 
+def verifier_name(recipe: Recipe) -> Any:
+    """The verifier that a file's or preset's answers are judged with."""
+    data = recipe.data
+    return data.verifier if data.verifier != "auto" else find_preset(data.preset).verifier if data.preset else "math"
+
+
+def tries_out(recipe: Recipe, source: str) -> bool:
+    """Whether made-up problems stand in for a data set of the hub: the run has random weights and is about shapes and speed alone."""
+    return recipe.model.init == "random" and bool(recipe.model.path) and on_hub(source)
+
+
 def _read(recipe: Recipe, source: str, split: str, verify: Verifier | None) -> tuple[list[Prompt], dict[str, int]]:
     data = recipe.data
     preset = find_preset(data.preset) if data.preset else None
     path, subset = source or (preset.path if preset else ""), data.subset or (preset.subset if preset and not source else "")
+    if tries_out(recipe, path):
+        return read_prompts(sample_records(verifier_name(recipe)), system=data.system, verify=verify, origin="the made-up sample")
     records = read_records(path, subset=subset, split=split, limit=data.limit)
     if preset and not data.columns:
         records = _under_our_names(records, preset)

@@ -1,13 +1,14 @@
 """Models and tokenizers of a recipe: the student, its adapters, other models as teachers."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from opd.build import pretrained
+from opd.build import pretrained, shapes
 from opd.build.problems import Problems
 from opd.config.recipe import Recipe
 from opd.tasks.tokenizer import character_tokenizer
@@ -27,11 +28,41 @@ def student_path(recipe: Recipe) -> str:
     return pretrained.find_model(str(folder / "model"))
 
 
+def stands_in(recipe: Recipe, path: str) -> bool:
+    """Whether a model is only tried out: made from the sizes that ship with the project, nothing asked of the hub. Raises ValueError without sizes."""
+    if recipe.model.init != "random" or Path(path).is_dir():
+        return False
+    shapes.find_shape(path)
+    return True
+
+
+def served_paths(recipe: Recipe, choices: Mapping[str, tuple[str, Any]]) -> dict[str, str]:
+    """Signal -> model of the teachers that vLLM serves; one without weights is made in this process instead."""
+    return {name: path for name, (kind, path) in choices.items() if kind == "served" and not stands_in(recipe, pretrained.find_model(path))}
+
+
+def tokenizer_at(recipe: Recipe, path: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, or its stand-in."""
+    return shapes.shape_tokenizer(path, recipe.model.scale) if stands_in(recipe, path) else pretrained.load_tokenizer(path)
+
+
+def config_at(recipe: Recipe, path: str) -> Any:
+    """A model's configuration as the recipe would build it."""
+    if stands_in(recipe, path):
+        return shapes.shape_config(path, recipe.model.scale)
+    return shapes.scaled(pretrained.load_config(path), recipe.model.scale)
+
+
+def student_config(recipe: Recipe, path: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The student's configuration: of its model, or of model.shape where it has no path."""
+    return config_at(recipe, path) if path else shapes.scaled(pretrained.new_config(recipe.model.shape, tokenizer), recipe.model.scale)
+
+
 def load_tokenizer(recipe: Recipe, problems: Problems) -> PreTrainedTokenizerBase:
     """The model's tokenizer; for a new model a character tokenizer (embedded task) or a byte-level BPE trained on the data."""
     path = student_path(recipe)
     if path:
-        return pretrained.load_tokenizer(path)
+        return tokenizer_at(recipe, path)
     if recipe.data.task:
         return character_tokenizer(problems.corpus()[0])
     return train_byte_bpe(problems.corpus(), recipe.model.vocabulary)
@@ -44,9 +75,10 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.nn.M
     if path and m.init == "pretrained":
         model = pretrained.load_model(path, **options)
     else:
-        config = pretrained.load_config(path) if path else pretrained.new_config(m.shape, tokenizer)
-        model = pretrained.new_model(config, recipe.seed, **options)
-    if not path:
+        model = pretrained.new_model(student_config(recipe, path, tokenizer), recipe.seed, **options)
+    if path and stands_in(recipe, path):
+        model.generation_config = shapes.shape_generation(path, m.scale)
+    elif not path:
         model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     pretrained.check_rows(model, len(tokenizer), path or "model.shape")
     return model
@@ -55,11 +87,15 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.nn.M
 def external_model(path: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, name: str, own_tokenizer: bool = False) -> torch.nn.Module:
     """Another model as teacher. Raises ValueError unless its tokenizer gives the student's ids (heads may be padded differently), or is kept."""
     found = pretrained.find_model(path)
-    theirs = pretrained.load_tokenizer(found)
+    theirs = tokenizer_at(recipe, found)
     if own_tokenizer:
         tokenizer = theirs
     pretrained.check_same_tokens(tokenizer.get_vocab(), theirs.get_vocab(), path)
-    model = pretrained.load_model(found, dtype=getattr(torch, recipe.model.dtype), attn_implementation=recipe.model.attention)
+    options: dict[str, Any] = {"dtype": getattr(torch, recipe.model.dtype), "attn_implementation": recipe.model.attention}
+    if stands_in(recipe, found):
+        model = pretrained.new_model(config_at(recipe, found), recipe.seed + 1, **options)
+    else:
+        model = pretrained.load_model(found, **options)
     pretrained.check_rows(model, len(tokenizer), f"signals.{name}: teacher {path!r}")
     return model
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
 from opd.build.problems import Problems, load_problems, without_long
-from opd.build.student import external_model, load_model, load_tokenizer, pad_id, room_for_prompts, student_path
+from opd.build.student import external_model, load_model, load_tokenizer, pad_id, room_for_prompts, served_paths, student_path
 from opd.build.views import FOREIGN, OTHERS, aligned, checked_views, with_writers
 from opd.config.load import recipe_hash
 from opd.config.recipe import EMA, Recipe
@@ -84,7 +84,7 @@ def build_parts(
     model, encode = load_model(recipe, tokenizer), partial(_encode, tokenizer)
     room = room_for_prompts(model, recipe.sampling.max_tokens, "the student")
     problems = fitting(recipe, problems, encode, min(recipe.data.max_prompt_tokens, room))
-    served = {name: path for name, (kind, path) in choices.items() if kind == "served" and actors}
+    served = served_paths(recipe, choices) if actors else {}
     near = {name: path for name, (kind, path) in choices.items() if kind in OTHERS and name not in served}
     teachers = {name: external_model(path, recipe, tokenizer, name, choices[name][0] == FOREIGN) for name, path in near.items()}
     room_for_views = min([room, *(room_for_prompts(teacher, recipe.sampling.max_tokens, f"signals.{n}") for n, teacher in teachers.items())])
@@ -298,7 +298,7 @@ def input_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     """Hashes of what the run starts from, compared when it is resumed."""
     files = [path for path in (recipe.data.path, recipe.data.eval_path) if path]
     paths = [value for name, signal in recipe.signals.items() for kind, value in [parse_weights(name, signal.weights)] if kind in OTHERS]
-    folders = [student_path(recipe), *map(pretrained.find_model, paths)]
+    folders = [student_path(recipe), *map(pretrained.find_model, paths)]  # a hub name has no files here
     return {
         "learner": learner_kind(recipe),
         "template_hash": template_hash(tokenizer),
@@ -332,7 +332,7 @@ def actors_of(recipe: Recipe) -> AbstractContextManager[Any]:
     Raises ValueError where vLLM or Ray is not installed, or the machine lacks what they need.
     """
     choices = {name: parse_weights(name, signal.weights) for name, signal in recipe.signals.items()}
-    served = {name: path for name, (kind, path) in choices.items() if kind == "served"}
+    served = served_paths(recipe, choices)
     if recipe.engine.kind != "vllm" and not served:
         return nullcontext()
     if missing := [name for name in ("ray", "vllm") if not find_spec(name)]:

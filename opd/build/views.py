@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
 from opd.build.problems import Problems
+from opd.build.student import tokenizer_at
 from opd.config.choices import name_of, nearest, parameters_of
 from opd.config.recipe import Recipe
 from opd.contexts import check_asking_view, check_domains, check_hints
@@ -38,7 +39,7 @@ def checked_views(recipe: Recipe, problems: Problems, objective: Objective, choi
     check_hidden_signals(objective, choices)
     check_foreign(recipe, objective, {name for name, (kind, _) in choices.items() if kind == FOREIGN})
     check_writers(recipe, specs, objective)
-    own = {name: pretrained.load_tokenizer(pretrained.find_model(path)) for name, (kind, path) in choices.items() if kind == FOREIGN}
+    own = {name: tokenizer_at(recipe, pretrained.find_model(path)) for name, (kind, path) in choices.items() if kind == FOREIGN}
     return {name: replace(spec, tokenizer=own.get(name)) for name, spec in specs.items()}
 
 

@@ -32,7 +32,12 @@ class Model(_Frozen):
     """The student."""
 
     path: str = Field(default="", description="Hugging Face folder or hub name; models/<name> inside the package is found too")
-    init: Literal["pretrained", "random"] = Field(default="pretrained", description="random: fresh weights of the architecture in `path` or `shape`")
+    init: Literal["pretrained", "random"] = Field(
+        default="pretrained",
+        description="random: fresh weights of the architecture in `path` or `shape`; for a hub name in models/shapes.yaml nothing is asked of the hub, "
+        "and a byte-level tokenizer and made-up problems stand in",
+    )
+    scale: float = Field(default=1.0, gt=0, le=1, description="with init=random: layers and widths (and a stand-in's vocabulary) times this")
     shape: dict[str, Any] = Field(
         default={}, description="Qwen3 config values for a new model when `path` is empty (hidden_size, num_hidden_layers ...)"
     )
@@ -343,6 +348,14 @@ class Recipe(_Frozen):
         if not isinstance(given, dict) or any(given.get(key, value) != value for key, value in main.items()):
             raise ValueError("`teacher`/`view` are sugar for signals.main: give one or the other")
         return {**raw, "signals": {**declared, "main": {**given, **main}}}
+
+    @model_validator(mode="after")
+    def _scale_fits(self) -> "Recipe":
+        if self.model.scale < 1 and self.model.init != "random":
+            raise ValueError(f"model.scale is {self.model.scale:g}: weights that were trained cannot be made smaller; add model.init=random")
+        if self.model.init == "random" and self.init:
+            raise ValueError(f"model.init=random makes new weights, and init={self.init} names a run to start from: leave one of the two out")
+        return self
 
     @model_validator(mode="after")
     def _engine_fits(self) -> "Recipe":

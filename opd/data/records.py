@@ -26,10 +26,14 @@ def read_records(source: str, *, subset: str = "", split: str = "train", limit: 
     A name of the form owner/name that is no file is looked for on the hub (subset and split choose there; with a limit it is streamed, so
     that no more is downloaded than is read). Raises ValueError with the place and the fix.
     """
-    file = Path(source).expanduser()
-    on_hub = not file.exists() and _HUB_NAME.fullmatch(source) is not None and not file.suffix.lower().endswith(SUFFIXES)
-    records = _tables().hub(source, subset, split, limit) if on_hub else _file(existing_file(source))
+    records = _tables().hub(source, subset, split, limit) if on_hub(source) else _file(existing_file(source))
     return islice(records, limit or None)
+
+
+def on_hub(source: str) -> bool:
+    """Whether a source is a data set of the hub: of the form owner/name, and no file."""
+    file = Path(source).expanduser()
+    return not file.exists() and _HUB_NAME.fullmatch(source) is not None and not file.suffix.lower().endswith(SUFFIXES)
 
 
 def existing_file(path: str | Path) -> Path:
