@@ -29,7 +29,7 @@ def student_path(recipe: Recipe) -> str:
 
 
 def stands_in(recipe: Recipe, path: str) -> bool:
-    """Whether a model is only tried out: made from the sizes that ship with the project, nothing asked of the hub. Raises ValueError without sizes."""
+    """Whether a model is only tried out, made from shipped sizes without asking the hub. Raises ValueError where no sizes are known."""
     if recipe.model.init != "random" or Path(path).is_dir():
         return False
     shapes.find_shape(path)

@@ -34,8 +34,8 @@ class Model(_Frozen):
     path: str = Field(default="", description="Hugging Face folder or hub name; models/<name> inside the package is found too")
     init: Literal["pretrained", "random"] = Field(
         default="pretrained",
-        description="random: fresh weights of the architecture in `path` or `shape`; for a hub name in models/shapes.yaml nothing is asked of the hub, "
-        "and a byte-level tokenizer and made-up problems stand in",
+        description="random: fresh weights of the architecture in `path` or `shape`; for a hub name in models/shapes.yaml nothing is asked of "
+        "the hub, and a byte-level tokenizer and made-up problems stand in",
     )
     scale: float = Field(default=1.0, gt=0, le=1, description="with init=random: layers and widths (and a stand-in's vocabulary) times this")
     shape: dict[str, Any] = Field(

@@ -20,8 +20,8 @@ def _sum(number: int, dice: random.Random) -> dict[str, Any]:
     boxes, inside, given, name = dice.randint(3, 19), dice.randint(4, 29), dice.randint(1, 11), dice.choice(NAMES)
     total, left = boxes * inside, boxes * inside - given
     return {
-        "question": f"Problem {number + 1}. {name} has {boxes} boxes with {inside} pencils in each, and gives {given} pencils away. How many are left?",
-        "solution": f"There are {boxes} * {inside} = {total} pencils. After {given} are given away, {total} - {given} = {left} are left.\n\n\\boxed{{{left}}}",
+        "question": f"Problem {number + 1}. {name} has {boxes} boxes with {inside} pencils in each, and gives {given} away. How many are left?",
+        "solution": f"There are {boxes} * {inside} = {total} pencils.\nWithout {given}, {total} - {given} = {left} are left.\n\n\\boxed{{{left}}}",
         "answer": str(left),
         "domain": dice.choice(("arithmetic", "counting")),
     }
@@ -33,7 +33,8 @@ def _lettered(number: int, dice: random.Random) -> dict[str, Any]:
     options = sorted({right, right + 1, right + 10, max(0, right - 7)}, key=lambda value: (value * 37 + number) % 11)
     letter = chr(65 + options.index(right))
     lines = [f"{chr(65 + n)}. {value}" for n, value in enumerate(options)]
-    return {**record, "question": "\n".join([record["question"], *lines]), "answer": letter, "solution": f"{record['solution']}\n\nAnswer: {letter}"}
+    solution = record["solution"].partition("\\boxed")[0] + f"\\boxed{{{letter}}}"
+    return {**record, "question": "\n".join([record["question"], *lines]), "answer": letter, "solution": solution}
 
 
 def _program(number: int, dice: random.Random) -> dict[str, Any]:

@@ -7,14 +7,17 @@ from typing import Any, Literal, TypeVar
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from opd.build import pretrained
+from opd.build import pretrained, shapes
 from opd.build.problems import Problems, load_problems
-from opd.build.student import load_tokenizer, student_path
+from opd.build.student import config_at, load_tokenizer, stands_in, student_config, student_path, tokenizer_at
 from opd.build.system import check_support_sizes, check_tracking, learner_kind, objective_of, parse_weights
+from opd.build.views import FOREIGN, OTHERS
 from opd.config.recipe import Recipe
 from opd.contexts import check_hints
+from opd.data.records import on_hub
 from opd.guard.rules import parse_rules
 from opd.objective import Objective
+from opd.preflight.hub import hub_answers, missing_models
 from opd.prompts import check_dataset_hint
 from opd.source import parse_source
 from opd.text import chat
@@ -64,6 +67,7 @@ def gather(recipe: Recipe) -> tuple[Facts, list[Finding]]:
             found.append(Finding(severity="error", sentence=str(error)))
             return None
 
+    asked, recipe = recipe, without_hub(recipe, found)
     objective = attempt(partial(objective_of, recipe))
     weights = {name: parsed for name, signal in recipe.signals.items() if (parsed := attempt(partial(parse_weights, name, signal.weights)))}
     attempt(partial(parse_rules, recipe.guard.action, recipe.guard.rules))
@@ -78,22 +82,21 @@ def gather(recipe: Recipe) -> tuple[Facts, list[Finding]]:
     tokenizer = attempt(partial(load_tokenizer, recipe, problems)) if problems and path is not None else None
     config = None
     if tokenizer is not None:
-        source = partial(pretrained.load_config, path) if path else partial(pretrained.new_config, recipe.model.shape, tokenizer)
-        config = attempt(source)
+        config = attempt(partial(student_config, recipe, path, tokenizer))
         if objective:
             attempt(lambda: check_support_sizes(objective, len(tokenizer)))
     facts = Facts(
-        recipe=recipe,
+        recipe=asked,
         objective=objective,
         weights=weights,
         problems=problems,
         tokenizer=tokenizer,
         config=config,
-        generation=_generation(path) if path else None,
-        teachers=_teachers(weights, tokenizer, attempt),
+        generation=_generation(recipe, path) if path else None,
+        teachers=_teachers(recipe, weights, tokenizer, attempt),
         views=views,
-        prompt_lengths=_lengths(problems, tokenizer, attempt),
-        solution_lengths=_solutions(problems, tokenizer),
+        prompt_lengths=() if recipe is not asked else _lengths(problems, tokenizer, attempt),
+        solution_lengths=() if recipe is not asked else _solutions(problems, tokenizer),
     )
     return facts, found
 
@@ -108,27 +111,58 @@ def _views(recipe: Recipe, problems: Problems | None, attempt: Callable[..., Any
     return {name: spec for name, spec in specs.items() if spec is not None}
 
 
-def _generation(path: str) -> GenerationConfig | None:
+def without_hub(recipe: Recipe, found: list[Finding]) -> Recipe:
+    """The recipe as it can be read here: with shipped sizes and made-up problems where the hub does not answer, and a warning that says so."""
+    if recipe.model.init == "random" or recipe.init or recipe.model.path not in shapes.public_shapes():
+        return recipe
+    teachers = [path for name, signal in recipe.signals.items() for path in _paths(name, signal.weights)]
+    missing = missing_models([recipe.model.path, *teachers])
+    data = [source for source in (recipe.data.preset, recipe.data.path) if source and (source == recipe.data.preset or on_hub(source))]
+    if not missing and not data or hub_answers():
+        return recipe
+    names = ", ".join(dict.fromkeys([*missing, *data]))
+    sentence = (
+        f"the hub cannot be reached, so {names} could not be looked at: sizes come from the project's own table, and stand-ins take the place of "
+        "tokenizer, chat template and problems; check again where the hub answers"
+    )
+    found.append(Finding(severity="warning", sentence=sentence))
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"init": "random"})})
+
+
+def _paths(name: str, weights: Any) -> list[str]:
+    try:
+        kind, path = parse_weights(name, weights)
+    except ValueError:  # found again, and reported, by whoever reads the signals
+        return []
+    return [path] if kind in OTHERS else []
+
+
+def _generation(recipe: Recipe, path: str) -> GenerationConfig | None:
+    if stands_in(recipe, path):
+        return shapes.shape_generation(path, recipe.model.scale)
     try:
         return GenerationConfig.from_pretrained(path)
     except OSError:  # many folders have none
         return None
 
 
-def _teachers(weights: Mapping[str, tuple[str, Any]], tokenizer: PreTrainedTokenizerBase | None, attempt: Callable[..., Any]) -> dict[str, Any]:
+def _teachers(
+    recipe: Recipe, weights: Mapping[str, tuple[str, Any]], tokenizer: PreTrainedTokenizerBase | None, attempt: Callable[..., Any]
+) -> dict[str, Any]:
     configs = {}
     for name, (kind, path) in weights.items():
-        if kind == "external" and tokenizer is not None:
-            config = attempt(partial(_teacher, path, tokenizer))
+        if kind in OTHERS and tokenizer is not None:
+            config = attempt(partial(_teacher, recipe, path, None if kind == FOREIGN else tokenizer))
             if config is not None:
                 configs[name] = config
     return configs
 
 
-def _teacher(path: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    folder = pretrained.find_model(path if isinstance(path, str) else path["path"])
-    pretrained.check_same_tokens(tokenizer.get_vocab(), pretrained.load_tokenizer(folder).get_vocab(), folder)
-    return pretrained.load_config(folder)
+def _teacher(recipe: Recipe, path: str, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    folder = pretrained.find_model(path)
+    if tokenizer is not None:
+        pretrained.check_same_tokens(tokenizer.get_vocab(), tokenizer_at(recipe, folder).get_vocab(), folder)
+    return config_at(recipe, folder)
 
 
 def _lengths(problems: Problems | None, tokenizer: PreTrainedTokenizerBase | None, attempt: Callable[..., Any]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from statistics import mean
 import torch
 
 from opd.build.system import learner_kind, objective_of
+from opd.build.views import OTHERS
 from opd.config.choices import nearest
 from opd.preflight.facts import Facts
 from opd.preflight.memory import ModelFacts, engine_memory, learner_memory, model_facts, teacher_memory
@@ -91,7 +92,7 @@ def make_plan(facts: Facts, device: Device) -> Plan:
     deepspeed = learner_kind(r) == "deepspeed"
     on_cpu = device.name == "this CPU"
     teachers = {name: model_facts(config, dtype) for name, config in facts.teachers.items()}
-    teachers |= {name: student for name, (kind, _) in facts.weights.items() if kind != "external"}
+    teachers |= {name: student for name, (kind, _) in facts.weights.items() if kind not in OTHERS}
     micro = min(r.learner.token_budget, answers * longest)
     memory = {
         "libraries": {"this process": _resident() if on_cpu else 2 * 10**9},
@@ -106,7 +107,7 @@ def make_plan(facts: Facts, device: Device) -> Plan:
     for name, needs in objective.needs.signals.items():
         kind = facts.weights.get(name, ("frozen", None))[0]
         memory[f"teacher {name}"] = teacher_memory(
-            teachers.get(name, student), own_weights=kind == "external" or (kind == "frozen" and r.model.lora is None),
+            teachers.get(name, student), own_weights=kind in OTHERS or (kind == "frozen" and r.model.lora is None),
             micro_tokens=min(r.learner.token_budget, answers * longest), num_tokens=round(answers * answer), hidden=needs.hidden, chunk_bytes=0,
         )  # fmt: skip
     scored = [teachers.get(name, student) for name in objective.needs.signals]

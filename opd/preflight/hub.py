@@ -1,0 +1,29 @@
+"""Whether the hub can be asked, and which names of a recipe would need it."""
+
+import os
+import socket
+from collections.abc import Collection
+from pathlib import Path
+from urllib.request import getproxies
+
+from huggingface_hub import try_to_load_from_cache
+
+PATIENCE_SECONDS = 2.0
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached within PATIENCE_SECONDS; with a proxy it is assumed to be."""
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return False
+    if getproxies().get("https"):
+        return True
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=PATIENCE_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def missing_models(paths: Collection[str]) -> list[str]:
+    """Those of these models that are neither folders nor in the cache."""
+    return [path for path in paths if path and not Path(path).is_dir() and not isinstance(try_to_load_from_cache(path, "config.json"), str)]
