@@ -1,7 +1,7 @@
 """The numbers of a comparison, from runs to rows: what the report, the CSV and the terminal table all print."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from opd.comparison.config import Comparison
@@ -10,10 +10,12 @@ from opd.comparison.reach import Ratio, Reach, ratio_to_baseline, reach
 from opd.comparison.results import GREEDY, PRIMARY, CurvePoint, RunResult, best_decoding, difference, table
 from opd.comparison.statistics import (
     Interval,
+    Table,
     Verdict,
     crossed_bootstrap,
     detectable_difference,
     holm,
+    holm_levels,
     seeds_to_resolve,
     two_way_interval,
     verdict,
@@ -71,7 +73,9 @@ class ArmSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairSummary:
-    """left - right on the test split. holm_p: adjusted over all pairs of the same decoding. detectable: smallest difference to be seen."""
+    """left - right on the test split. family: how many differences Holm's correction was made over; verdict, holm_p, detectable (the smallest
+    true difference to be seen) and seeds_needed hold after it. Two families a decoding: the arms against the baseline, and all other pairs.
+    """
 
     left: str
     right: str
@@ -82,6 +86,7 @@ class PairSummary:
     holm_p: float
     detectable: float
     seeds_needed: int | None
+    family: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,27 +217,35 @@ def _collapse(run: RunResult) -> tuple[int, float, float] | None:
 def _pairs(comparison: Comparison, finished: Mapping[str, Sequence[RunResult]], decoding: str) -> list[PairSummary]:
     tables = {}
     for left, right in combinations(comparison.arms, 2):
-        found = difference(finished[left], finished[right], decoding)
-        if found is not None:
-            tables[left, right] = found
-    intervals = {pair: two_way_interval(values) for pair, values in tables.items()}
-    adjusted = dict(zip(intervals, holm([interval.p_value for interval in intervals.values()]), strict=True))
-    pairs = []
-    for (left, right), interval in intervals.items():
-        for a, b, sign in ((left, right, 1.0), (right, left, -1.0)):
-            values = sign * tables[left, right]
-            mirrored = interval if sign > 0 else two_way_interval(values)
-            pairs.append(
-                PairSummary(
-                    left=a,
-                    right=b,
-                    decoding=decoding,
-                    interval=mirrored,
-                    bootstrap=crossed_bootstrap(values),
-                    verdict=verdict(mirrored),
-                    holm_p=adjusted[left, right],
-                    detectable=detectable_difference(mirrored),
-                    seeds_needed=seeds_to_resolve(values),
-                )
-            )
-    return pairs
+        values = difference(finished[left], finished[right], decoding)
+        if values is not None:
+            tables[left, right] = values
+    found: dict[tuple[str, str], PairSummary] = {}
+    for family in ([pair for pair in tables if (comparison.reference in pair) is against] for against in (True, False)):
+        intervals = [two_way_interval(tables[pair]) for pair in family]
+        p_values = [interval.p_value for interval in intervals]
+        for pair, interval, holm_p, level in zip(family, intervals, holm(p_values), holm_levels(p_values), strict=True):
+            found[pair] = _pair(pair, decoding, tables[pair], interval, holm_p=holm_p, level=level, family=len(family))
+    return [one for pair in tables for one in (found[pair], _mirrored(found[pair]))]
+
+
+def _pair(arms: tuple[str, str], decoding: str, values: Table, interval: Interval, *, holm_p: float, level: float, family: int) -> PairSummary:
+    return PairSummary(
+        left=arms[0],
+        right=arms[1],
+        decoding=decoding,
+        interval=interval,
+        bootstrap=crossed_bootstrap(values),
+        verdict=verdict(interval, p_value=holm_p),
+        holm_p=holm_p,
+        detectable=detectable_difference(interval, level=level),
+        seeds_needed=seeds_to_resolve(values, level=level),
+        family=family,
+    )
+
+
+def _mirrored(pair: PairSummary) -> PairSummary:
+    interval = replace(pair.interval, mean=-pair.interval.mean, low=-pair.interval.high, high=-pair.interval.low)
+    opposite: Mapping[Verdict, Verdict] = {"better": "worse", "worse": "better", "unresolved": "unresolved"}
+    bootstrap = (-pair.bootstrap[1], -pair.bootstrap[0])
+    return replace(pair, left=pair.right, right=pair.left, interval=interval, bootstrap=bootstrap, verdict=opposite[pair.verdict])

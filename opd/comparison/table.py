@@ -91,9 +91,10 @@ def _row(arm: ArmSummary, summary: Summary) -> dict[str, Any]:
         ("maj_at_k_temperature_1", PRIMARY, "maj@k"),
     ):
         row |= _interval_cells(name, arm.test(decoding, metric))
+    row["generalises_to"] = primary.scope if (primary := arm.test()) else ""
     pair = summary.pair(arm.name, summary.reference.name)
     row |= _interval_cells(f"minus_{summary.reference.name}", pair.interval if pair else None)
-    row |= {"verdict": pair.verdict if pair else "", "holm_p": pair.holm_p if pair else ""}
+    row |= {"verdict": pair.verdict if pair else "", "holm_p": pair.holm_p if pair else "", "holm_over": pair.family if pair else ""}
     row |= _interval_cells("gain_over_base", arm.gain)
     row["learned"] = "" if arm.learned is None else arm.learned
     for cost in COSTS:

@@ -103,7 +103,7 @@ def _winner(summary: Summary, best: ArmSummary) -> str:
     if by_verdict["better"]:
         text += f" It is better than {listed(by_verdict['better'])}."
     if by_verdict["unresolved"]:
-        text += f" Its lead over {listed(by_verdict['unresolved'])} is unresolved: the interval of the difference holds zero."
+        text += f" Its lead over {listed(by_verdict['unresolved'])} is unresolved: with this many arms it may be chance."
     return text
 
 
