@@ -127,11 +127,13 @@ def main() -> None:
                 found = measure(mix, gain, seeds, simulations=options.simulations, bootstraps=options.bootstraps, seed=options.seed)
                 rows.append({"mix": name, "gain_logits": gain, "seeds": seeds, **found})
                 shares = [f"{100 * found[key]:.1f}" for key in ("from_seeds", "covered", "covered_bootstrap", "better", "unresolved", "worse")]
-                print(f"{name:26}{gain:6g}{seeds:7}" + "".join(f"{share:>{n}}" for share, n in zip(shares, (12, 10, 11, 9, 12, 8), strict=True)), flush=True)
+                columns = "".join(f"{share:>{n}}" for share, n in zip(shares, (12, 10, 11, 9, 12, 8), strict=True))
+                print(f"{name:26}{gain:6g}{seeds:7}{columns}", flush=True)
     promised = [row["covered"] for row in rows if row["mix"] not in OUTSIDE]
     at_most = max(row["covered"] for row in rows if row["seeds"] == max(SEEDS) and row["mix"] not in OUTSIDE)
     print(f"coverage without {', '.join(OUTSIDE)}: at least {100 * min(promised):.1f} %; at {max(SEEDS)} seeds at most {100 * at_most:.1f} %")
-    settings = {"simulations": options.simulations, "bootstraps": options.bootstraps, "bootstrap_draws": DRAWS, "seed": options.seed, "seconds": round(time.perf_counter() - started)}
+    settings = {"simulations": options.simulations, "bootstraps": options.bootstraps, "bootstrap_draws": DRAWS, "seed": options.seed}
+    settings["seconds"] = round(time.perf_counter() - started)
     machine = {"processor": platform.machine(), "numpy": np.__version__}
     mixes = {name: asdict(mix) for name, mix in MIXES.items()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
