@@ -4,7 +4,8 @@ python benchmarks/coverage.py                 # -> benchmarks/results/coverage.j
 
 A comparison: two arms, S seeds, P shared problems, k answers a problem, right with probability
 sigmoid(arm + problem + arm x problem + arm x seed + arm x seed x problem), every effect normal. True difference: that of the arms'
-expected accuracies over new seeds and new problems, by quadrature (the null: 0). `collapse` breaks the model on purpose: one seed in five loses half of its accuracy.
+expected accuracies over new seeds and new problems, by quadrature (the null: 0). `collapse` breaks the model on purpose: one seed in
+five loses half of its accuracy.
 """
 
 import argparse
