@@ -12,6 +12,7 @@ from opd_rollout.types import Completion, GenerateRequest, Sampling
 from opd.accuracy import EvalResult, decoding_name, summarise, write_evaluation
 from opd.launcher.ranks import ALONE, Ranks
 from opd.types import Prompt, Verdict, Verifier
+from opd.verify import judge_all
 
 __all__ = ["Codec", "EvalResult", "EvalSettings", "decoding_name", "evaluate", "write_evaluation"]
 
@@ -94,7 +95,12 @@ def judged_answers(
     )
     completions = engine.generate(requests, sampling) if requests else []
     assert len(completions) == len(requests)
-    return [generation_record(prompts[n // k], n % k, completion, verify, codec) for n, completion in enumerate(completions)]
+    texts = [codec.decode(completion.token_ids) for completion in completions]
+    verdicts = judge_all(verify, [(prompts[n // k], text) for n, text in enumerate(texts)])
+    return [
+        generation_record(prompts[n // k], n % k, completion, text, verdict, codec)
+        for n, (completion, text, verdict) in enumerate(zip(completions, texts, verdicts, strict=True))
+    ]
 
 
 def _check(prompts: Sequence[Prompt], settings: EvalSettings) -> None:
@@ -106,13 +112,8 @@ def _check(prompts: Sequence[Prompt], settings: EvalSettings) -> None:
         raise ValueError(f"evaluation suite {settings.suite!r} and split {settings.split!r} name a file: leave out '/'")
 
 
-def generation_record(prompt: Prompt, sample: int, completion: Completion, verify: Verifier, codec: Codec) -> dict[str, Any]:
-    """One line of a generations file. A verifier that raises gives status "error", which leaves the denominators."""
-    text = codec.decode(completion.token_ids)
-    try:
-        verdict = verify(prompt, text)
-    except Exception as error:  # a user's function: whatever it raises must not end the run
-        verdict = Verdict(status="error", feedback=f"{type(error).__name__}: {error}")
+def generation_record(prompt: Prompt, sample: int, completion: Completion, text: str, verdict: Verdict, codec: Codec) -> dict[str, Any]:
+    """One line of a generations file. Status "error" and "abstain" leave the denominators."""
     return {
         "problem": prompt.id,
         "sample": sample,

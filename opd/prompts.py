@@ -19,6 +19,7 @@ from opd.verify import gold_problem
 HINTS = ("solution", "demonstration", "facts")
 TRL_HINT = "privileged_context"  # TRL's name for what only the teacher sees
 KNOWN_COLUMNS = ("id", "prompt", "question", "answer", "domain", TRL_HINT, *HINTS)
+SHOWN_UNGRADABLE = 20
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
@@ -88,21 +89,38 @@ def read_prompts(
     prompts: list[Prompt] = []
     dropped = dict.fromkeys(sorted(repair), 0)
     first_place: dict[tuple[str, str], str] = {}
-    place = ""
+    place, ungradable, number = "", [], 0
     for place, record in records:
+        number += 1
         problem, prompt = _judged_record(record, columns or {}, system, place, first_place, verify)
         if problem and problem[0] not in repair:
-            raise ValueError(f"{place}: {problem[1]}")
-        if problem:
+            if problem[0] != "ungradable":
+                raise ValueError(f"{place}: {problem[1]}")
+            ungradable.append(f"{place}: {problem[1]}")
+        elif problem:
             dropped[problem[0]] += 1
+        if problem:
             continue
         assert prompt is not None
         first_place |= {key: place for key in _keys(prompt)}
         prompts.append(prompt)
+    if ungradable:
+        raise ValueError(_listed(ungradable, number))
     if not prompts:
         counted = ", ".join(f"{count} {kind}" for kind, count in dropped.items() if count)
         raise ValueError(f"{origin}: every record was left out ({counted})" if place else f"{origin} is empty: it holds no record")
     return prompts, dropped
+
+
+def _listed(ungradable: Sequence[str], number: int) -> str:
+    """One sentence for one record, a list of the first for several."""
+    if len(ungradable) == 1:
+        return ungradable[0]
+    more = f"\n  ... and {len(ungradable) - SHOWN_UNGRADABLE} more" if len(ungradable) > SHOWN_UNGRADABLE else ""
+    return (
+        f"{len(ungradable)} of {number} records have a gold answer that cannot be graded; mend them, choose another data.verifier, or leave them out "
+        "with data.repair=[ungradable]:\n  " + "\n  ".join(ungradable[:SHOWN_UNGRADABLE]) + more
+    )
 
 
 def _judged_record(

@@ -20,7 +20,7 @@ from opd.launcher.ranks import ALONE, Ranks, dealt
 from opd.objective.schedules import SCHEDULES
 from opd.objective.terms import Schedule, scheduled_value
 from opd.types import Judged, Meter, Prompt, Verdict, Verifier
-from opd.verify import judge
+from opd.verify import judge_all
 
 DATASET, VIEW = "dataset", "view"
 
@@ -165,14 +165,14 @@ class RolloutSource:
         generated = self._engine.generate(requests, self._sampling) if requests else []
         assert len(generated) == len(requests)
         remaining = iter(generated)
-        groups = []
+        groups: list[list[tuple[Prompt, tuple[int, ...], Completion, int]]] = []
         for prompt, ids, ours in zip(prompts, encoded, from_student, strict=True):
             completions = [next(remaining) for _ in range(settings.group)] if ours or asked else [self._dataset_answer(prompt)]
             completions = completions if ours or not asked else [replace(completion, source=VIEW) for completion in completions]
             if settings.paired:
                 completions = [*completions, self._dataset_answer(prompt)]
-            groups.append([self._judge(prompt, ids, completion, member) for member, completion in enumerate(completions)])
-        return groups
+            groups.append([(prompt, ids, completion, member) for member, completion in enumerate(completions)])
+        return self._judged(groups)
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         ids = self._codec.encode(prompt)
@@ -200,11 +200,16 @@ class RolloutSource:
             )
         return dataset_completion((*self._codec.tokenize(text), self._codec.end), self._sampling)
 
-    def _judge(self, prompt: Prompt, ids: tuple[int, ...], completion: Completion, member: int) -> Judged:
+    def _judged(self, groups: Sequence[Sequence[tuple[Prompt, tuple[int, ...], Completion, int]]]) -> list[list[Judged]]:
+        answers = [answer for group in groups for answer in group]
+        texts = [self._codec.decode(completion.token_ids) for _, _, completion, _ in answers]
+        verdicts = judge_all(self._verify, [(prompt, text) for (prompt, *_), text in zip(answers, texts, strict=True)])
+        judged = iter([self._record(*answer, text, verdict) for answer, text, verdict in zip(answers, texts, verdicts, strict=True)])
+        return [[next(judged) for _ in group] for group in groups]
+
+    def _record(self, prompt: Prompt, ids: tuple[int, ...], completion: Completion, member: int, text: str, verdict: Verdict) -> Judged:
         if self.settings.overlong == "mask" and completion.finish == "length":
             completion = replace(completion, loss_mask=torch.zeros_like(completion.loss_mask))
-        text = self._codec.decode(completion.token_ids)
-        verdict = judge(self._verify, prompt, text)
         return Judged(prompt=prompt, prompt_ids=ids, completion=completion, text=text, verdict=verdict, group=0, member=member)
 
     def _account(self, kept: Sequence[Sequence[Judged]], dropped: Sequence[Sequence[Judged]], rounds: int) -> None:

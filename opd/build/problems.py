@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from opd.build.judge import judge_fingerprint, open_judge
 from opd.config.recipe import Recipe
 from opd.data.presets import PRESETS, Preset, find_preset
 from opd.data.records import Records, existing_file, on_hub, read_records
@@ -15,7 +16,8 @@ from opd.data.suites import SUITES, suite_records
 from opd.prompts import PromptStream, read_prompts, shuffled_stream, split_prompts, task_prompts, task_stream
 from opd.tasks import HINT_TEMPLATES, TASKS
 from opd.types import Prompt, Verifier
-from opd.verify import as_verifier, make_verifier
+from opd.verify import adapted, gold_choice, make_verifier, reads_of, version_of
+from opd.verify.cache import VerdictCache, cached
 from opd.views import TEMPLATES
 
 CHECKED_PROMPTS = 32  # of an endless stream, before the run starts; a file is checked whole
@@ -58,7 +60,7 @@ def _embedded(recipe: Recipe, verifier: Callable[..., Any] | None) -> Problems:
         train=list(islice(task.prompts(data.split, recipe.seed, data.difficulty or task.difficulties[0]), CHECKED_PROMPTS)),
         dev=task_prompts(data.task, "dev", ev.num_problems, difficulty=data.difficulty),
         test=task_prompts(data.task, "test", ev.final_problems, difficulty=data.difficulty),
-        verify=as_verifier(verifier) if verifier else make_verifier("task" if data.verifier == "auto" else data.verifier),
+        verify=_verifier(recipe, "task" if data.verifier == "auto" else data.verifier, verifier),
         templates=HINT_TEMPLATES,
         corpus=lambda: [task.characters],
         suite=data.task,
@@ -69,8 +71,9 @@ def _from_records(recipe: Recipe, verifier: Callable[..., Any] | None) -> Proble
     data, ev = recipe.data, recipe.eval
     preset = find_preset(data.preset) if data.preset else None
     choice = verifier_name(recipe)
-    verify = as_verifier(verifier) if verifier else make_verifier(choice)
-    gold = None if verifier or not isinstance(choice, str) else verify
+    verify = _verifier(recipe, choice, verifier)
+    graded = None if verifier else gold_choice(choice)
+    gold = None if graded is None else make_verifier(graded)
     prompts, dropped = _read(recipe, data.path, data.split, gold)
     notes = [f"{count} {kind} records left out" for kind, count in dropped.items() if count]
     if tries_out(recipe, data.path or (preset.path if preset else "")):
@@ -112,6 +115,14 @@ def verifier_name(recipe: Recipe) -> Any:
 def tries_out(recipe: Recipe, source: str) -> bool:
     """Whether made-up problems stand in for a data set of the hub: the run has random weights and is about shapes and speed alone."""
     return recipe.model.init == "random" and bool(recipe.model.path) and on_hub(source)
+
+
+def _verifier(recipe: Recipe, choice: Any, own: Callable[..., Any] | None) -> Verifier:
+    verify = adapted(own) if own else make_verifier(choice, open_judge)
+    if not recipe.data.verdict_cache:
+        return verify
+    reads = str if own else reads_of(choice)
+    return cached(verify, VerdictCache(Path(recipe.data.verdict_cache).expanduser(), version_of(choice, own, judge_fingerprint(choice)), reads))
 
 
 def _read(recipe: Recipe, source: str, split: str, verify: Verifier | None) -> tuple[list[Prompt], dict[str, int]]:

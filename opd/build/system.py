@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial, wraps
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ from opd.source import Codec, RolloutSource, SourceSettings, parse_source
 from opd.teacher.local import LocalTeacher, frozen_copy
 from opd.teacher.score import SignalScorer, Weights
 from opd.text import chat
-from opd.types import Prompt, Verdict, Verifier
+from opd.types import Prompt, Verifier
+from opd.verify.adapt import checked
 from opd.writing import AnnotatedSource
 
 CANARY_PROMPTS = 2
@@ -138,17 +139,6 @@ def watched(verify: Verifier, modules: Collection[torch.nn.Module], check: Calla
     for module in modules:
         module.get_decoder().register_forward_pre_hook(check)
     return checked(verify, check)
-
-
-def checked(verify: Verifier, check: Callable[[], None]) -> Verifier:
-    """The verifier, asked only while `check` has nothing against it."""
-
-    @wraps(verify, updated=())
-    def asked(prompt: Prompt, text: str) -> Verdict:
-        check()
-        return verify(prompt, text)
-
-    return asked
 
 
 def make_engine(recipe: Recipe, model: torch.nn.Module, pad: int, vocab_size: int, check: Callable[..., None] | None) -> Any:

@@ -86,6 +86,7 @@ class Data(_Frozen):
     eval_split: str = Field(default="test", description="split of `eval_path` on the hub")
     columns: dict[str, str] = Field(default={}, description="our name -> the file's column, e.g. {prompt: problem, solution: gold}")
     verifier: Choice = Field(default="auto", description="name in opd.verify, {fn: module:name}, or auto (the task's own, math for JSONL)")
+    verdict_cache: str = Field(default="", description="SQLite file of verdicts that were given before; empty: none")
     system: str = Field(default="", description="system message put before every question")
     max_prompt_tokens: Positive = Field(
         default=1024, description="longer prompts are refused, tokens; a view may be as long as the model allows, its hint is shortened beyond that"

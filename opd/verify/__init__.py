@@ -2,29 +2,83 @@
 reward."""
 
 import inspect
+import json
 from collections.abc import Callable
-from functools import wraps
-from math import isfinite
-from numbers import Real
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
-from opd.config.choices import nearest, resolve, split_choice
+from opd.config.choices import Count, Positive, Share, nearest, resolve, split_choice
 from opd.tasks import TASKS
 from opd.types import Prompt, Verdict, Verifier
+from opd.verify.adapt import as_verifier, judge, judge_all
 from opd.verify.answers import final_answer
 from opd.verify.code import code_verdict, gold_tests_problem, require_isolation
-from opd.verify.math import MathVerifier, math_verdict
+from opd.verify.judge_model import DEFAULT_ASK, DEFAULT_VERDICT, Ask, Reading, check_request, judge_verifier, read_pattern
+from opd.verify.math import MathVerifier, math_reads, math_verdict
+from opd.verify.parts import is_rubric, read_clip, read_parts, rubric_verifier, sum_verifier
 from opd.verify.simple import choice_verdict, chosen_letter, exact_verdict, json_verdict, regex_verdict
 
-__all__ = ["VERIFIERS", "MathVerifier", "as_verifier", "final_answer", "gold_problem", "judge", "make_verifier", "read_answer"]
+__all__ = [
+    "FACTORIES", "VERIFIERS", "MathVerifier", "adapted", "as_verifier", "final_answer", "gold_choice", "gold_problem", "judge", "judge_all",
+    "make_verifier", "read_answer", "reads_of", "version_of",
+]  # fmt: skip
 
 
-def make_verifier(choice: Any) -> Verifier:
-    """The verifier that a recipe names: a name, {name: {parameter: value}} or {fn: module:function}. Raises ValueError with the fix."""
-    verifier, name = resolve(choice, VERIFIERS, "data.verifier"), split_choice(choice, "data.verifier")[0]
+OpenJudge = Callable[[str, str, int], Ask]  # (model, server, max_tokens) -> how it is asked
+
+
+def make_verifier(choice: Any, open_judge: OpenJudge | None = None) -> Verifier:
+    """The verifier that a recipe names: a name, {name: {parameter: value}} or {fn: module:function}. Raises ValueError with the fix.
+
+    open_judge: how a judge's model is opened; without it a judge is refused.
+    """
+    name = split_choice(choice, "data.verifier")[0]
+    verifier = resolve(choice, {**VERIFIERS, **FACTORIES}, "data.verifier")
     if name in REQUIRES:
         REQUIRES[name]()
-    return as_verifier(verifier) if name == "fn" else verifier
+    if name in FACTORIES:
+        return verifier(open_judge)
+    if name != "fn":
+        return verifier
+    return adapted(verifier)
+
+
+def adapted(function: Any) -> Verifier:
+    """A function of one's own or a rubric of such functions."""
+    return rubric_verifier(function) if is_rubric(function) else as_verifier(function)
+
+
+def make_sum(open_judge: OpenJudge | None, *, of: dict, correct: str = "", clip: list | None = None) -> Verifier:
+    """Several parts, added; see opd.verify.parts. correct: the part whose correctness counts, the first by default."""
+    parts = read_parts(of, partial(make_verifier, open_judge=open_judge))
+    if correct and correct not in parts:
+        raise ValueError(f"data.verifier: sum.correct is {correct!r}{nearest(correct, parts)}, which is no part; parts: {', '.join(parts)}")
+    return sum_verifier(parts, correct or next(iter(parts)), read_clip(clip, "data.verifier: sum.clip"))
+
+
+def make_judge(
+    open_judge: OpenJudge | None,
+    *,
+    model: str = "",
+    server: str = "",
+    ask: str = DEFAULT_ASK,
+    role: str = "",
+    verdict: str = DEFAULT_VERDICT,
+    right: list | None = None,
+    wrong: list | None = None,
+    best: Positive = 1.0,
+    correct_at: Share = 1.0,
+    max_tokens: Count = 256,
+) -> Verifier:
+    """A language model as judge; see opd.verify.judge_model. Replies are greedy."""
+    check_request(ask)
+    words = {key: tuple(map(str, value)) for key, value in (("right", right), ("wrong", wrong)) if value is not None}
+    reading = Reading(pattern=read_pattern(verdict), best=best, correct_at=correct_at, **words)
+    if open_judge is None:
+        raise ValueError("data.verifier judge needs a model, which is not opened here; use it as a recipe's verifier")
+    return judge_verifier(open_judge(model, server, max_tokens), ask, role, reading)
 
 
 def read_answer(choice: Any) -> Callable[[Prompt, str], str]:
@@ -35,43 +89,39 @@ def read_answer(choice: Any) -> Callable[[Prompt, str], str]:
     return (lambda prompt, text: "") if name == "code" else final_answer
 
 
-def as_verifier(function: Callable[..., Any], *, correct_at: float = 1.0) -> Verifier:
-    """Adapt fn(prompt, text) -> Verdict, bool, number (correct from `correct_at` on) or None (abstain).
+def gold_choice(choice: Any) -> Any:
+    """The part of a choice that judges a bare gold answer (for a sum, its `correct` part); None where no part does."""
+    name, parameters = split_choice(choice, "data.verifier")
+    if name == "sum":
+        of = parameters.get("of") or {}
+        part = of.get(parameters.get("correct") or next(iter(of), ""))
+        return gold_choice(part["verifier"] if isinstance(part, dict) and "verifier" in part else part) if part else None
+    return choice if name in READS_BARE else None
 
-    Raises ValueError when the function cannot be called with two arguments; the verifier raises ValueError for any other result.
+
+def version_of(choice: Any, function: Callable[..., Any] | None = None, more: str = "") -> str:
+    """Names a verifier with what decides its verdicts: the choice, our version, math-verify's, the source of functions of one's own, `more`.
+
+    Raises ValueError for a function whose source cannot be read.
     """
+    own = [function] if function else [resolve(each, {}, "data.verifier") for each in _functions(choice)]
     try:
-        inspect.signature(function).bind(None, None)
-    except TypeError as error:
-        raise ValueError(f"verifier {getattr(function, '__name__', function)!r} must accept (prompt, text): {error}") from None
-
-    @wraps(function, updated=())
-    def verify(prompt: Prompt, text: str) -> Verdict:
-        result = function(prompt, text)
-        if isinstance(result, Verdict):
-            return result
-        if result is None:
-            return Verdict(status="abstain")
-        if hasattr(result, "item"):  # numpy and torch scalars
-            result = result.item()
-        if isinstance(result, bool):
-            return Verdict(reward=float(result), correct=bool(result))
-        if isinstance(result, Real) and isfinite(result):
-            return Verdict(reward=float(result), correct=float(result) >= correct_at)
-        raise ValueError(f"verifier returned {result!r}; return a Verdict, a bool, a finite number or None")
-
-    return verify
+        sources = [inspect.getsource(getattr(each, "func", each)) for each in own]
+    except (OSError, TypeError) as error:
+        raise ValueError(f"data.verdict_cache: {error}, so the verifier's verdicts have no version; leave the cache out") from None
+    library = version("math-verify") if find_spec("math_verify") else ""
+    return json.dumps([None if function else choice, VERSION, library, sources, more], sort_keys=True, default=str)
 
 
-def judge(verify: Verifier, prompt: Prompt, text: str) -> Verdict:
-    """The verdict, or status "error" with the exception's text as feedback when the verifier raises."""
-    try:
-        verdict = verify(prompt, text)
-    except Exception as error:  # kept and counted by the caller: a verifier is foreign code
-        return Verdict(status="error", feedback=f"{type(error).__name__}: {error}")
-    if verdict.status == "score" and not isfinite(verdict.reward):
-        return Verdict(status="error", feedback=f"reward {verdict.reward} is not finite")
-    return verdict
+def _functions(choice: Any) -> list[Any]:
+    if not isinstance(choice, dict):
+        return []
+    return [choice] if "fn" in choice else [found for value in choice.values() for found in _functions(value)]
+
+
+def reads_of(choice: Any) -> Callable[[str], str]:
+    """What of a text the verifier reads: a math answer where that is all, else everything."""
+    return math_reads if split_choice(choice, "data.verifier")[0] in ("math", "gsm8k") else str
 
 
 def gold_problem(verify: Verifier, prompt: Prompt) -> str:
@@ -106,6 +156,15 @@ VERIFIERS: dict[str, Callable[..., Verdict]] = {
     "regex": regex_verdict,
     "code": code_verdict,
 }
+
+FACTORIES: dict[str, Callable[..., Verifier]] = {"sum": make_sum, "judge": make_judge}
+"""Verifiers made of others or of a model."""
+
+READS_BARE = frozenset({"exact", "choice", "math", "gsm8k", "json", "code"})
+"""Verifiers that can judge a gold answer as it stands."""
+
+VERSION = 1
+"""Counts up when a verifier's verdicts change, so that cached ones are not taken for the new ones'."""
 
 REQUIRES: dict[str, Callable[[], None]] = {"code": require_isolation}
 """What must hold on this machine before a verifier may serve; raises ValueError."""

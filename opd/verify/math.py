@@ -113,6 +113,12 @@ def math_verdict(prompt: Prompt, text: str, *, deadline_seconds: Positive = 5.0,
     return _shared(deadline_seconds, marked)(prompt, text)
 
 
+def math_reads(text: str) -> str:
+    """All that the verdict on a text depends on: its marked answer, or the last number of one that marks none."""
+    marked = marked_answer(text)
+    return f"marked {marked}" if marked is not None else f"last {last_number(text)}"
+
+
 @functools.lru_cache(maxsize=8)
 def _shared(deadline_seconds: float, marked: bool) -> MathVerifier:
     return MathVerifier(deadline_seconds=deadline_seconds, marked=marked)

@@ -1,0 +1,156 @@
+"""Functions of others as verifiers, and verdicts for many answers at once.
+
+A verifier is called with (prompt, text). One that has an attribute `many` judges a list of such pairs in one call: a model's batch, a cache.
+"""
+
+import asyncio
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from math import isfinite
+from numbers import Real
+from typing import Any
+
+from opd.types import Prompt, Verdict, Verifier
+
+Asked = Sequence[tuple[Prompt, str]]
+BY_NAME = ("prompt", "completion", "answer", "state", "info", "task")
+
+
+@dataclass(frozen=True, slots=True)
+class Batched:
+    """A verifier from a function of many (prompt, text) pairs; it returns one verdict a pair, in order."""
+
+    many: Callable[[Asked], Sequence[Verdict]]
+
+    def __call__(self, prompt: Prompt, text: str) -> Verdict:
+        return self.many([(prompt, text)])[0]
+
+
+def judge(verify: Verifier, prompt: Prompt, text: str) -> Verdict:
+    """The verdict, or status "error" with the exception's text as feedback when the verifier raises."""
+    try:
+        verdict = verify(prompt, text)
+    except Exception as error:  # kept and counted by the caller: a verifier is foreign code
+        return Verdict(status="error", feedback=f"{type(error).__name__}: {error}")
+    return _finite(verdict)
+
+
+def judge_all(verify: Verifier, asked: Asked) -> list[Verdict]:
+    """`judge` for many answers, in one call where the verifier has one; a failure of that call is an error for all of them."""
+    many = getattr(verify, "many", None)
+    if many is None:
+        return [judge(verify, prompt, text) for prompt, text in asked]
+    try:
+        verdicts = list(many(asked))
+    except Exception as error:
+        return [Verdict(status="error", feedback=f"{type(error).__name__}: {error}")] * len(asked)
+    assert len(verdicts) == len(asked)
+    return [_finite(verdict) for verdict in verdicts]
+
+
+def checked(verify: Verifier, check: Callable[[], None]) -> Verifier:
+    """The verifier, asked only while `check` has nothing against it."""
+
+    def many(asked: Asked) -> list[Verdict]:
+        check()
+        return list(verify.many(asked))  # type: ignore[attr-defined]
+
+    @wraps(verify, updated=())
+    def one(prompt: Prompt, text: str) -> Verdict:
+        check()
+        return verify(prompt, text)
+
+    return Batched(many) if hasattr(verify, "many") else one
+
+
+def as_verifier(function: Callable[..., Any], *, correct_at: float = 1.0) -> Verifier:
+    """Adapt a function that returns a Verdict, a bool, a number (correct from `correct_at` on) or None (abstain).
+
+    Called as (prompt, text); or by name, as the library `verifiers` calls reward functions, when it has a parameter `completion`: any of
+    prompt and completion (lists of messages), answer, state, info, task; or as TRL calls them when it has `completions`: lists of one.
+    Coroutines are run to their end. Raises ValueError for a function that none of these calls fits; the verifier raises ValueError for any
+    other result.
+    """
+    call = _call_of(function)
+
+    @wraps(function, updated=())
+    def verify(prompt: Prompt, text: str) -> Verdict:
+        return _verdict(call(prompt, text), correct_at)
+
+    return verify
+
+
+def _verdict(result: Any, correct_at: float) -> Verdict:
+    if isinstance(result, Verdict):
+        return result
+    if result is None:
+        return Verdict(status="abstain")
+    if hasattr(result, "item"):  # numpy and torch scalars
+        result = result.item()
+    if isinstance(result, bool):
+        return Verdict(reward=float(result), correct=bool(result))
+    if isinstance(result, Real) and isfinite(result):
+        return Verdict(reward=float(result), correct=float(result) >= correct_at)
+    raise ValueError(f"verifier returned {result!r}; return a Verdict, a bool, a finite number or None")
+
+
+def _call_of(function: Callable[..., Any]) -> Callable[[Prompt, str], Any]:
+    name, parameters = getattr(function, "__name__", repr(function)), inspect.signature(function).parameters
+    if "completion" in parameters:
+        wanted = _wanted(parameters, BY_NAME, name)
+        return lambda prompt, text: _finished(function(**{key: value for key, value in by_name(prompt, text).items() if key in wanted}))
+    if "completions" in parameters:
+        wanted = _wanted(parameters, ("prompts", "completions", "answer", "info", "task", "completion_ids", "trainer_state"), name)
+        return lambda prompt, text: _one_of(_finished(function(**_lists(prompt, text, wanted))), name)
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError as error:
+        raise ValueError(
+            f"verifier {name!r} must accept (prompt, text), or by name completion with any of {', '.join(BY_NAME)} (as in verifiers), or prompts "
+            f"and completions (as in TRL): {error}"
+        ) from None
+    return lambda prompt, text: _finished(function(prompt, text))
+
+
+def by_name(prompt: Prompt, text: str) -> dict[str, Any]:
+    """What a reward function of the library `verifiers` may ask for, of a conversation of one turn."""
+    messages, completion = [dict(message) for message in prompt.messages], [{"role": "assistant", "content": text}]
+    info = {"id": prompt.id, **prompt.hints}
+    given = {"prompt": messages, "completion": completion, "answer": prompt.answer, "info": info, "task": prompt.domain}
+    return {**given, "state": dict(given)}
+
+
+def _wanted(parameters: Mapping[str, inspect.Parameter], known: Sequence[str], name: str) -> set[str]:
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return set(known)
+    strange = [key for key, each in parameters.items() if key not in known and each.default is each.empty]
+    if strange:
+        raise ValueError(f"verifier {name!r} asks for {', '.join(strange)}, which is not there; by name there are {', '.join(known)}")
+    return {key for key in parameters if key in known}
+
+
+def _lists(prompt: Prompt, text: str, wanted: set[str]) -> dict[str, Any]:
+    given = by_name(prompt, text)
+    lists = {"prompts": [given["prompt"]], "completions": [given["completion"]], **{key: [given[key]] for key in ("answer", "info", "task")}}
+    return {key: value for key, value in lists.items() if key in wanted}
+
+
+def _one_of(result: Any, name: str) -> Any:
+    if not isinstance(result, list | tuple) or len(result) != 1:
+        raise ValueError(f"verifier {name!r} returned {result!r} for one completion; return a list with one number a completion")
+    return result[0]
+
+
+def _finished(result: Any) -> Any:
+    async def waited() -> Any:
+        return await result
+
+    return asyncio.run(waited()) if inspect.isawaitable(result) else result
+
+
+def _finite(verdict: Verdict) -> Verdict:
+    if verdict.status == "score" and not isfinite(verdict.reward):
+        return Verdict(status="error", feedback=f"reward {verdict.reward} is not finite")
+    return verdict
