@@ -19,6 +19,7 @@ from opd_rollout.weight_sync import Canary, SharedMemoryParcels
 from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
+from opd.build.student import served_positions
 from opd.config.recipe import Recipe
 from opd.launcher.ranks import Ranks
 from opd.launcher.sweep import MARK, marked_processes
@@ -45,12 +46,17 @@ def plans(recipe: Recipe, served: Mapping[str, str], num_gpus: int) -> list[Acto
 
 
 @contextmanager
-def started(recipe: Recipe, served: Mapping[str, str], *, learner_gpus: int = 0) -> Iterator[ActorAddress]:
+def started(
+    recipe: Recipe, served: Mapping[str, str], needs: Mapping[str, SignalNeeds], *, learner_gpus: int = 0
+) -> Iterator[ActorAddress]:
     """The recipe's actors, started by this process, its driver; gone after the block, and soon after this process however it ends.
 
-    Raises ValueError for what the machine lacks.
+    served: signal -> path of the teachers behind vLLM; needs: what the objective asks of every signal. Raises ValueError for what the machine
+    lacks, and for teachers that cannot deliver it.
     """
     check_placement(recipe)
+    for name, path in served.items():
+        check_served(recipe, name, path, needs.get(name, SignalNeeds()))
     wanted = plans(recipe, served, torch.cuda.device_count())
     short = "/tmp" if os.access("/tmp", os.W_OK) else None  # a socket's path has 107 bytes at most
     with tempfile.TemporaryDirectory(prefix="opd-ray-", dir=short, ignore_cleanup_errors=True) as scratch, marked_processes(Path(scratch)):
@@ -79,6 +85,30 @@ def check_placement(recipe: Recipe) -> None:
         raise ValueError("rollout.sampler lets a teacher draw tokens, which vLLM cannot: use engine=torch, or rollout.sampler=student")
 
 
+def check_served(recipe: Recipe, name: str, path: str, need: SignalNeeds) -> None:
+    """Raises ValueError for what a teacher behind vLLM cannot deliver."""
+    size, temperature, where = len(pretrained.load_tokenizer(pretrained.find_model(path))), recipe.sampling.temperature, f"signals.{name}"
+    here = "or score this teacher in the learner's process: leave out its engine: vllm"
+    if need.hidden:
+        raise ValueError(f"{where} is served by vLLM, which hands out no hidden states: use a teacher_topk or student_topk support, {here}")
+    if need.draws:
+        raise ValueError(f"{where} is served by vLLM, which cannot draw ids from a teacher's distribution: use a teacher_topk support, {here}")
+    if size <= WHOLE_VOCABULARY:
+        return
+    if need.entropy:
+        raise ValueError(
+            f"{where} is served by vLLM, which hands out the {SUPPORT_LIMIT} most likely of its {size} ids, and a weight or field of the objective "
+            f"reads its entropy, which needs all (up to {WHOLE_VOCABULARY} ids it is exact): use another weight, {here}"
+        )
+    if temperature != 1:
+        raise ValueError(
+            f"{where} is served by vLLM, which scores {size} ids at temperature 1, and sampling.temperature is {temperature}: use "
+            f"sampling.temperature=1, {here}"
+        )
+    if need.k > SUPPORT_LIMIT:
+        raise ValueError(f"{where} is served by vLLM, which hands out {SUPPORT_LIMIT} log-probs a token at most, not k={need.k}: lower k, {here}")
+
+
 def student_engine(
     recipe: Recipe,
     actors: Actors,
@@ -94,7 +124,7 @@ def student_engine(
     """The student's actors, with the learner's weights in them. asked: prompts of the canary that ends every weight update."""
     e, config, where = recipe.engine, model.config, address_of(actors)
     files = ModelFiles(config=json.dumps({**config.to_dict(), "architectures": [type(model).__name__]}, default=str))
-    runner = _runner_settings(recipe, _positions(recipe, config), -1 if vocab_size <= WHOLE_VOCABULARY else 20, transfer=TRANSFER)
+    runner = _runner_settings(recipe, served_positions(recipe, config), -1 if vocab_size <= WHOLE_VOCABULARY else 20, transfer=TRANSFER)
     settings = EngineSettings(
         vocab_size=vocab_size, manifest=shapes, chunk=e.chunk, load_seconds=e.deadline_seconds, leads=ranks.leads, limits=_limits(recipe),
         tied="lm_head.weight" if getattr(config.get_text_config(), "tie_word_embeddings", False) else "", sleeps=e.placement == "colocated",
@@ -119,24 +149,15 @@ def served_teachers(
     actors: Actors,
     served: Mapping[str, str],
     tokenizer: PreTrainedTokenizerBase,
-    needs: Mapping[str, SignalNeeds],
     check: Callable[[], None] | None,
 ) -> dict[str, Weights]:
-    """Signal -> the scorer behind vLLM. Raises ValueError for a teacher whose tokens or positions do not fit the recipe."""
+    """Signal -> the scorer behind vLLM. Raises ValueError for a teacher whose tokens do not fit the recipe, or that vLLM cannot load."""
     found, vocab_size, temperature, where = {}, len(tokenizer), recipe.sampling.temperature, address_of(actors)
     for name, path in served.items():
         folder = pretrained.find_model(path)
         pretrained.check_same_tokens(tokenizer.get_vocab(), pretrained.load_tokenizer(folder).get_vocab(), path)
-        positions = _positions(recipe, pretrained.load_config(folder))
-        need, whole = needs.get(name, SignalNeeds()), vocab_size <= WHOLE_VOCABULARY
-        if need.hidden:
-            raise ValueError(f"signals.{name} is served by vLLM, which hands out no hidden states: use a teacher_topk or student_topk support")
-        if temperature != 1 and not whole:
-            raise ValueError(
-                f"signals.{name} is served by vLLM, which scores at temperature 1, and sampling.temperature is {temperature}: use "
-                "sampling.temperature=1, or engine: torch for this teacher"
-            )
-        runner = _runner_settings(recipe, positions, -1 if whole else SUPPORT_LIMIT)
+        positions = served_positions(recipe, pretrained.load_config(folder))
+        runner = _runner_settings(recipe, positions, -1 if vocab_size <= WHOLE_VOCABULARY else SUPPORT_LIMIT)
         e = recipe.engine
         settings = EngineSettings(vocab_size=vocab_size, chunk=e.chunk, load_seconds=e.deadline_seconds, limits=_limits(recipe))
         engine = VllmEngine(connect(where, name), ModelFiles(folder=folder), runner, settings, check=check)
@@ -151,13 +172,6 @@ def _runner_settings(recipe: Recipe, positions: int, max_logprobs: int, transfer
         mode=mode, dtype=recipe.model.dtype, positions=positions, max_logprobs=max_logprobs, tensor_parallel=e.tensor_parallel, kv_bytes=e.kv_bytes,
         memory_share=e.memory_share, transfer=transfer, sleeps=e.placement == "colocated",
     )  # fmt: skip
-
-
-def _positions(recipe: Recipe, config: Any) -> int:
-    """Longest sequence of an actor; a view may be longer than a question."""
-    most = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    wanted = recipe.engine.positions or 2 * (recipe.data.max_prompt_tokens + recipe.sampling.max_tokens)
-    return min(most, wanted)
 
 
 def _limits(recipe: Recipe) -> Limits:

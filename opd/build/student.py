@@ -100,13 +100,30 @@ def external_model(path: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
     return model
 
 
-def room_for_prompts(model: torch.nn.Module, max_tokens: int, whose: str) -> int:
-    """Tokens that a model leaves for a prompt. Raises ValueError where there are none."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def served_positions(recipe: Recipe, config: Any) -> int:
+    """Longest sequence of a vLLM engine, tokens; a view may be longer than a question."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    return min(most, recipe.engine.positions or 2 * (recipe.data.max_prompt_tokens + recipe.sampling.max_tokens))
+
+
+def room_for_prompts(recipe: Recipe, config: Any, whose: str, served: bool) -> int:
+    """Tokens that a model leaves for a prompt; served: behind vLLM, whose sequences may be shorter than the model's.
+
+    Raises ValueError where there are none.
+    """
+    max_tokens, positions = recipe.sampling.max_tokens, getattr(config.get_text_config(), "max_position_embeddings", None)
+    if served:
+        positions = served_positions(recipe, config) - 1  # scoring draws one token more
     room = 1 << 30 if positions is None else positions - max_tokens
     if room <= 0:
         raise ValueError(f"sampling.max_tokens={max_tokens} leaves no room for a prompt: {whose} has {positions} positions; lower it")
     return room
+
+
+def smallest_room(recipe: Recipe, room: int, near: Mapping[str, Any], served: Mapping[str, str]) -> int:
+    """Tokens for a prompt that the student, who leaves `room`, and every teacher can read. near: signal -> config; served: signal -> path."""
+    configs = {**near, **{name: pretrained.load_config(pretrained.find_model(path)) for name, path in served.items()}}
+    return min([room, *(room_for_prompts(recipe, config, f"signals.{name}", name in served) for name, config in configs.items())])
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

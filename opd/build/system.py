@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
 from opd.build.problems import Problems, load_problems, without_long
-from opd.build.student import external_model, load_model, load_tokenizer, pad_id, room_for_prompts, served_paths, student_path
+from opd.build.student import external_model, load_model, load_tokenizer, pad_id, room_for_prompts, served_paths, smallest_room, student_path
 from opd.build.views import FOREIGN, OTHERS, aligned, checked_views, with_writers
 from opd.config.load import recipe_hash
 from opd.config.recipe import EMA, Recipe
@@ -83,16 +83,16 @@ def build_parts(
     specs = checked_views(recipe, problems, objective, choices)
     check_support_sizes(objective, len(tokenizer))
     model, encode = load_model(recipe, tokenizer), partial(_encode, tokenizer)
-    room = room_for_prompts(model, recipe.sampling.max_tokens, "the student")
+    distant = bool(actors) and recipe.engine.kind == "vllm"
+    room = room_for_prompts(recipe, model.config, "the student", distant)
     problems = fitting(recipe, problems, encode, min(recipe.data.max_prompt_tokens, room))
     served = served_paths(recipe, choices) if actors else {}
     near = {name: path for name, (kind, path) in choices.items() if kind in OTHERS and name not in served}
     teachers = {name: external_model(path, recipe, tokenizer, name, choices[name][0] == FOREIGN) for name, path in near.items()}
-    room_for_views = min([room, *(room_for_prompts(teacher, recipe.sampling.max_tokens, f"signals.{n}") for n, teacher in teachers.items())])
+    room_for_views = smallest_room(recipe, room, {name: teacher.config for name, teacher in teachers.items()}, served)
     frozen = [name for name, (kind, _) in choices.items() if kind == "frozen"]
     if frozen and recipe.model.lora is None:
         teachers |= dict.fromkeys(frozen, frozen_copy(model))  # one copy under however many views
-    distant = bool(actors) and recipe.engine.kind == "vllm"
     spoken = frozen_copy(model) if speaks_apart(recipe) and not distant else model
     sent = shapes(model)
     if recipe.model.lora:
@@ -114,7 +114,7 @@ def build_parts(
     rows = {name: vocab_size if spec.tokenizer is None else len(spec.tokenizer) for name, spec in specs.items()}
     weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), rows[name]) for name, (kind, _) in choices.items() if name not in served}
     weights |= {name: aligned(weights[name], tokenizer, spec.tokenizer) for name, spec in specs.items() if spec.tokenizer is not None}
-    weights |= served_teachers(recipe, actors, served, tokenizer, objective.needs.signals, check) if served else {}
+    weights |= served_teachers(recipe, actors, served, tokenizer, check) if served else {}
     return Parts(
         tokenizer=tokenizer, engine=engine, learner=learner, source=source, objective=objective, encode=encode, stop_ids=stop_ids,
         num_parameters=sum(parameter.numel() for parameter in spoken.parameters()),
@@ -332,7 +332,7 @@ def actors_of(recipe: Recipe) -> AbstractContextManager[Any]:
         )
     from opd.build.actors import started
 
-    return started(recipe, served)
+    return started(recipe, served, objective_of(recipe).needs.signals)
 
 
 def check_support_sizes(objective: Objective, vocab_size: int) -> None:

@@ -45,7 +45,7 @@ Count = Annotated[int, Range(1)]
 
 
 def reads(*what: str) -> Callable[[F], F]:
-    """Declares what a function needs beyond its sample: "old_logp", "entropy", "behaviour_logp", "group"."""
+    """Declares what a function needs beyond its sample: "old_logp", "entropy", "signal_entropy", "behaviour_logp", "group"."""
 
     def mark(function: F) -> F:
         function.reads = frozenset(what)  # type: ignore[attr-defined]

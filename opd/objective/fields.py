@@ -103,6 +103,7 @@ def _shared_reverse_kl(answer: SequenceSignals, signal: str) -> Tensor:
     return inside + tail.exp() * (tail - scores.tail_logp.double())
 
 
+@reads("signal_entropy")
 def batch_confidence(answers: Sequence[SequenceSignals], pool: Pool, *, signal: str = "main", beta: NonNegative = 1.0) -> list[Tensor]:
     """exp(-beta H) of the signal's entropy H in nats, divided by its mean over the term's tokens of the batch (SRPO, arXiv 2604.02288)."""
     raw = [(-beta * answer.scores[signal].entropy.double()).exp() for answer in answers]

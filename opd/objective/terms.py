@@ -111,13 +111,15 @@ class Term:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignalNeeds:
-    """What a scorer must deliver: its own top `k`, ids in `draws`, log-probs at the student's top-k ids, final hidden states, the sampled tokens."""
+    """What a scorer must deliver: its own top `k`, ids in `draws`, log-probs at the student's top-k ids, final hidden states, the sampled tokens,
+    the entropy over its whole vocabulary (without `entropy`, one that does not know it gives NaN, and only a meter goes empty)."""
 
     k: int = 0
     draws: int = 0
     student_support: bool = False
     hidden: bool = False
     sampled: bool = True
+    entropy: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +187,12 @@ class Objective:
             draws=max((s.k for s in supports if s.kind == "teacher_sample"), default=0),
             student_support=any(s.kind == "student_topk" for s in supports),
             hidden=any(s.kind in ("full", "hidden") for s in supports),
+            entropy=any(
+                parameters_of(function).get("signal", term.signal) == signal
+                for term in self.terms
+                for function in term.functions
+                if "signal_entropy" in what_it_reads(function)
+            ),
         )
 
 

@@ -54,21 +54,21 @@ def sampler_ratio(now: TokenStatistics, *, cap: Positive | None = None) -> Tenso
     return r if cap is None else r.clamp_max(cap)
 
 
-@reads("signal")
+@reads("signal", "signal_entropy")
 def teacher_confidence(now: TokenStatistics, *, beta: NonNegative = 1.0) -> Tensor:
     """exp(-beta H) of the teacher's entropy H in nats, not normalised over the batch (after SRPO, arXiv 2604.02288)."""
     assert now.signal is not None, "legality admits this weight only on terms with a signal"
     return (-beta * now.signal.entropy.to(now.student_logp)).exp()
 
 
-@reads("signal")
+@reads("signal", "signal_entropy")
 def teacher_entropy_above(now: TokenStatistics, *, threshold: NonNegative = 0.8) -> Tensor:
     """1 where the teacher's entropy in nats exceeds the threshold, else 0 (Entropy-Aware OPD, arXiv 2603.07079)."""
     assert now.signal is not None, "legality admits this weight only on terms with a signal"
     return (now.signal.entropy.to(now.student_logp) > threshold).to(now.student_logp)
 
 
-@reads("signal", "entropy")
+@reads("signal", "signal_entropy", "entropy")
 def confidence_gap(now: TokenStatistics, *, scale: Positive = 1.0) -> Tensor:
     """sigmoid((H_student - H_teacher) / scale): more where the teacher is surer than the student (TSD-KD, arXiv 2603.13260)."""
     assert now.signal is not None and now.entropy is not None, "declared with reads"

@@ -4,6 +4,9 @@ import logging
 import os
 import secrets
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -12,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray.exceptions import RayError
 
 from opd_rollout.vllm_actor import VllmActor
@@ -28,6 +31,8 @@ ENVIRONMENT = {  # of every actor; nobind: with vLLM's own binding all actors of
     "TOKENIZERS_PARALLELISM": "false",
 }
 ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray keeps 127.0.0.1, on which its servers then listen, instead of a public address
+REACH_SECONDS = 20.0
+PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR', configure_logging=False)"
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
@@ -91,11 +96,13 @@ def start_actors(
     check_installed()
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     namespace, found = f"opd-{secrets.token_hex(6)}", os.environ.get(ONE_MACHINE)
-    if not address:
-        os.environ[ONE_MACHINE] = "0"
-    _join(address, namespace, folder)
     created: list[Any] = []
+    if address:
+        check_reachable(address)
+    else:
+        os.environ[ONE_MACHINE] = "0"
     try:
+        _join(address, namespace, folder)
         check_resources(plans, ray.available_resources(), learner_gpus if not address else 0, address)
         names: dict[str, list[str]] = {}
         for plan in plans:
@@ -111,6 +118,25 @@ def start_actors(
         ray.shutdown()
         os.environ.pop(ONE_MACHINE, None)
         os.environ.update({} if found is None else {ONE_MACHINE: found})
+
+
+def check_reachable(address: str) -> None:
+    """Raises ValueError within REACH_SECONDS where no Ray cluster answers there; Ray itself would try for over a minute, then end this process."""
+    fix = "start a cluster (ray start --head), correct ray.address, or leave it empty for a cluster of this machine"
+    found = address
+    try:
+        found = services.canonicalize_bootstrap_address(address) or ""  # Ray takes 127.0.0.1 for this machine's public address
+        host, _, port = found.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS / 4).close()
+    except (ConnectionError, OSError, OverflowError, ValueError) as error:
+        raise ValueError(f"no Ray cluster answers at ray.address={address} ({found}: {_first_line(error)}); {fix}") from None
+    try:
+        subprocess.run([sys.executable, "-c", PROBE, address], timeout=REACH_SECONDS, capture_output=True, text=True, check=True)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"what listens at ray.address={address} did not answer as a Ray cluster within {REACH_SECONDS:.0f} s; {fix}") from None
+    except subprocess.CalledProcessError as error:
+        said = [line.strip() for line in error.stderr.splitlines() if "Error" in line] or error.stderr.strip().splitlines()
+        raise ValueError(f"the Ray cluster at ray.address={address} cannot be joined ({(said or [''])[-1][:300]}); {fix}") from None
 
 
 def connect(where: ActorAddress, role: str) -> list[tuple[str, Any]]:
@@ -180,9 +206,13 @@ def _join(address: str, namespace: str, folder: Path | None = None) -> None:
     try:
         ray.init(**options)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = _first_line(error)
         fix = "leave ray.address empty for a cluster of this machine" if address else "free memory or ports on this machine, or use engine=torch"
         raise ValueError(f"Ray {f'at {address} cannot be reached' if address else 'does not start'} ({reason}); {fix}") from error
     finally:
         talk.setLevel(level)
         signal.signal(signal.SIGTERM, asked_to_stop)  # Ray puts its own in the place of whoever saves the run
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

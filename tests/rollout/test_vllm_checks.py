@@ -1,0 +1,213 @@
+"""What vLLM and Ray lack or cannot do is said in one sentence before anything starts; no engine is opened here."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import ray
+from opd_rollout import vllm_cluster
+from opd_rollout.vllm_cluster import ActorPlan, check_installed, check_reachable, check_resources
+from transformers import AutoTokenizer, Qwen3Config
+
+from opd.build import system
+from opd.build.actors import check_placement, check_served, plans
+from opd.build.student import room_for_prompts, smallest_room
+from opd.config.load import load_recipe, parse_recipe
+from opd.objective.terms import SignalNeeds
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = str(ROOT / "recipes/runs/opsd_expr.yaml")
+BASE = str(ROOT / "models/expr-base")
+
+
+def recipe(**changes):
+    return load_recipe(RECIPE, {"engine.kind": "vllm", "model.path": BASE, **changes})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"engine.placement": "colocated"}, "here is none: use engine.placement=separate"),
+        ({"engine.tensor_parallel": 2}, "but here is no GPU: use 1, and engine.replicas"),
+        ({"engine.exchange": "/nowhere"}, "/nowhere is no folder; name one in memory"),
+    ],
+)
+def test_what_the_machine_lacks(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_placement(recipe(**change))
+
+
+@pytest.mark.parametrize("missing", [["ray"], ["vllm"], ["ray", "vllm"]])
+def test_a_missing_package_names_the_extra_that_has_it(monkeypatch, missing):
+    monkeypatch.setattr(system, "find_spec", lambda name: None if name in missing else True)
+    with pytest.raises(ValueError, match=f"engine=vllm needs {' and '.join(missing)}, .*opd-train\\[gpu\\].*opd-train\\[cpu\\]"):
+        system.actors_of(recipe())
+
+
+@pytest.mark.parametrize(
+    ("vllm", "sentence"),
+    [("0.26.1", "vLLM 0.26.1 is installed, .* from 0.27 up to, not including, 0.33"), ("0.33.0", "vLLM 0.33.0"), (None, "needs vllm, which is not")],
+)
+def test_a_version_outside_the_tested_range(monkeypatch, vllm, sentence):
+    def version(name):
+        if name == "ray" or (name == "vllm" and vllm):
+            return "2.60.0" if name == "ray" else vllm
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(vllm_cluster, "version", version)
+    with pytest.raises(ValueError, match=sentence):
+        check_installed()
+    vllm = "0.32.0"
+    check_installed()
+
+
+def test_what_a_cluster_lacks_is_counted():
+    offered = {"GPU": 3.0, "CPU": 8.0}
+    student, teacher = ActorPlan(role="student", replicas=2, gpus=2), ActorPlan(role="main", gpus=1)
+    with pytest.raises(ValueError) as refused:
+        check_resources([student, teacher], offered, 0, "auto")
+    said = "the Ray cluster at auto offers 3 free GPUs, and this run needs 5 for the actors (student 2 x 2, main 1 x 1): 2 are missing."
+    assert said in str(refused.value)
+    with pytest.raises(ValueError, match="this machine offers 3 free GPUs, .* 2 for the actors .* and 2 for the learner: 1 are missing"):
+        check_resources([ActorPlan(role="student", replicas=2, gpus=1)], offered, 2, "")
+    check_resources([ActorPlan(role="student", replicas=2, gpus=1)], offered, 1, "")
+    with pytest.raises(ValueError, match="offers 1 free CPUs, and 2 actors need one each"):
+        check_resources([ActorPlan(role="student", replicas=2)], {"CPU": 1.0}, 0, "auto")
+
+
+def test_the_actors_of_a_recipe():
+    found = plans(recipe(**{"engine.replicas": 2, "engine.tensor_parallel": 4}), {"main": "a", "other": "b"}, 8)
+    assert [(plan.role, plan.replicas, plan.gpus) for plan in found] == [("student", 2, 4), ("main", 1, 1), ("other", 1, 1)]
+    assert [plan.gpus for plan in plans(recipe(), {"main": "a"}, 0)] == [0, 0]
+
+
+def test_an_address_where_nothing_or_something_else_listens_is_refused_soon():
+    with pytest.raises(ValueError, match=r"no Ray cluster answers at ray.address=127.0.0.1:9 \(.*:9: .*refused\); start a cluster"):
+        check_reachable("127.0.0.1:9")
+    for wrong in ("nonsense", "host:port", "127.0.0.1:99999999"):
+        with pytest.raises(ValueError, match="ray.address=" + wrong):
+            check_reachable(wrong)
+    with socket.socket() as other:
+        other.bind(("127.0.0.2", 0))
+        other.listen()
+        with pytest.raises(ValueError, match="did not answer as a Ray cluster within 20 s"):
+            check_reachable(f"127.0.0.2:{other.getsockname()[1]}")
+    assert vllm_cluster.REACH_SECONDS <= 20, "Ray itself would try for over a minute"
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A folder with a tokenizer of more ids than an actor returns whole rows of."""
+    folder = tmp_path_factory.mktemp("large")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.add_tokens([f"<{number}>" for number in range(4100)])
+    tokenizer.save_pretrained(folder)
+    Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("need", "change", "sentence"),
+    [
+        ({"entropy": True}, {}, "reads its entropy, which needs all"),
+        ({"k": 200}, {}, "hands out 128 log-probs a token at most, not k=200"),
+        ({"k": 8}, {"sampling.temperature": 0.7}, "at temperature 1, and sampling.temperature is 0.7"),
+    ],
+)
+def test_what_a_teacher_behind_vllm_cannot_deliver_above_4096_ids(large, need, change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_served(recipe(**change), "main", large, SignalNeeds(**need))
+    check_served(recipe(**change), "main", BASE, SignalNeeds(**need))
+    check_served(recipe(), "main", large, SignalNeeds(k=8))
+
+
+@pytest.mark.parametrize(("need", "sentence"), [({"hidden": True}, "no hidden states"), ({"draws": 4}, "cannot draw ids")])
+def test_what_no_teacher_behind_vllm_delivers(need, sentence):
+    with pytest.raises(ValueError, match=f"signals.main is served by vLLM, .*{sentence}"):
+        check_served(recipe(), "main", BASE, SignalNeeds(**need))
+
+
+@pytest.mark.parametrize("weight", [{"teacher_confidence": {"beta": 1.0}}, {"teacher_entropy_above": {"threshold": 0.5}}, {"batch_confidence": {}}])
+def test_a_weight_that_reads_the_teachers_entropy_says_so(weight, large):
+    term = {"distill": "reverse_kl", "support": {"teacher_topk": {"k": 8, "tail": "bucket"}}}
+    raw = {"data": {"task": "expr"}, "teacher": {"external": {"path": large, "engine": "vllm"}}, "view": "plain", "objective": [term]}
+    assert not system.objective_of(parse_recipe(raw)).needs.signals["main"].entropy
+    weighted = parse_recipe({**raw, "objective": [{**term, "weight": weight}]})
+    assert system.objective_of(weighted).needs.signals["main"].entropy
+    with pytest.raises(ValueError, match="reads its entropy"), system.actors_of(weighted):
+        pass
+    assert not ray.is_initialized()
+
+
+def test_views_are_cut_to_what_a_teacher_behind_vllm_can_read(large):
+    """Its engine holds twice prompt and answer where the model has more; one position is for the token that scoring draws."""
+    short = recipe(**{"data.max_prompt_tokens": 40, "sampling.max_tokens": 24})
+    config = Qwen3Config(max_position_embeddings=512)
+    assert room_for_prompts(short, config, "it", served=False) == 512 - 24
+    assert room_for_prompts(short, config, "it", served=True) == 2 * (40 + 24) - 1 - 24
+    assert smallest_room(short, 400, {"near": config}, {"main": large}) == 103
+    assert smallest_room(short, 100, {"near": config}, {"main": large}) == 100
+    with pytest.raises(ValueError, match="leaves no room for a prompt: it has 127 positions"):
+        room_for_prompts(recipe(**{"sampling.max_tokens": 200, "engine.positions": 128}), config, "it", served=True)
+
+
+
+
+CLUSTER = """
+import sys, ray
+ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", address="local", _temp_dir=sys.argv[1])
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+RUN = """
+import sys, ray
+from opd_rollout.vllm_cluster import ActorPlan, connect, start_actors
+with start_actors([ActorPlan(role="student", replicas=int(sys.argv[2]))], address=sys.argv[1]) as where:
+    for line in sys.stdin:
+        print(*((name, ray.get(handle.pid.remote(), timeout=60)) for name, handle in connect(where, "student")), flush=True)
+"""
+
+
+def started(code, *words):
+    environment = {**os.environ, **vllm_cluster.QUIET, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", code, *words], text=True, env=environment, **pipes)
+
+
+def asked(process):
+    process.stdin.write("?\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.slow
+def test_two_runs_on_one_cluster_have_actors_of_the_same_name_and_do_not_meet():
+    """Real Ray, three processes; the actors are ours, empty, without vLLM."""
+    with tempfile.TemporaryDirectory(prefix="opd-ray-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
+        cluster = started(CLUSTER, scratch)
+        address = cluster.stdout.readline().strip()
+        first, second = (started(RUN, address, "1") for _ in range(2))
+        try:
+            ours, theirs = asked(first), asked(second)
+            assert ours.startswith("('student-0', ") and theirs.startswith("('student-0', ") and ours != theirs
+            third = started(RUN, address, "1")
+            _, said = third.communicate(timeout=100)
+            assert third.returncode == 1 and f"the Ray cluster at {address} offers 0 free CPUs, and 1 actors need one each" in said
+            first.stdin.close()
+            assert first.wait(timeout=60) == 0
+            assert asked(second) == theirs, "one run's end leaves the other's actors alone"
+            second.stdin.close()
+            assert second.wait(timeout=60) == 0
+            assert asked(third := started(RUN, address, "2")).count("student-") == 2, "both are gone: there is room for two"
+            third.kill()
+            third.communicate()
+        finally:
+            for process in (first, second, cluster):
+                process.kill()
+                process.communicate()
+
