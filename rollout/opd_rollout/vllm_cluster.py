@@ -5,8 +5,6 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -31,8 +29,9 @@ ENVIRONMENT = {  # of every actor; nobind: with vLLM's own binding all actors of
     "TOKENIZERS_PARALLELISM": "false",
 }
 ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray keeps 127.0.0.1, on which its servers then listen, instead of a public address
-REACH_SECONDS = 20.0
-PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR', configure_logging=False)"
+REACH_SECONDS = 5.0  # to connect, and again to be greeted
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # of HTTP/2 (RFC 9113), which gRPC and so Ray speaks
+SETTINGS = 4  # the kind of the frame that its servers answer with
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
@@ -121,22 +120,22 @@ def start_actors(
 
 
 def check_reachable(address: str) -> None:
-    """Raises ValueError within REACH_SECONDS where no Ray cluster answers there; Ray itself would try for over a minute, then end this process."""
+    """Raises ValueError within 2 x REACH_SECONDS where no Ray cluster answers; Ray itself would try for over a minute, then end this process."""
     fix = "start a cluster (ray start --head), correct ray.address, or leave it empty for a cluster of this machine"
     found = address
     try:
         found = services.canonicalize_bootstrap_address(address) or ""  # Ray takes 127.0.0.1 for this machine's public address
         host, _, port = found.rpartition(":")
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS / 4).close()
-    except (ConnectionError, OSError, OverflowError, ValueError) as error:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS) as link:
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                link.sendall(PREFACE)
+                answer = link.recv(9)
+                if len(answer) < 9 or answer[3] != SETTINGS:
+                    raise ConnectionError("something else than Ray listens there")
+    except TimeoutError:
+        raise ValueError(f"no Ray cluster answers at ray.address={address} ({found}: no answer within {REACH_SECONDS:.0f} s); {fix}") from None
+    except (OSError, OverflowError, ValueError) as error:
         raise ValueError(f"no Ray cluster answers at ray.address={address} ({found}: {_first_line(error)}); {fix}") from None
-    try:
-        subprocess.run([sys.executable, "-c", PROBE, address], timeout=REACH_SECONDS, capture_output=True, text=True, check=True)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"what listens at ray.address={address} did not answer as a Ray cluster within {REACH_SECONDS:.0f} s; {fix}") from None
-    except subprocess.CalledProcessError as error:
-        said = [line.strip() for line in error.stderr.splitlines() if "Error" in line] or error.stderr.strip().splitlines()
-        raise ValueError(f"the Ray cluster at ray.address={address} cannot be joined ({(said or [''])[-1][:300]}); {fix}") from None
 
 
 def connect(where: ActorAddress, role: str) -> list[tuple[str, Any]]:
@@ -208,6 +207,8 @@ def _join(address: str, namespace: str, folder: Path | None = None) -> None:
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         reason = _first_line(error)
         fix = "leave ray.address empty for a cluster of this machine" if address else "free memory or ports on this machine, or use engine=torch"
+        if address and "token" in str(error.__cause__ or error):
+            fix = "the cluster asks for a token: set RAY_AUTH_MODE=token, with the cluster's ~/.ray/auth_token in place"
         raise ValueError(f"Ray {f'at {address} cannot be reached' if address else 'does not start'} ({reason}); {fix}") from error
     finally:
         talk.setLevel(level)

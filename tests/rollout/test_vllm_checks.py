@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -92,12 +93,15 @@ def test_an_address_where_nothing_or_something_else_listens_is_refused_soon():
     for wrong in ("nonsense", "host:port", "127.0.0.1:99999999"):
         with pytest.raises(ValueError, match="ray.address=" + wrong):
             check_reachable(wrong)
-    with socket.socket() as other:
-        other.bind(("127.0.0.2", 0))
-        other.listen()
-        with pytest.raises(ValueError, match="did not answer as a Ray cluster within 20 s"):
+    with socket.create_server(("127.0.0.2", 0)) as silent:
+        with pytest.raises(ValueError, match=r"no Ray cluster answers at ray.address=127.0.0.2:\d+ \(.*: no answer within 5 s\)"):
+            check_reachable(f"127.0.0.2:{silent.getsockname()[1]}")
+    with socket.create_server(("127.0.0.2", 0)) as other:
+        thread = threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 400 Bad Request"))
+        thread.start()
+        with pytest.raises(ValueError, match=r"something else than Ray listens there"):
             check_reachable(f"127.0.0.2:{other.getsockname()[1]}")
-    assert vllm_cluster.REACH_SECONDS <= 20, "Ray itself would try for over a minute"
+        thread.join(timeout=10)
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +177,8 @@ with start_actors([ActorPlan(role="student", replicas=int(sys.argv[2]))], addres
 """
 
 
-def started(code, *words):
-    environment = {**os.environ, **vllm_cluster.QUIET, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+def started(code, *words, auth="token"):
+    environment = {**os.environ, **vllm_cluster.QUIET, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": auth}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", code, *words], text=True, env=environment, **pipes)
 
@@ -198,6 +202,9 @@ def test_two_runs_on_one_cluster_have_actors_of_the_same_name_and_do_not_meet():
             third = started(RUN, address, "1")
             _, said = third.communicate(timeout=100)
             assert third.returncode == 1 and f"the Ray cluster at {address} offers 0 free CPUs, and 1 actors need one each" in said
+            stranger = started(RUN, address, "1", auth="disabled")
+            _, said = stranger.communicate(timeout=100)
+            assert stranger.returncode == 1 and "the cluster asks for a token: set RAY_AUTH_MODE=token" in said
             first.stdin.close()
             assert first.wait(timeout=60) == 0
             assert asked(second) == theirs, "one run's end leaves the other's actors alone"
