@@ -5,97 +5,107 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-import numpy as np
+from opd.comparison.curves import Band, Mark
+from opd.comparison.summary import PairSummary
 
-from opd.comparison.results import CurvePoint
-from opd.comparison.summary import ArmSummary, PairSummary
-
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 300, 40, 14, 12, 46
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 300, 46, 14, 14, 46
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Band:
-    """One arm's curve over seeds on a common grid of costs; low and high are the extremes over seeds."""
+class Level:
+    """A horizontal line with a note. style: "target" or "base"."""
 
-    label: str
+    value: float
     style: str
-    x: tuple[float, ...]
-    mean: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
+    text: str
 
 
-def band(arm: ArmSummary, cost: Callable[[CurvePoint], float], style: str, *, points: int = 60) -> Band | None:
-    """Mean and extremes over the finished seeds, linear between evaluations, as far as all seeds go; None without a curve."""
-    curves = [[(cost(point), point.accuracy) for point in run.curve] for run in arm.finished]
-    curves = [curve for curve in curves if len(curve) > 1 and curve[-1][0] > 0]
-    if not curves:
-        return None
-    grid = np.linspace(0.0, min(curve[-1][0] for curve in curves), points)
-    values = np.array([np.interp(grid, *zip(*curve, strict=True)) for curve in curves])
-    return Band(
-        label=arm.label,
-        style=style,
-        x=tuple(grid.tolist()),
-        mean=tuple(values.mean(0).tolist()),
-        low=tuple(values.min(0).tolist()),
-        high=tuple(values.max(0).tolist()),
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axes:
+    """How a chart counts: names of both axes, numbers as text, ticks of the upright one from `low` to `high`; doubling: x is 1, 2, 4 ..."""
+
+    x_label: str
+    y_label: str
+    x_number: Callable[[float], str]
+    y_number: Callable[[float], str]
+    low: float
+    high: float
+    step: float
+    doubling: bool = False
 
 
-def line_chart(bands: Sequence[Band], *, x_label: str, target: float, base: float | None, number: Callable[[float], str]) -> str:
-    """Accuracy in percent against a cost: a line and a band an arm, the target dashed, the base dotted."""
-    right = max((band.x[-1] for band in bands), default=1.0)
-    values = [value for band in bands for value in (*band.low, *band.high)] + [target] + ([base] if base is not None else [])
-    low, high = max(0.0, math.floor(min(values) * 10) / 10), min(1.0, math.ceil(max(values) * 10) / 10)
-    frame = _Frame(right=right, low=low, high=max(high, low + 0.1))
-    parts = [_axes(frame, x_label, number)]
-    parts.append(_level(frame, target, "target", f"target {100 * target:g} %"))
-    if base is not None:
-        parts.append(_level(frame, base, "base", f"base {100 * base:.0f} %"))
+def percent_axes(bands: Sequence[Band], levels: Sequence[Level], *, x_label: str, x_number: Callable[[float], str], **options: bool) -> Axes:
+    """Shares shown in percent, from the ten below the lowest value to the ten above the highest."""
+    values = [value for band in bands for value in (*band.low, *band.high)] + [level.value for level in levels]
+    low = max(0.0, math.floor(min(values, default=0.0) * 10 + 1e-9) / 10)
+    high = max(min(1.0, math.ceil(max(values, default=1.0) * 10 - 1e-9) / 10), low + 0.1)
+    return Axes(
+        x_label=x_label, y_label="accuracy, %", x_number=x_number, y_number=lambda value: f"{100 * value:.0f}", low=low, high=high,
+        step=0.1 if high - low <= 0.6 else 0.2, **options,
+    )  # fmt: skip
+
+
+def plain_axes(bands: Sequence[Band], *, x_label: str, y_label: str, x_number: Callable[[float], str], y_number: Callable[[float], str]) -> Axes:
+    """Numbers from zero to a round one above the highest."""
+    highest = max((value for band in bands for value in band.high), default=0.0) or 1.0
+    step = round_ticks(highest)[1]
+    return Axes(
+        x_label=x_label, y_label=y_label, x_number=x_number, y_number=y_number, low=0.0, high=math.ceil(highest / step - 1e-9) * step, step=step,
+    )  # fmt: skip
+
+
+def line_chart(bands: Sequence[Band], axes: Axes, *, levels: Sequence[Level] = (), marks: Sequence[Mark] = ()) -> str:
+    """A line and a band an arm, levels as dashed and dotted lines, marks as crosses with their text on hover and for screen readers."""
+    left = 1.0 if axes.doubling else 0.0
+    right = max((band.x[-1] for band in bands), default=left + 1.0)
+    frame = _Frame(left=left, right=max(right, left * 2 or right), axes=axes)
+    parts = [_axes(frame), *(_level(frame, level) for level in levels)]
     for drawn in bands:
         upper = [frame.point(x, y) for x, y in zip(drawn.x, drawn.high, strict=True)]
         lower = [frame.point(x, y) for x, y in zip(drawn.x, drawn.low, strict=True)]
         parts.append(f'<polygon class="band {drawn.style}" points="{" ".join(upper + lower[::-1])}"/>')
     for drawn in bands:
         line = " ".join(frame.point(x, y) for x, y in zip(drawn.x, drawn.mean, strict=True))
-        ending = f"{drawn.label}: {100 * drawn.mean[-1]:.1f} % after {number(drawn.x[-1])}"
+        ending = f"{drawn.label}: {axes.y_number(drawn.mean[-1])} at {axes.x_number(drawn.x[-1])}"
         parts.append(f'<polyline class="line {drawn.style}" points="{line}"><title>{escape(ending)}</title></polyline>')
-    summary = "; ".join(f"{b.label} ends at {100 * b.mean[-1]:.0f} %" for b in bands)
-    label = escape(f"Dev accuracy against {x_label}. {summary}", quote=True)
+    parts += [_mark(frame, mark) for mark in marks if mark.x <= frame.right]
+    said = "; ".join(f"{b.label} from {axes.y_number(b.mean[0])} to {axes.y_number(b.mean[-1])}" for b in bands)
+    noted = f". Marked: {'; '.join(dict.fromkeys(mark.text for mark in marks))}" if marks else ""
+    label = escape(f"{axes.y_label} against {axes.x_label}. {said}{noted}", quote=True)
     return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Frame:
+    left: float
     right: float
-    low: float
-    high: float
+    axes: Axes
 
     def across(self, x: float) -> float:
-        return LEFT + x / self.right * (WIDTH - LEFT - RIGHT)
+        share = math.log2(x / self.left) / math.log2(self.right / self.left) if self.axes.doubling else (x - self.left) / (self.right - self.left)
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
 
     def up(self, y: float) -> float:
-        return HEIGHT - BOTTOM - (y - self.low) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
+        inside = min(max(y, self.axes.low), self.axes.high)
+        return HEIGHT - BOTTOM - (inside - self.axes.low) / (self.axes.high - self.axes.low) * (HEIGHT - TOP - BOTTOM)
 
     def point(self, x: float, y: float) -> str:
         return f"{self.across(x):.1f},{self.up(y):.1f}"
 
 
-def _axes(frame: _Frame, x_label: str, number: Callable[[float], str]) -> str:
-    parts = []
-    step = 0.1 if frame.high - frame.low <= 0.6 else 0.2
-    count = round((frame.high - frame.low) / step)
-    for n in range(count + 1):
-        value = frame.low + n * step
-        if value <= frame.high + 1e-9:
+def _axes(frame: _Frame) -> str:
+    axes, parts = frame.axes, []
+    for n in range(round((axes.high - axes.low) / axes.step) + 1):
+        value = axes.low + n * axes.step
+        if value <= axes.high + 1e-9:
             y = frame.up(value)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{100 * value:.0f}</text>')
-    for value in round_ticks(frame.right):
+            parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{escape(axes.y_number(value))}</text>')
+    doublings = [2.0**n for n in range(int(math.log2(frame.right)) + 1)] if axes.doubling else []
+    for value in doublings or round_ticks(frame.right):
         x = frame.across(value)
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(number(value)) if value else "0"}</text>')
-    parts.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(axes.x_number(value)) if value else "0"}</text>')
+    parts.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(axes.x_label)}</text>')
     return "".join(parts)
 
 
@@ -109,23 +119,40 @@ def round_ticks(right: float, wanted: int = 4) -> list[float]:
     return [n * step for n in range(int(right / step + 1e-9) + 1)]
 
 
-def _level(frame: _Frame, value: float, style: str, text: str) -> str:
-    y = frame.up(value)
-    line = f'<line class="{style}-line" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return f'{line}<text class="note" x="{WIDTH - RIGHT}" y="{y - 4 if y > TOP + 12 else y + 14:.1f}" text-anchor="end">{escape(text)}</text>'
+def _level(frame: _Frame, level: Level) -> str:
+    y = frame.up(level.value)
+    line = f'<line class="{level.style}-line" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return f'{line}<text class="note" x="{WIDTH - RIGHT}" y="{y - 4 if y > TOP + 12 else y + 14:.1f}" text-anchor="end">{escape(level.text)}</text>'
 
 
-def interval_bar(pair: PairSummary, reach: float, *, width: int = 220, height: int = 22) -> str:
+def _mark(frame: _Frame, mark: Mark) -> str:
+    x, y = frame.across(mark.x), frame.up(mark.y)
+    cross = f"M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8"
+    return f'<path class="mark-at {mark.style}" d="{cross}"><title>{escape(mark.text)}</title></path>'
+
+
+BAR_WIDTH, BAR_HEIGHT = 220, 22
+
+
+def _along(value: float, reach: float) -> float:
+    return BAR_WIDTH / 2 + max(-1.0, min(1.0, value / reach)) * (BAR_WIDTH / 2 - 14)
+
+
+def interval_bar(pair: PairSummary, reach: float) -> str:
     """One row of a forest plot: the interval of a difference on an axis from -reach to +reach with zero in the middle."""
-
-    def across(value: float) -> float:
-        return width / 2 + max(-1.0, min(1.0, value / reach)) * (width / 2 - 6)
-
-    low, high, middle = across(pair.interval.low), across(pair.interval.high), across(pair.interval.mean)
-    y = height / 2
+    interval, y = pair.interval, BAR_HEIGHT / 2
+    known = math.isfinite(interval.low)
+    span = f'<line class="span" x1="{_along(interval.low, reach):.1f}" x2="{_along(interval.high, reach):.1f}" y1="{y}" y2="{y}"/>' if known else ""
     return (
-        f'<svg class="forest {pair.verdict}" viewBox="0 0 {width} {height}" width="{width}" height="{height}" aria-hidden="true">'
-        f'<line class="zero" x1="{width / 2}" x2="{width / 2}" y1="0" y2="{height}"/>'
-        f'<line class="span" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/>'
-        f'<circle cx="{middle:.1f}" cy="{y}" r="4.5"/></svg>'
+        f'<svg class="forest {pair.verdict}" viewBox="0 0 {BAR_WIDTH} {BAR_HEIGHT}" width="{BAR_WIDTH}" height="{BAR_HEIGHT}" aria-hidden="true">'
+        f'<line class="zero" x1="{BAR_WIDTH / 2}" x2="{BAR_WIDTH / 2}" y1="0" y2="{BAR_HEIGHT}"/>{span}'
+        f'<circle cx="{_along(interval.mean, reach):.1f}" cy="{y}" r="4.5"/></svg>'
     )
+
+
+def interval_scale(reach: float) -> str:
+    """The axis of a forest plot in percentage points."""
+    ticks = [tick / 100 for tick in round_ticks(100 * reach, wanted=2)[1:]]
+    marks = [(-tick, f"\N{MINUS SIGN}{100 * tick:g}") for tick in reversed(ticks)] + [(0.0, "0")] + [(tick, f"+{100 * tick:g}") for tick in ticks]
+    texts = "".join(f'<text x="{_along(value, reach):.1f}" y="14" text-anchor="middle">{text}</text>' for value, text in marks)
+    return f'<svg class="scale" viewBox="0 0 {BAR_WIDTH} 18" width="{BAR_WIDTH}" height="18" aria-hidden="true">{texts}</svg>'

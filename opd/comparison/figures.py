@@ -1,12 +1,14 @@
-"""The report's pictures as PNG files, for papers and slides."""
+"""The report's pictures as PNG and SVG files, for papers and slides."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
 
-from opd.comparison.charts import Band, band
+from opd.comparison.curves import VITAL_LABELS, Band, band, passed_band, vital_band
 from opd.comparison.results import PRIMARY
 from opd.comparison.summary import COSTS, Summary
 
@@ -15,36 +17,61 @@ GREY = "#71716d"
 
 
 def write_figures(folder: Path, summary: Summary) -> list[Path]:
-    """One PNG a kind of cost and one of the differences to the baseline; returns their paths."""
-    styles = {arm.name: n for n, arm in enumerate(arm for arm in summary.arms if arm.trained)}
+    """Accuracy against each kind of cost, pass@k against k, length, entropy and truncation, differences to the baseline; returns the paths."""
+    arms = [arm for arm in summary.arms if arm.trained]
+    styles = {arm.name: n for n, arm in enumerate(arms)}
     paths = []
     for cost, take in COSTS.items():
-        figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
-        axes = figure.add_subplot()
-        drawn = [(styles[arm.name], band(arm, take, "")) for arm in summary.arms if arm.trained]
-        _curves(axes, [(style, found) for style, found in drawn if found is not None])
+        figure, axes = _axes(cost, "dev accuracy, temperature 1 (%)")
+        _curves(axes, [(styles[arm.name], found) for arm in arms if (found := band(arm, take, "")) is not None], scale=100)
         axes.axhline(100 * summary.comparison.target, color=GREY, linestyle="--", linewidth=1)
         if summary.base_dev is not None:
             axes.axhline(100 * summary.base_dev, color=GREY, linestyle=":", linewidth=1)
-        axes.set_xlabel(cost)
-        axes.set_ylabel("dev accuracy, temperature 1 (%)")
-        paths.append(folder / f"accuracy-vs-{cost.replace(' ', '-')}.png")
-        figure.savefig(paths[-1], metadata={"Software": "opd"})
-    paths.append(folder / "differences.png")
-    _differences(summary, styles).savefig(paths[-1], metadata={"Software": "opd"})
-    return paths
+        paths += _save(figure, folder / f"accuracy-vs-{cost.replace(' ', '-')}")
+    passed = [(styles.get(arm.name, -1), found) for arm in summary.arms if (found := passed_band(arm, "")) is not None]
+    if passed:
+        figure, axes = _axes("k", "pass@k on test, temperature 1 (%)")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%d"))
+        _curves(axes, passed, scale=100)
+        paths += _save(figure, folder / "pass-at-k")
+    for name, label, scale in VITAL_LABELS:
+        bands = [(styles[arm.name], found) for arm in arms if (found := vital_band(arm, name, "")) is not None]
+        if bands:
+            figure, axes = _axes("generated tokens", label)
+            _curves(axes, bands, scale=scale)
+            axes.set_ylim(bottom=0)
+            paths += _save(figure, folder / name.replace("/", "-"))
+    return paths + _save(_differences(summary, styles), folder / "differences")
 
 
-def _curves(axes: Axes, bands: Sequence[tuple[int, Band]]) -> None:
+def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> list[Path]:
+    with rc_context({"svg.hashsalt": "opd", "svg.fonttype": "none"}):  # the same numbers give the same file; text stays text
+        figure.savefig(path.with_suffix(".png"), metadata={"Software": "opd"})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": "opd"})
+    return [path.with_suffix(".png"), path.with_suffix(".svg")]
+
+
+def _curves(axes: Axes, bands: Sequence[tuple[int, Band]], *, scale: float) -> None:
     for style, found in bands:
-        colour, dash = COLOURS[style % len(COLOURS)], "-" if style < len(COLOURS) else "--"
-        axes.fill_between(found.x, [100 * y for y in found.low], [100 * y for y in found.high], color=colour, alpha=0.14, linewidth=0)
-        axes.plot(found.x, [100 * y for y in found.mean], dash, color=colour, linewidth=1.8, label=found.label)
+        colour = COLOURS[style % len(COLOURS)] if style >= 0 else GREY  # -1: the untrained arm
+        dash = ":" if style < 0 else "-" if style < len(COLOURS) else "--"
+        axes.fill_between(found.x, [scale * y for y in found.low], [scale * y for y in found.high], color=colour, alpha=0.14, linewidth=0)
+        axes.plot(found.x, [scale * y for y in found.mean], dash, color=colour, linewidth=1.8, label=found.label)
     axes.grid(alpha=0.25)
-    axes.set_xlim(left=0)
+    if axes.get_xscale() == "linear":
+        axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     if bands:
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=min(4, len(bands)))
 
 
 def _differences(summary: Summary, styles: dict[str, int]) -> Figure:

@@ -1,6 +1,7 @@
-"""report.html: one self-contained page that opens offline, with results.csv and PNGs beside it."""
+"""report.html: one self-contained page that opens offline, with CSV, LaTeX, PNG and SVG files beside it."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +10,40 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from opd.comparison import wording
-from opd.comparison.charts import band, interval_bar, line_chart
+from opd.comparison.arms import recipe_rows
+from opd.comparison.breakdown import Breakdown, breakdowns
+from opd.comparison.charts import Axes, Level, interval_bar, interval_scale, line_chart, percent_axes, plain_axes
+from opd.comparison.curves import VITAL_LABELS, band, first_alarms, marks, passed_band, vital_band
+from opd.comparison.exports import latex_table, write_breakdowns, write_curves, write_pairs
 from opd.comparison.figures import write_figures
 from opd.comparison.jobs import Tuned
 from opd.comparison.results import GREEDY, PRIMARY, RunResult
 from opd.comparison.summary import COSTS, ArmSummary, PairSummary, Summary
 from opd.comparison.table import write_csv
-from opd.config.load import differences
 
 NUM_STYLES = 8
 
 
 def write_report(folder: Path, summary: Summary) -> Path:
-    """Write report.html, results.csv and the PNGs into `folder`; returns the page's path."""
+    """Write report.html and the files beside it (CSV, LaTeX, PNG, SVG) into `folder`; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
+    found = breakdowns(summary)
     write_csv(folder / "results.csv", summary)
-    write_figures(folder, summary)
+    write_pairs(folder / "pairs.csv", summary)
+    write_curves(folder / "curves.csv", summary)
+    write_breakdowns(folder / "breakdown.csv", found)
+    (folder / "results.tex").write_text(latex_table(summary), encoding="utf-8")
+    pictures = write_figures(folder, summary)
     page = folder / "report.html"
     scratch = page.with_name(".report.html.tmp")
-    scratch.write_text(render(summary, folder), encoding="utf-8")
+    beside = ["results.csv", "pairs.csv", "curves.csv", "breakdown.csv", "results.tex", *(path.name for path in pictures)]
+    scratch.write_text(render(summary, folder, found, beside), encoding="utf-8")
     scratch.replace(page)
     return page
 
 
-def render(summary: Summary, folder: Path) -> str:
-    """The page as text; run folders are linked relative to `folder`."""
+def render(summary: Summary, folder: Path, found: list[Breakdown], beside: list[str]) -> str:
+    """The page as text; run folders are named relative to `folder`, `beside` are the files that lie there."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -50,13 +60,21 @@ def render(summary: Summary, folder: Path) -> str:
         arms=summary.arms,
         reference=summary.reference,
         styles={arm.name: styles.get(arm.name, "base") for arm in summary.arms},
-        sentences=wording.sentences(summary),
+        answers=wording.answers(summary),
+        notes=wording.notes(summary),
         charts=charts(summary, styles),
+        vitals=vitals(summary, styles),
+        passed=passed(summary, styles),
+        breakdowns=found,
+        alarms=alarms(summary),
+        recipe_rows=recipe_rows(summary),
+        beside=beside,
+        style=Markup((Path(__file__).parent / "report.css").read_text(encoding="utf-8")),
         forest=forest(summary),
+        scale=Markup(interval_scale(_forest_reach(summary))),
         pairs=[pair for pair in summary.pairs if _first(summary, pair)],
         matrix=[arm for arm in summary.arms if arm.test() is not None],
         setup=setup(summary),
-        changed={arm.name: changed_keys(arm, summary.reference) for arm in summary.arms},
         failures=failures(summary),
         silent=[arm.label for arm in _trained(summary) if arm.finished and not arm.costs["generated tokens"]],
         primary=PRIMARY,
@@ -89,12 +107,56 @@ def failures(summary: Summary) -> list[tuple[str, list[int], str]]:
 def charts(summary: Summary, styles: Mapping[str, str]) -> list[tuple[str, Markup]]:
     """(title, SVG) of dev accuracy against each kind of cost."""
     drawn = []
+    levels = [Level(value=summary.comparison.target, style="target", text=f"target {100 * summary.comparison.target:g} %")]
+    if summary.base_dev is not None:
+        levels.append(Level(value=summary.base_dev, style="base", text=f"base {100 * summary.base_dev:.0f} %"))
     for cost, take in COSTS.items():
         bands = [found for arm in _trained(summary) if (found := band(arm, take, styles[arm.name])) is not None]
+        if all(found.x[-1] <= 0 for found in bands):
+            continue
         number = wording.duration if cost.endswith("seconds") else _tick
-        svg = line_chart(bands, x_label=cost, target=summary.comparison.target, base=summary.base_dev, number=number)
-        drawn.append((f"Accuracy against {cost}", Markup(svg)))
+        axes = percent_axes(bands, levels, x_label=cost, x_number=number)
+        crosses = [mark for arm in _trained(summary) for mark in marks(arm, take, styles[arm.name])]
+        drawn.append((f"Accuracy against {cost}", Markup(line_chart(bands, axes, levels=levels, marks=crosses))))
     return drawn
+
+
+def vitals(summary: Summary, styles: Mapping[str, str]) -> list[tuple[str, Markup]]:
+    """(title, SVG) of answer length, entropy and truncation during training; what no run recorded is left out."""
+    drawn = []
+    for name, label, factor in VITAL_LABELS:
+        bands = [found for arm in _trained(summary) if (found := vital_band(arm, name, styles[arm.name])) is not None]
+        if bands:
+            axes = plain_axes(bands, x_label="generated tokens", y_label=label, x_number=_tick, y_number=partial(_plain_times, factor))
+            drawn.append((label[0].upper() + label[1:], Markup(line_chart(bands, axes))))
+    return drawn
+
+
+def passed(summary: Summary, styles: Mapping[str, str]) -> Markup | None:
+    """SVG of pass@k against k on test; None where every evaluation took one answer a problem."""
+    bands = [found for arm in summary.arms if (found := passed_band(arm, styles.get(arm.name, "base"))) is not None]
+    if not bands:
+        return None
+    axes: Axes = percent_axes(bands, [], x_label="k, answers a problem", x_number=_plain, doubling=True)
+    return Markup(line_chart(bands, axes))
+
+
+def alarms(summary: Summary) -> list[tuple[ArmSummary, int, int, str, str]]:
+    """(arm, seed, step, rule, message) of every first alarm of a guard rail, and of every collapse that no rule saw."""
+    rows = []
+    for arm in _trained(summary):
+        for run in arm.runs:
+            messages = {(line["step"], line["rule"]): line.get("message", "") for line in run.alarms}
+            rows += [(arm, run.seed, step, rule, str(messages.get((step, rule), ""))) for step, rule in first_alarms(run)]
+        for seed, best, last in arm.collapsed:
+            step = next(run.curve[-1].step for run in arm.finished if run.seed == seed)
+            said = f"dev accuracy ended at {wording.percent(last)} %, its best was {wording.percent(best)} %"
+            rows.append((arm, seed, step, "fell by the end", said))
+    return rows
+
+
+def _plain_times(factor: float, value: float) -> str:
+    return f"{factor * value:.3g}"
 
 
 def _tick(value: float) -> str:
@@ -104,9 +166,15 @@ def _tick(value: float) -> str:
 
 def forest(summary: Summary) -> list[tuple[ArmSummary, PairSummary, Markup]]:
     """Every arm's difference to the baseline with its interval drawn on one common axis."""
+    reach = _forest_reach(summary)
     pairs = [(arm, pair) for arm in summary.arms if (pair := summary.pair(arm.name, summary.reference.name)) is not None]
-    ends = [abs(bound) for _, pair in pairs for bound in (pair.interval.low, pair.interval.high) if abs(bound) < 2]
-    return [(arm, pair, Markup(interval_bar(pair, max([*ends, 0.01]) * 1.05))) for arm, pair in pairs]
+    return [(arm, pair, Markup(interval_bar(pair, reach))) for arm, pair in pairs]
+
+
+def _forest_reach(summary: Summary) -> float:
+    pairs = [pair for arm in summary.arms if (pair := summary.pair(arm.name, summary.reference.name)) is not None]
+    ends = [abs(bound) for pair in pairs for bound in (pair.interval.low, pair.interval.mean, pair.interval.high) if abs(bound) < 2]
+    return max([*ends, 0.01]) * 1.05
 
 
 def setup(summary: Summary) -> list[tuple[str, str]]:
@@ -139,14 +207,6 @@ def _joined(values: list[Any]) -> str:
 
 def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def changed_keys(arm: ArmSummary, reference: ArmSummary) -> list[str]:
-    """How the arm's recipe differs from the baseline's, seed and name aside."""
-    if arm.name == reference.name or not arm.runs or not reference.runs:
-        return []
-    ours, theirs = ({k: v for k, v in side.runs[0].recipe.items() if k not in ("seed", "name", "paper")} for side in (arm, reference))
-    return differences(theirs, ours) if ours and theirs else []
 
 
 def recipe_text(run: RunResult) -> str:

@@ -17,6 +17,7 @@ from opd.run.folder import read_lines
 PRIMARY = "temperature 1.0"
 GREEDY = "greedy"
 COUNTERS = ("tokens/student", "tokens/teacher", "tokens/learner", "seconds/total")
+VITALS = ("length/mean", "entropy/student", "length/truncated")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,15 +33,23 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Final:
-    """A test evaluation under one decoding: per-problem values by metric ("avg@k", "pass@k", "maj@k"), the line of eval.jsonl."""
+    """A test evaluation under one decoding: per-problem values by metric ("avg@k", "pass@k", "maj@k"), the line of eval.jsonl.
+
+    domains, difficulties: of each problem, "" where its records name none.
+    """
 
     row: Mapping[str, Any]
     by_problem: Mapping[str, Mapping[str, float]]
+    domains: Mapping[str, str] = field(default_factory=dict)
+    difficulties: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """One finished or unfinished run. costs: the counters of its last step. dev: decoding -> accuracy of the last dev evaluation."""
+    """One finished or unfinished run. costs: the counters of its last step. dev: decoding -> accuracy of the last dev evaluation.
+
+    vitals: name -> (step, generated tokens, value) of every step that has it. alarms: the lines of guard.jsonl.
+    """
 
     arm: str
     seed: int
@@ -53,6 +62,8 @@ class RunResult:
     finals: Mapping[str, Final] = field(default_factory=dict)
     dev: Mapping[str, float] = field(default_factory=dict)
     costs: Mapping[str, float] = field(default_factory=dict)
+    vitals: Mapping[str, tuple[tuple[int, float, float], ...]] = field(default_factory=dict)
+    alarms: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -84,7 +95,13 @@ def read_run(folder: Path, *, arm: str = "", seed: int | None = None) -> RunResu
         finals={row["decoding"]: read_final(folder, row) for row in evaluations if row["split"] == "test"},
         dev={row["decoding"]: float(row["avg@k"]) for row in dev},
         costs={name: float(metrics[-1].get(name, 0.0)) for name in COUNTERS} if metrics else dict.fromkeys(COUNTERS, 0.0),
+        vitals={name: _series(metrics, name) for name in VITALS},
+        alarms=tuple(read_lines(folder / "guard.jsonl")),
     )
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[tuple[int, float, float], ...]:
+    return tuple((row["step"], float(row.get("tokens/student", 0.0)), float(row[name])) for row in metrics if row.get(name) is not None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -126,7 +143,9 @@ def read_final(folder: Path, row: Mapping[str, Any]) -> Final:
         problem: majority_vote([str(line.get("answer") or "") for line in lines], [line["correct"] for line in lines])
         for problem, lines in by_problem.items()
     }
-    return Final(row=row, by_problem={"avg@k": average, "pass@k": passed, "maj@k": majority})
+    labels = {key: {problem: str(lines[0].get(key) or "") for problem, lines in by_problem.items()} for key in ("domain", "difficulty")}
+    by_metric = {"avg@k": average, "pass@k": passed, "maj@k": majority}
+    return Final(row=row, by_problem=by_metric, domains=labels["domain"], difficulties=labels["difficulty"])
 
 
 def table(runs: Sequence[RunResult], decoding: str, metric: str, problems: Sequence[str] | None = None) -> Table | None:

@@ -86,11 +86,28 @@ def _times(value: float) -> str:
 
 def sentences(summary: Summary) -> list[str]:
     """What the numbers say, most important first."""
+    return [text for _, text in answers(summary)] + notes(summary)
+
+
+def answers(summary: Summary) -> list[tuple[str, str]]:
+    """(question, answer) of what a reader wants to know first: which arm, by how much, at what cost, how sure."""
     ranked = sorted((arm for arm in summary.arms if arm.trained and arm.test() is not None), key=lambda arm: arm.test().mean, reverse=True)
     if not ranked:
-        return ["No trained arm has a test result yet."]
-    parts = [_winner(summary, ranked[0]), _baseline(summary, ranked), _cost(summary, ranked), _base(summary)]
-    parts += [_not_learned(summary), _collapsed(summary), _missing(summary), _resolution(summary), _edges(summary)]
+        return [("Which arm did best?", "No trained arm has a test result yet.")]
+    found = [
+        ("Which arm did best?", _winner(summary, ranked[0])),
+        ("By how much?", _baseline(summary, ranked)),
+        ("At what cost?", _cost(summary, ranked)),
+        ("How sure is that?", _sure(summary, ranked[0])),
+    ]
+    return [(question, answer) for question, answer in found if answer]
+
+
+def notes(summary: Summary) -> list[str]:
+    """What else must be known before quoting the answers; nothing where there is no answer yet."""
+    if not any(arm.trained and arm.test() is not None for arm in summary.arms):
+        return []
+    parts = [_base(summary), _not_learned(summary), _collapsed(summary), _missing(summary), _edges(summary)]
     return [part for part in parts if part]
 
 
@@ -114,31 +131,51 @@ def _baseline(summary: Summary, ranked: Sequence[ArmSummary]) -> str:
         return ""
     first, pair = found[0]
     bounds = points_interval(pair.interval.low, pair.interval.high)
-    text = f"{first.label} minus {reference.label} is {points(pair.interval.mean)} points ({bounds}): {pair.verdict}."
+    text = f"{first.label} minus {reference.label}, the baseline, is {points(pair.interval.mean)} points ({bounds}): {pair.verdict}."
     groups = []
     for word in ("better", "unresolved", "worse"):
-        members = [f"{arm.label} ({points(pair.interval.mean)})" for arm, pair in found[1:] if pair.verdict == word]
+        members = [f"{arm.label} by {points(pair.interval.mean)}" for arm, pair in found[1:] if pair.verdict == word]
         if members:
-            groups.append(f"{word}: {listed(members)}")
-    return text + (f" The others against {reference.label}, {'; '.join(groups)}." if groups else "")
+            groups.append(f"{word}, {listed(members)}")
+    return text + (f" The others against {reference.label}: {'; '.join(groups)}." if groups else "")
 
 
 def _cost(summary: Summary, ranked: Sequence[ArmSummary]) -> str:
-    reference, target = summary.reference, summary.comparison.target
+    reference, best = summary.reference, ranked[0]
+    text = f"Every run may spend {summary.comparison.budget.spell()}. A run of {best.label} spent {_whole(best)}"
+    text += f"; one of {reference.label} {_whole(reference)}." if best.name != reference.name and reference.costs else "."
+    return f"{text} {_to_target(summary, ranked)}"
+
+
+def _whole(arm: ArmSummary) -> str:
+    generated, scored = amount(arm.costs["generated tokens"]), amount(arm.costs["learner and teacher tokens"])
+    return f"{generated} generated tokens, {scored} tokens in learner and teacher, and {duration(arm.costs['training seconds'])} of training"
+
+
+def _to_target(summary: Summary, ranked: Sequence[ArmSummary]) -> str:
+    """What the target cost the best arm, the cheapest one and the baseline."""
+    reference, best, goal = summary.reference, ranked[0], f"{percent(summary.comparison.target)} % on the dev split"
     reached = [arm for arm in ranked if arm.reached[TOKENS].typical is not None]
-    goal = f"{percent(target)} % on the dev split"
     if not reached:
         return f"No arm reached {goal} with every seed inside its budget."
     cheapest = min(reached, key=lambda arm: arm.reached[TOKENS].typical or math.inf)
-    text = f"{cheapest.label} reached {goal} with the fewest generated tokens: {reach_text(cheapest.reached[TOKENS], TOKENS)}."
+    shown = list({arm.name: arm for arm in (cheapest, best, reference)}.values())
+    spelled = [f"{arm.label} {_spent_words(arm.reached[TOKENS])}" for arm in shown]
+    text = f"Generated tokens to {goal}: {spelled[0]}, the fewest{''.join(f'; {words}' for words in spelled[1:])}."
     if cheapest.name == reference.name:
         return text
-    text += f" {reference.label}: {reach_text(reference.reached[TOKENS], TOKENS)}."
     ratios = [(cost, cheapest.ratio[cost]) for cost in cheapest.ratio if cheapest.ratio[cost].value is not None]
     if not ratios:
         return f"{text} No ratio is taken: {cheapest.ratio[TOKENS].why.removeprefix('no ratio: ')}."
-    spelled = [f"{_ratio_words(ratio)} the {cost}" for cost, ratio in ratios]
-    return f"{text} {reference.label} needs {listed(spelled)}."
+    words = [f"{_ratio_words(ratio)} the {cost}" for cost, ratio in ratios]
+    return f"{text} To get there {reference.label} needs {listed(words)} that {cheapest.label} needs."
+
+
+def _spent_words(found: Reach) -> str:
+    missed = len(found.by_seed) - found.reached
+    if found.typical is not None or not missed:
+        return reach_text(found, TOKENS)
+    return f"missed it in {missed} of {len(found.by_seed)} seeds" if found.reached else "missed it in every seed"
 
 
 def _ratio_words(ratio: Ratio) -> str:
@@ -185,6 +222,20 @@ def _missing(summary: Summary) -> str:
     return f"Not all runs finished, and the numbers rest on those that did: {listed(texts)}." if texts else ""
 
 
+def _sure(summary: Summary, best: ArmSummary) -> str:
+    """How far chance explains the best arm's lead over the baseline, then what the whole comparison can see."""
+    pair = summary.pair(best.name, summary.reference.name)
+    text = ""
+    if pair is not None and math.isfinite(pair.interval.low):
+        p = "under 0.001" if pair.holm_p < 0.001 else f"{pair.holm_p:.3f}"
+        one_seed = "these seeds only" in pair.interval.scope
+        what = "the choice of problems" if one_seed else "chance"
+        chance = f"is not explained by {what}" if pair.verdict != "unresolved" else f"may be {what}"
+        text = f"The difference between {best.label} and {summary.reference.label} {chance} (Holm's p {p}). "
+        text += "What another seed gives is not known. " if one_seed else ""
+    return text + _resolution(summary)
+
+
 def _resolution(summary: Summary) -> str:
     trained = {arm.name for arm in summary.arms if arm.trained}
     pairs = [p for p in summary.pairs if p.decoding == PRIMARY and p.left < p.right and {p.left, p.right} <= trained]
@@ -194,12 +245,11 @@ def _resolution(summary: Summary) -> str:
     smallest = statistics.median(pair.detectable for pair in pairs)
     seeds = min(pair.interval.seeds for pair in pairs)
     most = max(pair.interval.seeds for pair in pairs)
-    scope = pairs[0].interval.scope
-    number = f"{seeds}" if seeds == most else f"{seeds} to {most}"
-    text = f"{unresolved} of {len(pairs)} pairs of trained arms are unresolved with {number} seed{'s' if most > 1 else ''}"
+    number, problems = f"{seeds}" if seeds == most else f"{seeds} to {most}", min(pair.interval.problems for pair in pairs)
+    text = f"Measured with {number} seed{'s' if most > 1 else ''} x {problems} problems: intervals speak about {pairs[0].interval.scope}."
+    text += f" {unresolved} of {len(pairs)} pairs of trained arms {'is' if unresolved == 1 else 'are'} unresolved." if len(pairs) > 1 else ""
     if math.isfinite(smallest):
-        text += f"; a typical pair would show a true difference of {percent(smallest)} points with a probability of 80 %"
-    text += f". Intervals speak about {scope}."
+        text += f" A true difference of {percent(smallest)} points would be seen in four of five such comparisons."
     return text + (" Fewer than five seeds show the machinery; claims need five or more." if seeds < 5 else "")
 
 

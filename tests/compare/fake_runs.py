@@ -74,11 +74,13 @@ def fabricate(folder, recipe, overrides, *, tokens, problems=128):
     write_json(folder / "resolved.json", {**facts, "recipe": resolved.model_dump(mode="json"), "hardware": hardware})
     random = np.random.default_rng([seed, zlib.crc32(arm.encode()), tokens])
     difficulty = np.random.default_rng(0).normal(0, 1.6, problems)
-    for name in ("metrics.jsonl", "eval.jsonl"):
+    for name in ("metrics.jsonl", "eval.jsonl", "guard.jsonl"):
         (folder / name).unlink(missing_ok=True)
     steps = tokens // TOKENS_PER_STEP
     every = max(1, steps // 12)
     curve = [_metrics(folder, arm, seed, lr, step, random, every, difficulty) for step in range(steps + 1)]
+    if arm == "opsd_live" and tokens > 40_000:
+        append_line(folder / "guard.jsonl", {"step": 70, "rule": "dev_fall", "action": "warn", "message": "dev accuracy 0.41, at best 0.79"})
     best = max((point for point in curve if point and (point[0] or not steps)), key=lambda point: point[1])
     if resolved.eval.final_problems:
         for temperature in resolved.eval.temperatures:
@@ -105,6 +107,9 @@ def _metrics(folder, arm, seed, lr, step, random, every, difficulty):
                 "version": step,
                 "loss/total": 0.5 * math.exp(-step / 40) + 0.02 * random.random(),
                 "accuracy/train": level,
+                "length/mean": 12 + 3 * math.sin(step / 9) + random.random(),
+                "length/truncated": 0.4 * (1 - level) ** 2,
+                "entropy/student": 0.9 * (1 - level) + 0.02 * random.random(),
                 "tokens/student": 0 if arm == "sft" else generated,  # references are not generated
                 "tokens/teacher": teacher * generated,
                 "tokens/learner": generated,
@@ -132,7 +137,8 @@ def _evaluate(folder, step, split, temperature, level, difficulty, random):
             "reward": float(correct[p, sample]),
             "correct": bool(correct[p, sample]),
             "feedback": "",
-            "domain": "fake",
+            "domain": ("arithmetic", "algebra", "geometry")[p % 3],
+            "difficulty": ("hard", "middle", "easy")[int(3 * (difficulty < difficulty[p]).mean() * 0.999)],
             "length": 12,
             "finish": "stop",
         }

@@ -1,16 +1,22 @@
 import csv
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import fake_runs
 import pytest
 
+from opd.comparison.arms import flattened, recipe_rows
+from opd.comparison.breakdown import breakdowns
 from opd.comparison.config import load_comparison
+from opd.comparison.curves import marks, over_seeds, passed_band
+from opd.comparison.exports import escaped, latex_table
 from opd.comparison.jobs import choose, reported_jobs, tuning_jobs
 from opd.comparison.report import write_report
 from opd.comparison.results import GREEDY, PRIMARY, read_run
 from opd.comparison.summary import COSTS, summarise
-from opd.comparison.wording import TOKENS, amount, duration, points, ratio_text, reach_text, sentences
+from opd.comparison.wording import TOKENS, amount, answers, duration, points, ratio_text, reach_text, sentences
 
 ARMS = ["base", "sft", "grpo", "opd", "opsd_ema", "opsd_live", "idle"]
 
@@ -115,7 +121,9 @@ def test_the_page_is_whole_and_opens_offline(made):
     outline = Outline()
     outline.feed(html)
     assert outline.open == []
-    assert not re.search(r"(?:src|href)\s*=|https?://|@import|url\(|<script", html)
+    assert not re.search(r"""src\s*=|href\s*=\s*["'](?!#)|https?://|@import|url\(|<script""", html)
+    for target in re.findall(r'href="#([^"]+)"', html):
+        assert f'id="{target}"' in html
     text = " ".join(outline.text)
     assert "nan" not in text.lower().split() and "inf" not in text.lower().split() and "None" not in text.split()
     assert html.count("<pre") == sum(len(arm.runs) for arm in summary.arms)
@@ -126,12 +134,12 @@ def test_the_page_is_whole_and_opens_offline(made):
 def test_files_beside_the_page(made):
     summary, page = made
     pictures = sorted(path.name for path in page.parent.glob("*.png"))
-    assert pictures == [
-        "accuracy-vs-generated-tokens.png",
-        "accuracy-vs-learner-and-teacher-tokens.png",
-        "accuracy-vs-training-seconds.png",
-        "differences.png",
-    ]
+    stems = [
+        "accuracy-vs-generated-tokens", "accuracy-vs-learner-and-teacher-tokens", "accuracy-vs-training-seconds", "differences", "entropy-student",
+        "length-mean", "length-truncated", "pass-at-k",
+    ]  # fmt: skip
+    assert [name.removesuffix(".png") for name in pictures] == stems == sorted(path.stem for path in page.parent.glob("*.svg"))
+    assert all(ElementTree.parse(page.parent / f"{stem}.svg").getroot().tag.endswith("svg") for stem in stems)
     assert all((page.parent / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in pictures)
     with (page.parent / "results.csv").open() as file:
         rows = {row["arm"]: row for row in csv.DictReader(file)}
@@ -169,4 +177,126 @@ def test_a_target_that_nobody_reaches_prints_budget(made):
     summary = summarise(comparison, runs, {})
     assert reach_text(summary.arm("opd").reached[TOKENS], TOKENS) == "> budget (60.0 k)"
     assert ratio_text(summary.arm("opd").ratio[TOKENS]) == "> budget"
-    assert "No arm reached 99.9 % on the dev split with every seed inside its budget." in sentences(summary)
+    assert "No arm reached 99.9 % on the dev split with every seed inside its budget." in " ".join(sentences(summary))
+
+
+def test_the_four_questions_of_a_reader_have_answers_made_from_the_numbers(made):
+    summary, page = made
+    found = dict(answers(summary))
+    assert list(found) == ["Which arm did best?", "By how much?", "At what cost?", "How sure is that?"]
+    best = max((arm for arm in summary.arms if arm.trained), key=lambda arm: arm.test().mean)
+    pair = summary.pair(best.name, "grpo")
+    assert f"{best.label} minus grpo, the baseline, is {points(pair.interval.mean)} points" in found["By how much?"]
+    assert found["At what cost?"].startswith("Every run may spend 60,000 generated tokens.")
+    assert f"A run of {best.label} spent {amount(best.costs['generated tokens'])} generated tokens" in found["At what cost?"]
+    assert f"The difference between {best.label} and grpo is not explained by chance (Holm's p under 0.001)." in found["How sure is that?"]
+    assert "Measured with 2 to 3 seeds x 128 problems: intervals speak about new seeds and new problems." in found["How sure is that?"]
+    assert all(text.replace("'", "&#39;") in page.read_text() for text in found.values())
+
+
+def test_one_seed_is_said_to_be_one_seed(made):
+    comparison = made[0].comparison.model_copy(update={"seeds": [0]})
+    runs = [run for arm in made[0].arms for run in arm.runs if run.seed == 0]
+    said = dict(answers(summarise(comparison, runs, {})))["How sure is that?"]
+    assert "is not explained by the choice of problems" in said and "What another seed gives is not known." in said
+
+
+def test_breakdowns_weigh_back_to_the_whole_and_order_by_difficulty(made):
+    summary, page = made
+    by_domain, by_difficulty = breakdowns(summary)
+    assert [group.label for group in by_domain.groups] == ["algebra", "arithmetic", "geometry"]
+    assert [group.label for group in by_difficulty.groups] == ["easy", "middle", "hard"]
+    for found in (by_domain, by_difficulty):
+        sizes = [len(group.problems) for group in found.groups]
+        whole = sum(size * group.accuracy["opd"].mean for size, group in zip(sizes, found.groups, strict=True)) / sum(sizes)
+        assert sum(sizes) == 128 and whole == pytest.approx(summary.arm("opd").test().mean)
+    assert len(list(csv.DictReader((page.parent / "breakdown.csv").open()))) == 6 * len(ARMS)
+
+
+def test_without_labels_difficulty_is_what_the_base_got_right(made):
+    summary, _ = made
+    bare = [
+        replace(run, finals={name: replace(final, domains={}, difficulties={}) for name, final in run.finals.items()})
+        for arm in summary.arms
+        for run in arm.runs
+    ]
+    [found] = breakdowns(summarise(summary.comparison, bare, {}))
+    assert [group.label for group in found.groups] == ["never right", "sometimes right", "always right"]
+    assert found.groups[0].accuracy["base"].mean == 0 and found.groups[2].accuracy["base"].mean == 1
+    assert 0 < found.groups[0].accuracy["opd"].mean < found.groups[2].accuracy["opd"].mean
+
+
+def test_alarms_and_collapses_are_marked_where_they_happened(made):
+    summary, page = made
+    live = summary.arm("opsd_live")
+    found = marks(live, COSTS["generated tokens"], "s0")
+    alarms = [mark for mark in found if "dev_fall" in mark.text]
+    assert [mark.x for mark in alarms] == [60_000.0] * 3  # after step 70 the curve holds its last point, that of step 60
+    html = page.read_text()
+    assert html.count("dev accuracy 0.41, at best 0.79") == 3 and f"<title>{alarms[0].text}</title>" in html
+
+
+def test_pass_at_k_and_bands_by_hand(made):
+    band = passed_band(made[0].arm("opd"), "s1")
+    rows = [run.finals[PRIMARY].row["pass_at"] for run in made[0].arm("opd").finished]
+    assert band.x == (1.0, 2.0, 4.0) and band.mean[2] == pytest.approx(sum(row["4"] for row in rows) / 3)
+    assert band.low[0] == min(row["1"] for row in rows)
+    crossed = over_seeds([[(0, 0.0), (10, 1.0)], [(2, 0.5), (8, 0.5)]], "x", "s0", points=3)
+    assert crossed.x == (2.0, 5.0, 8.0) and crossed.mean == pytest.approx((0.35, 0.5, 0.65)) and crossed.low == pytest.approx((0.2, 0.5, 0.5))
+    assert over_seeds([[(0, 0.5)]], "x", "s0") is None
+
+
+def test_recipe_differences_mark_what_is_not_the_baselines(made):
+    rows = {row.key: row.cells for row in recipe_rows(made[0])}
+    assert rows["objective.0.distill"]["opsd_ema"] == ("reverse_kl", True) and rows["objective.0.distill"]["opd"] == ("\N{EN DASH}", False)
+    assert "seed" not in rows and "base" not in rows["objective.0.distill"]
+    assert dict(flattened({"a": [{"b": 1}, {"b": 2}], "c": [1, 2], "d": {}})) == {"a.0.b": 1, "a.1.b": 2, "c": [1, 2], "d": {}}
+
+
+def test_the_latex_table_has_a_row_an_arm_and_escapes(made):
+    lines = latex_table(made[0]).splitlines()
+    assert lines[1] == r"\begin{tabular}{lrrrrlr}" and lines[-2:] == [r"\bottomrule", r"\end{tabular}"]
+    rows = lines[5:-2]
+    assert len(rows) == len(ARMS) and all(row.count("&") - row.count(r"\&") == 6 and row.endswith(r" \\") for row in rows)
+    assert rows[4].startswith(r"opsd\_ema & ") and r"\textgreater{} budget" in latex_table(made[0])
+    assert escaped("50 % & a_b {x} \\") == r"50 \% \& a\_b \{x\} \textbackslash{}"
+
+
+def test_csv_files_hold_every_pair_and_every_point(made):
+    summary, page = made
+    pairs = list(csv.DictReader((page.parent / "pairs.csv").open()))
+    assert len(pairs) == len(summary.pairs)
+    row = next(row for row in pairs if (row["left"], row["right"], row["decoding"]) == ("opd", "grpo", PRIMARY))
+    assert float(row["difference"]) == pytest.approx(summary.pair("opd", "grpo").interval.mean, rel=1e-5) and row["verdict"] == "better"
+    points_of = list(csv.DictReader((page.parent / "curves.csv").open()))
+    assert len(points_of) == sum(len(run.curve) for arm in summary.arms for run in arm.runs)
+
+
+class Landmarks(HTMLParser):
+    """What a screen reader goes by: tags with their attributes, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_the_page_can_be_read_by_ear_and_used_by_keyboard(made):
+    reader = Landmarks()
+    reader.feed(made[1].read_text())
+    tags = [tag for tag, _ in reader.tags]
+    assert [tags.count(tag) for tag in ("main", "nav", "footer", "h1")] == [1, 1, 1, 1]
+    ids = {attrs["id"] for _, attrs in reader.tags if "id" in attrs}
+    for tag, attrs in reader.tags:
+        if tag == "section":
+            assert attrs["aria-labelledby"] in ids
+        if tag == "th":
+            assert attrs.get("scope") in ("row", "col")
+        if tag == "svg":
+            assert attrs.get("aria-hidden") == "true" or (attrs["role"] == "img" and len(attrs["aria-label"]) > 40)
+        if "scroll" in attrs.get("class", "").split():
+            assert attrs["tabindex"] == "0" and attrs["role"] == "region" and attrs["aria-label"]
+    levels = [int(tag[1]) for tag in tags if re.fullmatch(r"h\d", tag)]
+    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
