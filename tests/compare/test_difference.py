@@ -144,10 +144,10 @@ def test_the_table_names_only_keys_that_exist_and_the_document_shows_it(request)
             assert part in inner, key
             inner = inner[part]
     assert effect_of_key("optimizer.lr") == effect_of_key("objective.0.policy") == "yes"
-    page = (request.config.rootpath / "docs/run_folders.md").read_text()
+    page = (request.config.rootpath / "docs/comparing.md").read_text()
     for key, effect in [*KEYS.items(), *((key, effect) for key, (_, effect) in FACTS.items())]:
         [row] = [line for line in page.splitlines() if line.startswith(f"| {effect} |")]
-        assert f"`{key}`" in row, f"docs/run_folders.md: {key} belongs to {effect}"
+        assert f"`{key}`" in row, f"docs/comparing.md: {key} belongs to {effect}"
     assert all(f"| {effect} |" in page for effect in EFFECTS)
 
 
