@@ -17,6 +17,7 @@ from opd import loop_async
 from opd.ahead import Ahead
 from opd.build.audit import audit_engine
 from opd.build.devices import device_facts
+from opd.build.spending import num_devices, rates_of
 from opd.build.system import Parts, actors_of, build_parts, check_tracking, input_facts, is_sharded, open_sink, parse_weights
 from opd.config.load import load_recipe
 from opd.config.recipe import Recipe
@@ -51,6 +52,7 @@ from opd.run.live import LiveView, PhaseClock, Reports, Status
 from opd.run.training import Plan, TrainingRun
 from opd.stop import StopRequest, stop_signals
 from opd.text import chat
+from opd.timing.ledger import read_ledger, write_ledger
 from opd.types import Prompt
 from opd.verify import final_answer
 from opd.viewer.columns import ShownColumns
@@ -146,6 +148,8 @@ def train_rank(
         with _recording(folder, run, view, status, ranks):
             reason = train_as_asked(recipe, system, run, clock)
             report_final(recipe, folder, parts, run, system, ranks)
+            if ranks.leads:
+                write_ledger(folder, read_ledger(folder))
             status.write("finished", reason)
             view.say(f"{folder}: {reason}")
             return reason
@@ -200,6 +204,7 @@ def facts(recipe: Recipe, parts: Parts) -> dict[str, Any]:
         "verifier": getattr(parts.problems.verify, "__qualname__", type(parts.problems.verify).__name__),
         "allow": list(parts.objective.allowed),
         "num_parameters": parts.num_parameters,
+        "devices": num_devices(recipe),
     }
 
 
@@ -216,8 +221,8 @@ def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Reports, view: 
     ev, ck, tr = recipe.eval, recipe.checkpoint, recipe.track
     plan = Plan(
         steps=recipe.steps, evaluate_every=ev.every, evaluate_first=ev.before, checkpoint_every=ck.every, keep=ck.keep, keep_best=ck.best,
-        samples_every=tr.samples_every, max_skipped=recipe.learner.max_skipped, budget_tokens=recipe.budget.generated_tokens,
-        budget_seconds=recipe.budget.seconds,
+        samples_every=tr.samples_every, max_skipped=recipe.learner.max_skipped, limits=recipe.budget.limits(),
+        rates=rates_of(recipe), devices=num_devices(recipe),
     )  # fmt: skip
 
     def evaluate_dev(step: int, engine: Engine) -> Mapping[str, Any]:

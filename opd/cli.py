@@ -20,6 +20,7 @@ USAGE = """usage: opd COMMAND [NAME] [key=value ...]
   eval    MODEL_OR_RUN avg@k, pass@k, maj@k with intervals: a run's own problems, data.path=FILE or suite=aime24; server=http://...:8000/v1
   inspect RUN          token-level viewer -> <run>/inspect.html; other=RUN lays a second run beside it
   diff    RUN_A RUN_B  every difference between two runs, and which of them can explain a gap in results
+  ledger  RUN          tokens, seconds by role, energy and money that it spent; device_hour=2.5 watts=300 puts prices on them
   doctor  RUN          where the seconds went, who waited for whom, whether asynchrony would help
   diagnose RECIPE      which teacher and view suit the student, before any training -> runs/diagnose-.../diagnosis.html
   bundle  RUN step=N   one step's rollouts, scores and weights in a file -> <run>/bundles/
@@ -101,6 +102,10 @@ def _diff(words: Sequence[str]) -> None:
     print(difference.describe(difference.diff_runs(Path(words[0]), Path(words[1]))))
 
 
+def _ledger(words: Sequence[str]) -> None:
+    print(import_module("opd.timing.ledger").ledger(_name(words, "ledger RUN"), parse_overrides(words[1:])))
+
+
 def _doctor(words: Sequence[str]) -> None:
     print(import_module("opd.timing.doctor").doctor(_name(words, "doctor RUN"), parse_overrides(words[1:])))
 
@@ -144,6 +149,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "eval": _eval,
     "inspect": _inspect,
     "diff": _diff,
+    "ledger": _ledger,
     "doctor": _doctor,
     "diagnose": _diagnose,
     "bundle": _bundle,

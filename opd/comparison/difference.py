@@ -25,6 +25,7 @@ KEYS: Mapping[str, Effect] = {  # the longest dotted prefix decides; a key that 
     "paper": "no",
     "schema_version": "no",
     "track": "no",
+    "prices": "no",
     "guard": "no",  # what it did is in how the run went
     "checkpoint": "no",
     "checkpoint.best": "exam",

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from opd.config.spending import Budget, Prices, check_spending
+
 SCHEMA_VERSION = 1
 
 
@@ -244,13 +246,6 @@ class Launch(_Frozen):
     deadline_seconds: float = Field(default=1800.0, gt=0, description="a rank that shows no sign of life for so long has stalled, seconds")
 
 
-class Budget(_Frozen):
-    """Stop rules; 0 means none. `steps` at top level is always one."""
-
-    generated_tokens: NonNegative = Field(default=0, description="student tokens generated, discarded ones included, evaluation not")
-    seconds: float = Field(default=0.0, ge=0, description="training seconds, evaluation not")
-
-
 class Eval(_Frozen):
     """Evaluation during (dev) and after (test) training."""
 
@@ -327,6 +322,7 @@ class Recipe(_Frozen):
     learner: Learner = Learner()
     launch: Launch = Launch()
     budget: Budget = Budget()
+    prices: Prices = Prices()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
@@ -395,4 +391,9 @@ class Recipe(_Frozen):
             raise ValueError(f"launch.nodes is {nodes}: every machine needs launch.master=HOST:PORT of machine 0, e.g. launch.master=10.0.0.1:29500")
         if self.launch.node_rank >= nodes:
             raise ValueError(f"launch.node_rank is {self.launch.node_rank}, but with launch.nodes={nodes} they go from 0 to {nodes - 1}")
+        return self
+
+    @model_validator(mode="after")
+    def _spending_fits(self) -> "Recipe":
+        check_spending(self.budget, self.prices, has_teacher=bool(self.signals), has_writers=bool(self.writers))
         return self

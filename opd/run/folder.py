@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "name",
     "track",
     "guard",
+    "prices",
     "checkpoint.every",
     "checkpoint.keep",
     "launch",

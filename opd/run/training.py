@@ -18,9 +18,11 @@ from opd.loop import System
 from opd.randomness import generator_state, set_generator_state
 from opd.run.folder import append_line, checkpoint_step, checkpoints, keep_lines, prune_checkpoints, save_checkpoint, write_json
 from opd.run.live import LiveView, Reports
+from opd.run.spending import Rates, from_totals, role_seconds, used_up
 from opd.types import Sample, StepReport
 
-ACCUMULATED = ("tokens/student", "tokens/teacher", "tokens/learner")  # meters whose sums grow over the run
+ACCUMULATED = ("tokens/student", "tokens/written", "tokens/teacher", "tokens/learner")  # meters whose sums grow over the run
+COUNTERS = (*ACCUMULATED, "tokens/evaluation", "seconds/total", "updates/skipped_total")
 
 
 class Sink(Protocol):
@@ -53,7 +55,7 @@ class NoSink:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """When a run evaluates, saves and stops; 0 switches a rule off. budget_seconds counts training, not evaluation."""
+    """When a run evaluates, saves and stops; 0 switches a rule off. limits: by name of opd.run.spending.QUANTITIES."""
 
     steps: int
     evaluate_every: int
@@ -63,15 +65,17 @@ class Plan:
     keep_best: bool
     samples_every: int
     max_skipped: int
-    budget_tokens: int
-    budget_seconds: float
+    limits: Mapping[str, float]
+    rates: Rates
+    devices: int
 
 
 @dataclass(slots=True)
 class Progress:
     """What a checkpoint remembers besides learner and source."""
 
-    totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*ACCUMULATED, "seconds/total", "updates/skipped_total"), 0.0))
+    totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0.0))
+    role_seconds: dict[str, float] = field(default_factory=dict)
     best: float = -1.0
     best_step: int | None = None
     evaluated_step: int | None = None
@@ -186,6 +190,7 @@ class TrainingRun:
     def _load(self, folder: Path, s: System) -> int:
         state = read_checkpoint(folder, s, self.ranks.rank)
         self.progress = Progress(**state["progress"])
+        self.progress.totals = {**dict.fromkeys(COUNTERS, 0.0), **self.progress.totals}  # of an older version, which had fewer
         self.view.say(f"resumed after step {checkpoint_step(folder)} from {folder}")
         return checkpoint_step(folder)
 
@@ -210,6 +215,7 @@ class TrainingRun:
         with s.clock("evaluate"):
             row = self._evaluate_dev(step, s.student)
         s.clock.seconds()  # evaluation does not count as training time
+        self.progress.totals["tokens/evaluation"] += row["tokens"]
         accuracy = float(row["avg@k"])
         self.progress.evaluated_step = step
         s.last["eval/dev"] = accuracy
@@ -232,14 +238,15 @@ class TrainingRun:
         if means.get("learner/replays"):
             budget = means["learner/token_budget"]
             self.view.say(f"step {step}: out of memory; micro-batches of at most {budget:.0f} tokens from now on, the minibatch was replayed")
-        for name in ACCUMULATED:
-            totals[name] += report.meters[name].sum if name in report.meters else 0.0
+        tokens = {name: report.meters[name].sum if name in report.meters else 0.0 for name in ACCUMULATED}
+        totals.update({name: totals[name] + tokens[name] for name in ACCUMULATED})
+        for role, busy in role_seconds(report.seconds).items():
+            self.progress.role_seconds[role] = self.progress.role_seconds.get(role, 0.0) + busy
         taken = sum(value for phase, value in report.seconds.items() if "/" not in phase)  # a phase counts its parts
         totals["seconds/total"] += taken
         totals["updates/skipped_total"] += report.meters["updates/skipped"].sum if "updates/skipped" in report.meters else 0.0
         row = {**means, **totals, **{f"seconds/{phase}": value for phase, value in report.seconds.items()}, "seconds/step": taken}
-        generated = report.meters.get("tokens/student")
-        row["rate/tokens"] = generated.sum / taken if generated and taken else 0.0
+        row["rate/tokens"] = tokens["tokens/student"] / taken if taken else 0.0
         if self.guard:
             started = time.perf_counter()  # not the clock: nothing may stop the run between the step and its record
             row |= averaged(self.ranks.gather(self.guard.vitals(samples, s)))
@@ -247,7 +254,8 @@ class TrainingRun:
         if self.ranks.leads:
             append_line(self.folder / "metrics.jsonl", {"step": step, "version": report.version, "skipped": report.skipped, **row})
             drawn = s.source.state().get("stream", {}).get("cursor")
-            append_line(self.folder / LEDGER, {"step": step, "drawn": drawn, "prompts": [name for _, names in of_ranks for name in names]})
+            prompts = [name for _, names in of_ranks for name in names]
+            append_line(self.folder / LEDGER, {"step": step, "drawn": drawn, "prompts": prompts, "tokens": step_tokens(tokens)})
         self.sink.log(row, step)
         self._remember(s)
         self.status.facts(tokens_per_second=round(row["rate/tokens"], 1))
@@ -307,12 +315,14 @@ class TrainingRun:
 
     def exhausted(self) -> str:
         """Which stop rule has fired, or ""."""
-        totals, plan = self.progress.totals, self.plan
-        if plan.budget_tokens and totals["tokens/student"] >= plan.budget_tokens:
-            return f"budget of {plan.budget_tokens} generated tokens used"
-        if plan.budget_seconds and totals["seconds/total"] >= plan.budget_seconds:
-            return f"budget of {plan.budget_seconds} seconds used"
-        return ""
+        plan, progress = self.plan, self.progress
+        return used_up(plan.limits, from_totals(progress.totals, progress.role_seconds, plan.devices), plan.rates)
+
+
+def step_tokens(tokens: Mapping[str, float]) -> dict[str, int]:
+    """One step's tokens by who handled them: those of answers (student) and of texts about answers (auxiliary) apart."""
+    found = from_totals(tokens, {}, 1)
+    return {name: round(getattr(found, name)) for name in ("student", "auxiliary", "teacher", "learner")}
 
 
 def upcoming(plan: Plan, step: int, evaluates: bool) -> str:
@@ -324,7 +334,7 @@ def upcoming(plan: Plan, step: int, evaluates: bool) -> str:
     return f"{' and '.join(names)} after step {nearest}" if step < plan.steps else "final evaluation"
 
 
-LEDGER = "ledger.jsonl"  # a line a step: prompts drawn from the stream so far, and those whose answers this step learned from
+LEDGER = "ledger.jsonl"  # a line a step: prompts drawn so far, those whose answers this step learned from, and this step's tokens
 SAMPLE_COLUMNS = ("prompt", "completion", "reward", "correct", "finish")
 
 

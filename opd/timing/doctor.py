@@ -15,15 +15,12 @@ from typing import Any
 import numpy as np
 
 from opd.run.folder import read_lines, write_json
+from opd.run.spending import ROLE_PHASES
 from opd.timing.simulate import Layout, StepCosts, calibrate, predict
 
 STUDENT, AHEAD = "student (generates)", "seconds/rollout/ahead"
-ROLES: dict[str, tuple[str, ...]] = {
-    STUDENT: ("rollout",),
-    "teacher (scores)": ("views", "teacher"),
-    "learner (updates)": ("prepare", "join", "learn"),
-    "weights on their way": ("sync",),
-}
+NAMES = {"student": STUDENT, "teacher": "teacher (scores)", "learner": "learner (updates)", "sync": "weights on their way"}
+ROLES = {NAMES[role]: phases for role, phases in ROLE_PHASES.items()}
 OTHER = "other phases"
 WARM_UP = 2  # first steps, which compile and allocate, leave medians and lines
 FITS = 0.5  # r^2 from which a line is believed

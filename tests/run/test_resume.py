@@ -62,6 +62,7 @@ def saved(folder):
     newest = max((folder / "checkpoints").glob("step-*"))
     state = json.loads((newest / "state.json").read_text())
     state["progress"]["totals"].pop("seconds/total")
+    state["progress"].pop("role_seconds")
     state["last"] = {name: value for name, value in state["last"].items() if not name.startswith("seconds/")}
     tensors = {path.name: torch.load(path, weights_only=False) for path in sorted(newest.rglob("*.pt"))}
     return newest.name, state, tensors, (newest / "model/model.safetensors").read_bytes()
