@@ -15,13 +15,14 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
+from opd.learner.deepspeed_pieces import MASTER, PieceFiles, num_steps, own_pieces, set_num_steps, write_pieces
 from opd.learner.learner import PolicyLearner
 from opd.learner.optimizer import adamw, clip, set_rate
 from opd.learner.policy import Policy
 from opd.learner.types import LearnerSettings, OptimizerSettings
+from opd.learner.weights import whole_shape
 
 DEADLINE = timedelta(minutes=30)
 
@@ -81,6 +82,8 @@ class DeepSpeedUpdater:
             config=engine_config({"stage": self.stage, **zero_options}, settings.clip, low_precision),
             dist_init_required=False,
         )
+        self._base = self.module.optimizer if self.stage == 0 else self.module.optimizer.optimizer
+        self._places: list[dict[str, tuple[int, int]]] = []
         if self.stage == 0:
             self.module.enable_backward_allreduce = False  # its step() would reduce what `_replicated_step` has reduced
 
@@ -126,9 +129,27 @@ class DeepSpeedUpdater:
         return values
 
     def masters(self) -> dict[str, Tensor]:
-        if self.stage == 0:
-            return dict(self._own)
-        return {name: safe_get_full_fp32_param(parameter) for name, parameter in self._own.items()}
+        return {name: self.joined(name, piece) for name, piece in self.pieces().items()}
+
+    def pieces(self) -> dict[str, Tensor]:
+        found = own_pieces(self.module, self.stage, self.rank, self._own)
+        return {name: piece.master.view_as(self._own[name]) if self.whole else piece.master for name, piece in found.items()}
+
+    def joined(self, name: str, piece: Tensor) -> Tensor:
+        if self.whole:
+            return piece
+        if not self._places:
+            found = own_pieces(self.module, self.stage, self.rank, self._own)
+            self._places = self.gather({name: (piece.start, piece.master.numel()) for name, piece in found.items()})
+        places, shape = [of_rank[name] for of_rank in self._places], whole_shape(self._own[name])
+        longest = max(numel for _, numel in places)
+        padded = nn.functional.pad(piece, (0, longest - piece.numel()))
+        received = [torch.empty_like(padded) for _ in places]
+        dist.all_gather(received, padded)
+        whole = torch.empty(shape.numel(), dtype=piece.dtype, device=piece.device)
+        for (start, numel), part in zip(places, received, strict=True):
+            whole[start : start + numel] = part[:numel]
+        return whole.view(shape)
 
     @contextmanager
     def whole_weights(self, parameters: Sequence[nn.Parameter] | None = None, *, write: bool = False) -> Iterator[None]:
@@ -147,17 +168,31 @@ class DeepSpeedUpdater:
     def load_state(self, state: Mapping[str, Any]) -> None:
         raise ValueError("the DeepSpeed learner goes on from its own checkpoints only; use learner.kind=torch")
 
-    def save(self, folder: Path) -> None:
-        self.module.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
+    def save(self, folder: Path, extra: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if self.whole and self.rank:
+            return  # rank 0 has all of it
+        pieces = own_pieces(self.module, self.stage, self.rank, self._own)
+        write_pieces(folder / f"pieces-{self.rank:05d}.pt", pieces, extra, num_steps(self._base))
 
-    def load(self, folder: Path) -> None:
-        if not (folder / "deepspeed").is_dir():
-            raise ValueError(f"{folder} holds no DeepSpeed checkpoint; resume with the learner.kind that wrote it")
-        self.module.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
+    def load(self, folder: Path) -> dict[str, dict[str, Tensor]]:
+        files, extra = PieceFiles(folder), dict[str, dict[str, Tensor]]()
+        for name, piece in own_pieces(self.module, self.stage, self.rank, self._own).items():
+            parameter, shape = self._own[name], whole_shape(self._own[name])
+            for state, whole in files.whole(name, shape).items():
+                part = whole[piece.start : piece.start + piece.master.numel()]
+                if state in piece.states:
+                    piece.states[state].copy_(part)
+                else:
+                    extra.setdefault(state, {})[name] = (part.view(shape) if self.whole else part).to(piece.master.device, copy=True)
+                if state == MASTER:
+                    with self.whole_weights([parameter], write=True), torch.no_grad():
+                        parameter.copy_(whole.view(shape))
+        set_num_steps(self._base, files.steps)
+        return extra
 
     def close(self) -> None:
         self.module.destroy()
-        del self.module, self._own, self._everything
+        del self.module, self._own, self._everything, self._base
 
 
 def engine_config(zero: Mapping[str, Any], largest_norm: float, low_precision: bool) -> dict[str, Any]:

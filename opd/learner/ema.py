@@ -10,7 +10,7 @@ from opd.learner.types import Updater
 
 
 class Shadow:
-    """`tensors`: name -> average of a trainable tensor, in fp32 (fp64 for fp64), whole on every rank.
+    """`tensors`: name -> average of what this rank holds of a trainable tensor (Updater.pieces), in fp32 (fp64 for fp64).
 
     With LoRA the factors are averaged, not their product: not the same as averaging weights, but close for small rates.
     """
@@ -33,13 +33,12 @@ class Shadow:
     def swapped_in(self, policy: nn.Module, updater: Updater) -> Iterator[None]:
         """The policy's parameters hold the average (in their own dtype) while inside, and bitwise what they held before afterwards."""
         own = {name: parameter for name, parameter in policy.named_parameters() if name in self.tensors}
-        with updater.whole_weights():
-            kept = {name: parameter.detach().clone() for name, parameter in own.items()}
+        kept = {name: parameter.detach().clone() for name, parameter in own.items()} if updater.whole else updater.pieces()
         _write(own, self.tensors, updater)
         try:
             yield
         finally:
-            _write(own, kept, updater)
+            _write(own, kept, updater)  # of a partitioned optimiser its masters: the parameters are those, rounded
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -47,7 +46,8 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _write(own: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], updater: Updater) -> None:
-    with updater.whole_weights(write=True):
-        for name, parameter in own.items():
-            parameter.copy_(values[name])
+def _write(own: Mapping[str, nn.Parameter], pieces: Mapping[str, Tensor], updater: Updater) -> None:
+    for name, parameter in own.items():  # one at a time: no rank holds all of a partitioned student twice
+        whole = updater.joined(name, pieces[name])
+        with updater.whole_weights([parameter], write=True):
+            parameter.copy_(whole)

@@ -58,7 +58,7 @@ class PolicyLearner:
         self._updater, self._optimizer = updater, optimizer
         self._updates = 0
         self._trainable = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
-        self._shadow = None if settings.ema_rate is None else Shadow(updater.masters(), settings.ema_rate)
+        self._shadow = None if settings.ema_rate is None else Shadow(updater.pieces(), settings.ema_rate)
         self._seconds: dict[str, float] = {}
 
     def prepare(self, judged: Sequence[Judged], needs: Needs) -> list[Prepared | None]:
@@ -107,7 +107,8 @@ class PolicyLearner:
             if parameter is None:
                 return None
             if weights == "ema" and not frozen:
-                return self._average().tensors[names[id(parameter)]].to(parameter.dtype)
+                name = names[id(parameter)]
+                return self._updater.joined(name, self._average().tensors[name]).to(parameter.dtype)
             return parameter.detach().clone() if copied else parameter.detach()
 
         names = {id(parameter): name for name, parameter in self.policy.named_parameters()}
@@ -139,7 +140,7 @@ class PolicyLearner:
                 reasons += [update.skipped] if update.skipped else []
         due = (self.version + 1) % self.settings.ema_every == 0
         if self._shadow is not None and due and len(reasons) < count * self.settings.epochs:
-            self._shadow.tick(self._updater.masters())
+            self._shadow.tick(self._updater.pieces())
         self.version += 1
         found["updates/skipped"] = Meter(sum=float(len(reasons)), count=1.0)
         found["learner/token_budget"] = Meter(sum=float(self.token_budget), count=1.0)
@@ -181,27 +182,25 @@ class PolicyLearner:
     def save(self, folder: Path) -> None:
         """Everything that a resume needs to go on bitwise. Collective; the folder is complete on return."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._updater.save(folder)
+        self._updater.save(folder, {} if self._shadow is None else {"ema": self._shadow.tensors})
         if self._updater.rank == 0:
-            state = {"version": self.version, "updates": self._updates, "token_budget": self.token_budget}
-            state["world_size"] = self._updater.world_size
-            torch.save({**state, "ema": None if self._shadow is None else self._shadow.tensors}, folder / "learner.pt")
+            torch.save({"version": self.version, "updates": self._updates, "token_budget": self.token_budget}, folder / "learner.pt")
         torch.save(_random_state(), folder / f"random-{self._updater.rank}.pt")
         self._updater.gather(None)  # a barrier
 
     def load(self, folder: Path) -> None:
-        """Goes on from `save`. Raises ValueError for a checkpoint of other settings (average, number of ranks, kind of learner)."""
-        state = torch.load(folder / "learner.pt", map_location=self.policy.head.weight.device, weights_only=True)
-        if (state["ema"] is None) != (self._shadow is None):
+        """Goes on from `save`, of however many ranks. Raises ValueError for a checkpoint of other settings (average, kind of learner)."""
+        state = torch.load(folder / "learner.pt", weights_only=True)
+        extra = self._updater.load(folder)
+        if ("ema" in extra) != (self._shadow is not None):
             raise ValueError(f"{folder}: checkpoint and recipe disagree on whether an EMA teacher is kept; resume with the same recipe")
-        if state["world_size"] != self._updater.world_size:
-            raise ValueError(f"{folder} was written by {state['world_size']} ranks, and here are {self._updater.world_size}; use as many")
-        self._updater.load(folder)
         if self._shadow is not None:
-            self._shadow.tensors = state["ema"]
+            self._shadow.tensors = extra["ema"]
         self.version, self._updates = state["version"], state["updates"]
         self.token_budget = min(self.token_budget, state["token_budget"])  # halved before, or lowered by the recipe since
-        _set_random_state(torch.load(folder / f"random-{self._updater.rank}.pt", weights_only=True))
+        own = folder / f"random-{self._updater.rank}.pt"
+        if own.is_file():  # else written by fewer ranks: this one keeps the state that it started with
+            _set_random_state(torch.load(own, weights_only=True))
 
     def export(self, folder: Path) -> None:
         """A plain Hugging Face folder (safetensors and config; adapters merged). Collective; rank 0 writes."""

@@ -66,6 +66,12 @@ class TorchUpdater:
     def masters(self) -> dict[str, Tensor]:
         return dict(self._masters)
 
+    def pieces(self) -> dict[str, Tensor]:
+        return dict(self._masters)
+
+    def joined(self, name: str, piece: Tensor) -> Tensor:
+        return piece
+
     @contextmanager
     def whole_weights(self, parameters: Sequence[nn.Parameter] | None = None, *, write: bool = False) -> Iterator[None]:
         yield
@@ -73,13 +79,15 @@ class TorchUpdater:
     def state(self) -> dict[str, Any]:
         return {"masters": dict(self._masters), "optimizer": self._optimizer.state_dict()}
 
-    def save(self, folder: Path) -> None:
-        torch.save(self.state(), folder / "optimizer.pt")
+    def save(self, folder: Path, extra: Mapping[str, Mapping[str, Tensor]]) -> None:
+        torch.save({**self.state(), "extra": extra}, folder / "optimizer.pt")
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> dict[str, dict[str, Tensor]]:
         if not (folder / "optimizer.pt").is_file():
             raise ValueError(f"{folder} holds no checkpoint of the torch learner; resume with the learner.kind that wrote it")
-        self.load_state(torch.load(folder / "optimizer.pt", map_location=self.module.head.weight.device, weights_only=True))
+        state = torch.load(folder / "optimizer.pt", map_location=self.module.head.weight.device, weights_only=True)
+        self.load_state(state)
+        return state["extra"]
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state` of any learner whose optimiser is torch's."""

@@ -44,7 +44,8 @@ def run(learner, spec, rank: int, world: int, *, steps: int = STEPS, spoil_step:
     return reports
 
 
-def main(out: Path, stage: int) -> None:
+def main(out: Path, stage: int, other: str = "") -> None:
+    """other: a checkpoint of another number of ranks to go on from, as well."""
     torch.set_num_threads(1)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     options = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}  # else DeepSpeed keeps small parameters whole
@@ -66,6 +67,11 @@ def main(out: Path, stage: int) -> None:
             again.load(out.parent / f"checkpoint-{out.stem}")
             result["resumed"] = summary(again, run(again, spec, rank, world, steps=2))
             again.close()
+            if other:
+                moved = build(cases.tiny_model(8), RATE, cases.settings(ema_rate=0.3))
+                moved.load(Path(other))
+                result["moved"] = summary(moved, run(moved, spec, rank, world, steps=2))
+                moved.close()
         learner.close()
     if world > 1:
         learner = build(cases.tiny_model(), RATE, cases.settings())
@@ -102,9 +108,10 @@ def summary(learner, reports) -> dict:
         "norms": [report.meters["gradient_norm"].mean if "gradient_norm" in report.meters else None for report in reports],
         "skipped": [report.skipped for report in reports],
         "weights": cases.weights_of(learner),
-        "ema": {} if learner._shadow is None else dict(learner._shadow.tensors),
+        "ema": {} if learner._shadow is None else {name: learner._updater.joined(name, t).clone() for name, t in learner._shadow.tensors.items()},
+        "held": 0 if learner._shadow is None else sum(tensor.numel() for tensor in learner._shadow.tensors.values()),
     }
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

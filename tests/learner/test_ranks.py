@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_SECONDS = 400
 
 
-def launch(out: Path, stage: int, world: int) -> dict:
-    """Result of `tests/learner/rank.py` as rank 0 saved it."""
+def launch(out: Path, stage: int, world: int, other: str = "") -> dict:
+    """Result of `tests/learner/rank.py` as rank 0 saved it. other: a checkpoint of another number of ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -26,7 +26,7 @@ def launch(out: Path, stage: int, world: int) -> dict:
     ranks, outputs = [], [out.with_suffix(f".{rank}.log") for rank in range(world)]
     try:
         for rank, output in enumerate(outputs):
-            command = [sys.executable, "-W", "ignore", str(ROOT / "tests/learner/rank.py"), str(out), str(stage)]
+            command = [sys.executable, "-W", "ignore", str(ROOT / "tests/learner/rank.py"), str(out), str(stage), *filter(None, [other])]
             with output.open("w") as file:  # a pipe that nobody reads would stop a talkative rank, and the others with it
                 environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT))
@@ -40,7 +40,8 @@ def launch(out: Path, stage: int, world: int) -> dict:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("alone") / "one.pt", 0, 1)
+    folder = tmp_path_factory.mktemp("alone")
+    return launch(folder / "one.pt", 0, 1) | {"checkpoint": str(folder / "checkpoint-one")}
 
 
 def gap(first, second):
@@ -50,7 +51,7 @@ def gap(first, second):
 
 @mark.parametrize("stage", [0, 2, 3])
 def test_two_ranks_are_one(alone, tmp_path, stage):
-    pair = launch(tmp_path / "two.pt", stage, 2)
+    pair = launch(tmp_path / "two.pt", stage, 2, alone["checkpoint"])
     for name in ("hybrid", "student_topk", "later"):
         assert pair[name]["losses"] == approx(alone[name]["losses"], abs=2e-5), name
         assert pair[name]["tokens"] == alone[name]["tokens"]
@@ -70,6 +71,17 @@ def test_two_ranks_are_one(alone, tmp_path, stage):
 
     assert pair["resumed"]["losses"] == pair["later"]["losses"]
     assert gap(pair["resumed"]["ema"], pair["later"]["ema"]) == 0.0
+
+    # one rank to two, and back: losses as if nothing had changed
+    assert pair["moved"]["losses"] == approx(alone["later"]["losses"], abs=2e-5)
+    assert gap(pair["moved"]["weights"], alone["later"]["weights"]) < 1e-4
+    assert gap(pair["moved"]["ema"], alone["later"]["ema"]) < 1e-4
+    back = launch(tmp_path / "back.pt", stage, 1, str(tmp_path / "checkpoint-two"))
+    assert back["moved"]["losses"] == approx(pair["later"]["losses"], abs=2e-5)
+    assert gap(back["moved"]["weights"], pair["later"]["weights"]) < 1e-4
+
+    whole = sum(tensor.numel() for tensor in pair["hybrid"]["ema"].values())
+    assert pair["hybrid"]["held"] == whole if stage == 0 else 0.4 * whole < pair["hybrid"]["held"] < 0.6 * whole  # each rank has its part
 
     loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model-two").named_parameters())
     assert all(torch.equal(loaded[name], tensor) for name, tensor in pair["hybrid"]["weights"].items())
