@@ -74,7 +74,8 @@ def test_the_averaged_teacher_scores_like_a_model_with_those_weights_and_the_stu
     [live] = learner.teacher_pass(REQUESTS, "live")
     assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(learner).items())
     other = tiny_model()
-    other.load_state_dict({name.removeprefix("model."): tensor for name, tensor in learner._shadow.tensors.items()}, strict=False)
+    average = {name.removeprefix("model."): learner._updater.joined(name, piece) for name, piece in learner._shadow.tensors.items()}
+    other.load_state_dict(average, strict=False)
     other.tie_weights()
     logp = other(torch.tensor([[5, 6, 7, 8, 9, 2]])).logits[0, 2:5].log_softmax(-1)
     expected = logp[torch.arange(3), torch.tensor([8, 9, 2])]

@@ -8,7 +8,7 @@ from pytest import approx
 
 from opd.config.load import parse_recipe, recipe_hash
 from opd.launcher.ranks import dealt
-from tests.run.launched import TINY, lines, opd, status, survivors
+from tests.run.launched import TINY, finish, lines, opd, start, status, survivors, wait_for
 
 
 def write(folder, **changes):
@@ -37,6 +37,29 @@ def test_two_ranks_train_as_one(tmp_path, stage):
     assert json.loads((two / "chosen.json").read_text()) == json.loads((one / "chosen.json").read_text())
     found = status(two)
     assert (found["state"], found["step"], found["restarts"], found["version"]) == ("finished", 6, 0, 6)
+    assert survivors(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_numbers_of_ranks_as_if_nothing_had_changed(tmp_path):
+    """1 rank, then 2, then 1, with a teacher that is averaged, and so in pieces."""
+    changes = {"steps": 24, "teacher": {"ema": {"rate": 0.2}}, "eval": {"every": 0, "num_problems": 2, "final_problems": 0}}
+    write(tmp_path, **changes, learner={"kind": "deepspeed", "zero_stage": 2}, optimizer={"lr": 1e-3})
+    code, said = opd(tmp_path, "train", "r.yaml", "name=alone")
+    assert code == 0, said
+    run = tmp_path / "runs/moved"
+    for ranks, until in ((1, 3), (2, 12)):
+        process = start(tmp_path, "train", "r.yaml", "name=moved", f"learner.ranks={ranks}")
+        wait_for(lambda: len(lines(run / "metrics.jsonl")) >= until)  # noqa: B023
+        process.terminate()
+        code, said = finish(process, tmp_path)
+        assert code == 0 and status(run)["state"] == "preempted", said
+    code, said = opd(tmp_path, "train", "r.yaml", "name=moved", "learner.ranks=1")
+    assert code == 0 and said.count("resumed after step") == 2, said
+    for alone, moved in zip(lines(tmp_path / "runs/alone/metrics.jsonl"), lines(run / "metrics.jsonl"), strict=True):
+        assert moved["loss/total"] == approx(alone["loss/total"], rel=1e-3, abs=1e-6)
+        assert moved["tokens/student"] == alone["tokens/student"]
+    assert lines(tmp_path / "runs/alone/ledger.jsonl")[-1]["drawn"] == lines(run / "ledger.jsonl")[-1]["drawn"] == 4 * 24
     assert survivors(tmp_path) == []
 
 
