@@ -1,6 +1,6 @@
 """What is generated, so that it cannot drift: the recipe reference, and the table inside the page on methods.
 
-python -m opd.reference      # writes docs/recipe_reference.md the table of docs/methods.md and docs/guard_rails.md
+python -m opd.reference      # writes docs/recipe_reference.md, recipes.md and guard_rails.md, and the table of docs/methods.md
 """
 
 import inspect
@@ -16,6 +16,18 @@ from opd.config.load import find_recipe, load_recipe, read_yaml
 from opd.config.recipe import Recipe
 from opd.guard.rules import RULES
 from opd.overview import recipe_files
+
+RECIPES = """# Recipes that ship with the project
+
+Generated from `recipes/` by `python -m opd.reference`.
+
+- *trained*: run to its end on the embedded tasks, on a CPU, by `make demo` or by hand.
+- *shapes*: two steps with the architectures of its models made small and with random weights, on a CPU, float32, one process, made-up problems
+  (`tests/config/test_shipped_runs.py`); `opd check` finds no error in it. Never run with real weights or on a GPU by the project.
+- *loaded*: its arms load; nothing was run.
+
+`opd train RECIPE model.init=random model.scale=0.05 steps=3` tries any of those with hub models without the hub.
+"""
 
 GUARD_RAILS = """# Guard rails
 
@@ -98,6 +110,32 @@ def _named(signal: str, choice: Any) -> str:
     return _choice(choice) if signal == "main" else f"{signal}: {_choice(choice)}"
 
 
+def shipped_recipes() -> str:
+    """Every run and comparison with how far it was tried, as Markdown."""
+    lines = [RECIPES, "| recipe | method | student | adapters | teacher | data | learner ranks | tried |", "|---|---|---|---|---|---|---|---|"]
+    for path in recipe_files("runs"):
+        raw = read_yaml(path)
+        if "stages" in raw:
+            methods = " then ".join(stage["method"] for stage in raw["stages"])
+            lines.append(f"| `{path.stem}` | {methods} | {raw['model']['path']} |  |  | {raw['data']['task']} | 1 | trained |")
+            continue
+        recipe = load_recipe(f"recipes/runs/{path.name}")
+        teachers = ", ".join(_cell(_teacher(signal.weights)) for signal in recipe.signals.values())
+        student, data = recipe.model.path or "from scratch", recipe.data.preset or recipe.data.task or "a file"
+        lora = f"LoRA {recipe.model.lora.rank}" if recipe.model.lora else ""
+        tried = "shapes" if recipe.hardware else "trained"
+        lines.append(f"| `{path.stem}` | {recipe.method} | {student} | {lora} | {teachers} | {data} | {recipe.learner.ranks} | {tried} |")
+    lines += ["", "| comparison | tried |", "|---|---|"]
+    for path in recipe_files("compare"):
+        lines.append(f"| `{path.stem}` | {'loaded' if path.stem.startswith('rl_against') else 'trained'} |")
+    return "\n".join(lines) + "\n"
+
+
+def _teacher(weights: Any) -> str:
+    external = weights.get("external") if isinstance(weights, dict) else None
+    return external["path"] + (" (vLLM)" if external.get("engine") == "vllm" else "") if external else _choice(weights)
+
+
 def guard_rails() -> str:
     """Every guard rail with its rule and thresholds, as Markdown."""
     lines = [GUARD_RAILS]
@@ -166,6 +204,7 @@ def main(folder: Path = Path("docs")) -> None:
     (folder / "recipe_reference.md").write_text(recipe_reference(), encoding="utf-8")
     page = folder / "methods.md"
     page.write_text(with_table(page.read_text(encoding="utf-8")), encoding="utf-8")
+    (folder / "recipes.md").write_text(shipped_recipes(), encoding="utf-8")
     (folder / "guard_rails.md").write_text(guard_rails(), encoding="utf-8")
 
 

@@ -50,6 +50,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def load_model(path: str, **options: Any) -> torch.nn.Module:
     """The folder's causal language model. Raises ValueError where weights are missing: transformers would make them up."""
+    load_config(path)
     model, found = _from_pretrained(AutoModelForCausalLM, path, output_loading_info=True, **options)
     missing = sorted(found["missing_keys"])
     if missing:
@@ -61,8 +62,25 @@ def load_model(path: str, **options: Any) -> torch.nn.Module:
 
 
 def load_config(path: str) -> Any:
-    """The folder's configuration, for a model with fresh weights."""
-    return _from_pretrained(AutoConfig, path)
+    """The folder's configuration. Raises ValueError for a model of more than text."""
+    config = _from_pretrained(AutoConfig, path)
+    check_kind(config, path)
+    return config
+
+
+def check_kind(config: Any, path: str) -> None:
+    """Raises ValueError for models that see or hear, and for those that are no causal language models."""
+    senses = [key for key in ("vision_config", "audio_config") if getattr(config, key, None) is not None]
+    if senses:
+        raise ValueError(f"model {path!r} has a {senses[0]}: opd trains text models only; choose a text checkpoint of the family")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model {path!r} is an encoder-decoder model: opd trains causal language models only")
+
+
+def num_experts(config: Any) -> int:
+    """Experts of a mixture-of-experts model, 0 for a dense one."""
+    text = config.get_text_config()
+    return next((n for key in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(text, key, None))), 0)
 
 
 def generation_config(path: str) -> GenerationConfig | None:

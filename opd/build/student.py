@@ -81,6 +81,12 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.nn.M
     elif not path:
         model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     pretrained.check_rows(model, len(tokenizer), path or "model.shape")
+    if recipe.engine.kind == "vllm" and (experts := pretrained.num_experts(model.config)):
+        raise ValueError(
+            f"the student is a mixture of {experts} experts: vLLM and the learner may route a token differently, and routing replay is not "
+            "supported; "
+            "use engine=torch, or a dense model"
+        )
     return model
 
 

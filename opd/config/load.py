@@ -10,9 +10,23 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from opd.config.choices import nearest
-from opd.config.recipe import Recipe
+from opd.config.recipe import SCHEMA_VERSION, Recipe
 
 ROOT = Path(__file__).parents[2]
+MIGRATIONS = {
+    0: "such files gave one top-level `weights` and `view` for the only teacher; write `teacher` and `view`, or signals.main.weights and .view"
+}
+"""Older schema_version -> what to change in a file of it. A change of the format adds its line here and raises SCHEMA_VERSION."""
+
+_ONE_TURN = "opd trains single answers to a prompt: no turns, tools or environments yet; a prompt may hold earlier turns as {role, content}"
+_TEXT = "opd trains text models: no images, audio or video"
+_ROUTING = "routing replay of mixture-of-experts models is not supported: engine=torch runs the learner's own module, engine=vllm refuses such models"
+UNSUPPORTED = {
+    **dict.fromkeys(("turns", "max_turns", "tools", "environment", "env", "multi_turn", "agent"), _ONE_TURN),
+    **dict.fromkeys(("images", "image", "vision", "audio", "video", "processor", "multimodal"), _TEXT),
+    **dict.fromkeys(("routing_replay", "router_replay", "moe", "expert_parallel"), _ROUTING),
+}
+"""Keys that other projects have for what this one does not do -> the reason."""
 PACKAGED = (ROOT / "opd_data/recipes", ROOT / "recipes")  # in an installed wheel; in a checkout
 
 
@@ -37,8 +51,13 @@ def parse_recipe(
 ) -> Recipe:
     """Validate a mapping as a recipe: method file beneath (unless already resolved), overrides on top. Raises ValueError with the fix."""
     changes = parse_overrides(overrides)
+    check_schema(raw, origin)
     method = changes.get("method", stem if is_method else raw.get("method", ""))
+    hardware = changes.get("hardware", raw.get("hardware", ""))
     merged = dict(raw)
+    if hardware and not resolved:
+        raw = merge(read_yaml(find_recipe(str(hardware), kind="hardware")), raw)
+        merged = dict(raw)
     if method and not resolved and not (is_method and method == stem):
         merged = merge(read_yaml(find_recipe(str(method), kind="methods")), raw if not is_method else {})
     merged["method"] = method
@@ -49,6 +68,18 @@ def parse_recipe(
         return Recipe.model_validate(merged)
     except ValidationError as error:
         raise ValueError(explain(error, Recipe, origin)) from None
+
+
+def check_schema(raw: Mapping[str, Any], origin: str) -> None:
+    """Raises ValueError for a file of another format, with what to change in it."""
+    version = raw.get("schema_version", SCHEMA_VERSION)
+    if version == SCHEMA_VERSION:
+        return
+    if isinstance(version, int) and version in MIGRATIONS:
+        raise ValueError(f"{origin}: schema_version {version} is an older format: {MIGRATIONS[version]}; then write schema_version: {SCHEMA_VERSION}")
+    newer = isinstance(version, int) and version > SCHEMA_VERSION
+    fix = "install a newer opd, which knows it" if newer else f"write schema_version: {SCHEMA_VERSION}, or leave the line out"
+    raise ValueError(f"{origin}: schema_version is {version!r}, and this opd reads {SCHEMA_VERSION}: {fix}")
 
 
 def find_recipe(reference: str, kind: str = "") -> Path:
@@ -146,7 +177,9 @@ def explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
+        if item["type"] == "extra_forbidden" and (reason := UNSUPPORTED.get(str(item["loc"][-1]))):
+            lines.append(f"{where}: {reason}")
+        elif item["type"] == "extra_forbidden":
             fields = _fields_at(model, item["loc"][:-1])
             lines.append(f"unknown key {where!r}{nearest(str(item['loc'][-1]), fields)}; valid: {', '.join(sorted(fields))}")
         elif not where:  # about several keys, which the sentence names itself
@@ -172,7 +205,8 @@ def _short(value: Any) -> str:
 
 def recipe_hash(recipe: BaseModel) -> str:
     """Eight hex digits of everything that decides the run's result (not its name, nor how it is logged and launched)."""
-    content = recipe.model_dump(mode="json", exclude={"name": True, "track": True, "launch": True, "learner": {"ranks"}})
+    unimportant = dict.fromkeys(("name", "track", "launch", "hardware", "target"), True)
+    content = recipe.model_dump(mode="json", exclude={**unimportant, "learner": {"ranks"}})
     if not content.get("budget", {}).get("money") and not content.get("budget", {}).get("energy"):
         content.pop("prices", None)  # then they stop nothing
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=4).hexdigest()

@@ -294,12 +294,19 @@ class Track(_Frozen):
     )
 
 
+class Target(_Frozen):
+    """The machine that `opd check` plans for, where it is not this one."""
+
+    device: str = Field(default="", description="a100, h100, h200 or l40s, one a learner rank; empty: this machine's CPU")
+
+
 class Recipe(_Frozen):
     """One run: a method, a model, data and hardware."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: int = Field(default=SCHEMA_VERSION, description="format of this file; an older one is refused with what changed")
     name: str = Field(default="", description="run folder under runs/; empty: recipe-method-seed-hash")
     method: str = Field(default="", description="file of recipes/methods that the other keys refine")
+    hardware: str = Field(default="", description="file of recipes/hardware between method and run: precision, ranks, token budgets, target")
     paper: str = Field(default="", description="link to the method's source")
     seed: NonNegative = 0
     steps: Positive = Field(default=100, description="rollout steps at most")
@@ -321,6 +328,7 @@ class Recipe(_Frozen):
     optimizer: Optimizer = Optimizer()
     learner: Learner = Learner()
     launch: Launch = Launch()
+    target: Target = Target()
     budget: Budget = Budget()
     prices: Prices = Prices()
     eval: Eval = Eval()

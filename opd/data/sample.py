@@ -6,13 +6,13 @@ from typing import Any
 
 from opd.data.records import Records
 
-SIZE = 64
+SIZE, PROGRAMS = 64, 24  # every program is run once before training
 
 
 def sample_records(verifier: str, seed: int = 0) -> Records:
     """(place, record) pairs that the verifier named can judge: word problems, lettered questions or small programs, each with a solution."""
     make, dice = KINDS.get(verifier, _sum), random.Random(seed)
-    for number in range(SIZE):
+    for number in range(SIZE if verifier != "code" else PROGRAMS):
         yield f"sample:{number + 1}", {"id": f"sample-{number}", **make(number, dice)}
 
 

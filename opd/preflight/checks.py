@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from packaging.version import Version
 
+from opd.build.pretrained import num_experts
 from opd.build.system import learner_kind
 from opd.preflight.facts import Facts, Finding
 from opd.run.folder import check_run
@@ -131,12 +132,24 @@ def precision(facts: Facts) -> Iterator[Finding]:
     m = facts.recipe.model
     if m.dtype == "bfloat16" and learner_kind_of(facts) == "torch":
         yield warning("model.dtype=bfloat16 with learner.kind=torch trains bf16 weights without fp32 masters: small updates are lost")
-    if m.dtype == "bfloat16" and not torch.cuda.is_available():
+    if m.dtype == "bfloat16" and not torch.cuda.is_available() and not facts.recipe.target.device:
         yield warning("model.dtype=bfloat16 on a CPU: log-probs are off by up to 1.5 nats in single tokens; use float32 here")
     if m.attention == "flash_attention_2" and _installed("flash_attn") is None:
         yield error("model.attention=flash_attention_2 needs the package flash-attn: pip install flash-attn, or model.attention=sdpa")
     if m.lora is not None and _installed("peft") is None:
         yield error('model.lora needs peft: pip install "opd-train[train]"')
+
+
+def architecture(facts: Facts) -> Iterator[Finding]:
+    if facts.config is None or not (experts := num_experts(facts.config)):
+        return
+    if facts.recipe.engine.kind == "vllm":
+        yield error(f"the student is a mixture of {experts} experts, and routing replay is not supported: use engine=torch, or a dense model")
+    else:
+        yield warning(
+            f"the student is a mixture of {experts} experts: its routing may change with the shape of a batch, so log-probs of rollout and learner "
+            "may differ, and routing replay is not supported; never trained by the project"
+        )
 
 
 def objective(facts: Facts) -> Iterator[Finding]:
@@ -188,7 +201,7 @@ def disk(facts: Facts, checkpoint_bytes: int) -> Iterator[Finding]:
     kept = facts.recipe.checkpoint.keep + facts.recipe.checkpoint.best + 1  # one more while the newest is written
     free = shutil.disk_usage(Path.cwd()).free
     if kept * checkpoint_bytes > free:
-        yield error(
+        yield (warning if facts.recipe.target.device else error)(
             f"{kept} checkpoints of {checkpoint_bytes / 2**30:.1f} GiB do not fit the {free / 2**30:.1f} GiB that are free here; "
             "lower checkpoint.keep or run on a larger disk"
         )
@@ -224,6 +237,7 @@ CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     batch,
     schedule,
     precision,
+    architecture,
     objective,
     evaluation,
     machine,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
@@ -11,6 +11,7 @@ import torch
 from opd.build.system import learner_kind, objective_of
 from opd.build.views import OTHERS
 from opd.config.choices import nearest
+from opd.config.recipe import Recipe
 from opd.preflight.facts import Facts
 from opd.preflight.memory import ModelFacts, engine_memory, learner_memory, model_facts, teacher_memory
 
@@ -36,6 +37,8 @@ DEVICES = {
 }
 TRAINING_SHARE, SCORING_SHARE, DECODING_SHARE = 0.4, 0.5, 0.6
 """Assumed shares of a GPU's stated arithmetic (training, scoring) and bandwidth (decoding) that a run reaches."""
+LAYER_SECONDS = 4e-4
+"""Assumed least time of a layer for one token when a GPU runs the Hugging Face module as it is: starting its kernels takes longer than they run."""
 CPU_SHARE = 0.5
 """Share of a large product's speed that small models reach on a CPU, from runs of the embedded recipes."""
 
@@ -44,7 +47,8 @@ CPU_SHARE = 0.5
 class Plan:
     """memory: role -> part -> bytes on the fullest process or device, if every answer reaches sampling.max_tokens. seconds: phase -> a step.
 
-    checkpoint: bytes of one. assumed: in words.
+    apart: the same of roles on GPUs of their own (vLLM actors), each of so many GPUs. ranks: learner processes, each on a device that holds `memory`.
+    price: of a GPU and hour, 0 unknown. checkpoint: bytes of one. assumed: in words.
     """
 
     device: Device
@@ -53,13 +57,25 @@ class Plan:
     steps: int
     checkpoint: int
     answer_tokens: float
-    assumed: Sequence[str]
+    ranks: int = 1
+    apart: Mapping[str, tuple[int, Mapping[str, int]]] = field(default_factory=dict)
+    price: float = 0.0
+    assumed: Sequence[str] = ()
 
     @property
     def bytes(self) -> int:
         """The peak: what stays, and the most that any one role needs while it works, since roles of one process take turns."""
         working = [sum(size for part, size in parts.items() if part in WHILE_WORKING) for parts in self.memory.values()]
         return sum(sum(parts.values()) for parts in self.memory.values()) - sum(working) + max(working)
+
+    @property
+    def gpus(self) -> int:
+        return self.ranks + sum(count for count, _ in self.apart.values())
+
+    @property
+    def money(self) -> float:
+        """Of all GPUs for all steps; 0 where no price is known."""
+        return self.price * self.gpus * self.hours
 
     @property
     def hours(self) -> float:
@@ -82,11 +98,12 @@ def find_device(name: str, dtype: torch.dtype) -> Device:
 
 
 def make_plan(facts: Facts, device: Device) -> Plan:
-    """The plan of a recipe whose parts could all be read. Every role in one process or on one device, as an embedded run has it."""
+    """The plan of a recipe whose parts could all be read: roles in the learner's processes share its device, vLLM's have their own."""
     r, dtype = facts.recipe, getattr(torch, facts.recipe.model.dtype)
     objective = facts.objective or objective_of(r)
     student = model_facts(facts.config, dtype, lora_rank=r.model.lora.rank if r.model.lora else 0)
-    answers, prompt = r.rollout.prompts * r.group, mean(facts.prompt_lengths or (r.data.max_prompt_tokens,))
+    ranks = r.learner.ranks * r.launch.nodes
+    answers, prompt = -(-r.rollout.prompts * r.group // ranks), mean(facts.prompt_lengths or (r.data.max_prompt_tokens,))
     answer = min(float(r.sampling.max_tokens), mean(facts.solution_lengths) + 1 if facts.solution_lengths else r.sampling.max_tokens)
     longest = max(facts.prompt_lengths or (r.data.max_prompt_tokens,)) + r.sampling.max_tokens
     deepspeed = learner_kind(r) == "deepspeed"
@@ -97,20 +114,25 @@ def make_plan(facts: Facts, device: Device) -> Plan:
     memory = {
         "libraries": {"this process": _resident() if on_cpu else 2 * 10**9},
         "learner": learner_memory(
-            student, ranks=1, zero_stage=r.learner.zero_stage if deepspeed else 0, checkpointing=r.model.gradient_checkpointing,
+            student, ranks=ranks, zero_stage=r.learner.zero_stage if deepspeed else 0, checkpointing=r.model.gradient_checkpointing,
             average=any(kind == "ema" for kind, _ in facts.weights.values()), micro_tokens=micro, chunk_bytes=r.learner.chunk_bytes,
         ),
         "engine": engine_memory(
-            student, rows=min(answers, max(1, r.engine.token_budget // longest)), tokens=longest, own_weights=deepspeed and r.learner.zero_stage == 3
+            student, rows=min(answers, max(1, r.engine.token_budget // longest)), tokens=longest,
+            own_weights=deepspeed and r.learner.zero_stage == 3 or r.engine.kind == "process",
         ),
     }  # fmt: skip
-    for name, needs in objective.needs.signals.items():
+    apart = _apart(r, device, student, {name: teachers[name] for name, (kind, _) in facts.weights.items() if kind == "served" and name in teachers})
+    if r.engine.kind == "vllm" and r.engine.placement == "separate" and not on_cpu:
+        del memory["engine"]
+    near = {name: needs for name, needs in objective.needs.signals.items() if f"teacher {name}" not in apart}
+    for name, needs in near.items():
         kind = facts.weights.get(name, ("frozen", None))[0]
         memory[f"teacher {name}"] = teacher_memory(
             teachers.get(name, student), own_weights=kind in OTHERS or (kind == "frozen" and r.model.lora is None),
             micro_tokens=min(r.learner.token_budget, answers * longest), num_tokens=round(answers * answer), hidden=needs.hidden, chunk_bytes=0,
         )  # fmt: skip
-    scored = [teachers.get(name, student) for name in objective.needs.signals]
+    scored = [teachers.get(name, student) for name in near] + [teachers[name] for name in objective.needs.signals if name not in near] * ranks
     seconds = _seconds(student, scored, device, answers, prompt, answer, r.group, r.model.gradient_checkpointing)
     state = 8 + (4 if student.item < 4 else 0)
     return Plan(
@@ -120,12 +142,28 @@ def make_plan(facts: Facts, device: Device) -> Plan:
         steps=r.steps,
         checkpoint=student.parameters * student.item + student.trainable * (state + student.item),
         answer_tokens=answer,
+        ranks=ranks,
+        apart=apart,
+        price=r.prices.device_hour,
         assumed=(
             f"answers of {answer:.0f} tokens ({'as the reference solutions' if facts.solution_lengths else 'sampling.max_tokens'})",
             f"{CPU_SHARE:.0%} of this CPU's speed" if on_cpu
-            else f"{TRAINING_SHARE:.0%} of the stated arithmetic in training, {SCORING_SHARE:.0%} in scoring, {DECODING_SHARE:.0%} of the bandwidth",
+            else f"{TRAINING_SHARE:.0%} of the stated arithmetic in training, {SCORING_SHARE:.0%} in scoring, {DECODING_SHARE:.0%} of the bandwidth, "
+            f"{1000 * LAYER_SECONDS:g} ms a layer and token at least",
         ),
     )  # fmt: skip
+
+
+def _apart(r: Recipe, device: Device, student: ModelFacts, served: Mapping[str, ModelFacts]) -> dict[str, tuple[int, Mapping[str, int]]]:
+    """Role -> (GPUs, bytes by part on each) of vLLM's actors, which fill engine.memory_share of a GPU; none are planned on a CPU."""
+    if device.name == "this CPU":
+        return {}
+    e, room = r.engine, round(r.engine.memory_share * device.memory)
+    models = {f"teacher {name}": (1, model) for name, model in served.items()}
+    if e.kind == "vllm" and e.placement == "separate":
+        models["engine"] = (e.replicas * e.tensor_parallel, student)
+    split = {role: model.parameters * model.item // (e.tensor_parallel if role == "engine" else 1) for role, (_, model) in models.items()}
+    return {role: (count, {"weights": split[role], "cache": max(0, room - split[role])}) for role, (count, _) in models.items()}
 
 
 def _seconds(
@@ -138,6 +176,7 @@ def _seconds(
     a_token = max(
         2 * student.parameters * answers / (device.flops * scoring), student.parameters * student.item / (device.bandwidth * DECODING_SHARE)
     )
+    a_token = max(a_token, 0.0 if on_cpu else student.layers * LAYER_SECONDS)
     tokens = answers * (prompt + answer)
     return {
         "rollout": prefill + answer * a_token,

@@ -37,10 +37,15 @@ def examine(recipe: Recipe, device: str = "") -> tuple[list[Finding], Plan | Non
     found += [finding for look in CHECKS for finding in look(facts)]
     plan = None
     if facts.config is not None and facts.objective is not None:
-        plan = make_plan(facts, find_device(device, getattr(torch, recipe.model.dtype)))
+        plan = make_plan(facts, find_device(device or recipe.target.device, getattr(torch, recipe.model.dtype)))
         found += disk(facts, plan.checkpoint)
         if plan.bytes > plan.device.memory:
             found.append(error(_too_much(plan)))
+        found += [
+            error(f"{role}: weights of {_size(parts['weights'])} exceed engine.memory_share={recipe.engine.memory_share:g} of {plan.device.name}")
+            for role, (_, parts) in plan.apart.items()
+            if parts["weights"] > recipe.engine.memory_share * plan.device.memory
+        ]
     order = ("error", "warning", "note")
     return sorted(dict.fromkeys(found), key=lambda finding: order.index(finding.severity)), plan
 
@@ -75,9 +80,16 @@ def render(recipe: Recipe, found: Sequence[Finding], plan: Plan | None) -> str:
     for role, parts in plan.memory.items():
         shown = ", ".join(f"{part} {_size(size)}" for part, size in parts.items() if size)
         lines.append(f"    {role:14}{_size(sum(parts.values())):>10}   {shown}")
+    for role, (count, parts) in plan.apart.items():
+        shown = ", ".join(f"{part} {_size(size)}" for part, size in parts.items() if size)
+        lines.append(f"    {role:14}{_size(sum(parts.values())):>10}   on {count} GPU{'s' if count > 1 else ''} of its own: {shown}")
+    if plan.gpus > 1:
+        lines.append(f"  devices: {plan.ranks} learner rank{'s' if plan.ranks > 1 else ''} with the rows above each, {plan.gpus} in all")
     total = sum(plan.seconds.values())
     phases = ", ".join(f"{phase} {seconds:.2g} s" for phase, seconds in plan.seconds.items())
     lines.append(f"  time: about {total:.2g} s a step ({phases}), {plan.hours:.2g} h for {plan.steps} steps, evaluation not counted")
+    if plan.price:
+        lines.append(f"  money: about {plan.money:.3g} {recipe.prices.currency} for {plan.gpus} devices at {plan.price:g} an hour")
     lines.append(f"  disk: {_size(plan.checkpoint)} a checkpoint")
     lines.append(f"  assumed: {'; '.join(plan.assumed)}")
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.reference import guard_rails, recipe_reference, with_table
+from opd.reference import guard_rails, recipe_reference, shipped_recipes, with_table
 from opd.timing.scaling import with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +76,7 @@ def test_the_python_example_of_the_readme_runs(workplace: Path, monkeypatch):
 
 def test_generated_pages_are_up_to_date():
     assert (ROOT / "docs/recipe_reference.md").read_text() == recipe_reference(), "run: python -m opd.reference"
+    assert (ROOT / "docs/recipes.md").read_text() == shipped_recipes(), "run: python -m opd.reference"
     page = (ROOT / "docs/methods.md").read_text()
     assert page == with_table(page), "run: python -m opd.reference"
     assert (ROOT / "docs/guard_rails.md").read_text() == guard_rails(), "run: python -m opd.reference"
