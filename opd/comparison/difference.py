@@ -23,6 +23,8 @@ KEYS: Mapping[str, Effect] = {  # the longest dotted prefix decides; a key that 
     "name": "no",
     "method": "no",
     "paper": "no",
+    "hardware": "no",  # the keys that it set are compared one by one
+    "target": "no",
     "schema_version": "no",
     "track": "no",
     "prices": "no",
