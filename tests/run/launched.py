@@ -25,18 +25,21 @@ TINY = {
     "track": {"wandb": "disabled", "samples_every": 3},
 }
 DEADLINE_SECONDS = 420  # not a limit to reach: of machines where others work too
+NEWEST: list[tuple[subprocess.Popen, Path]] = []
 
 
 def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen:
     """`opd WORDS` in `folder`; its output goes to the file `said`."""
     with (folder / "said").open("a") as said:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-P", "-m", "opd", *words],
             cwd=folder,
             env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "OPD_TEST": str(folder), **environment},
             stdout=said,
             stderr=said,
         )
+    NEWEST[:] = [(process, folder)]
+    return process
 
 
 def finish(process: subprocess.Popen, folder: Path) -> tuple[int, str]:
@@ -75,12 +78,16 @@ def status(run: Path) -> dict:
 
 
 def wait_for(condition, seconds: float = DEADLINE_SECONDS):
-    """The condition's first true value."""
+    """The condition's first true value; fails with what the newest process said when that ended without it."""
     until = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < until, "nothing happened"
+    while True:
+        ended = [process.poll() is not None for process, _ in NEWEST]
+        if value := condition():
+            return value
+        said = "".join((folder / "said").read_text()[-3000:] for _, folder in NEWEST)
+        assert not any(ended), f"the run ended before:\n{said}"
+        assert time.monotonic() < until, f"nothing happened in {seconds:.0f} s; said so far:\n{said}"
         time.sleep(0.02)
-    return value
 
 
 def lines(path: Path) -> list[dict]:
