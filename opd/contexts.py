@@ -82,10 +82,11 @@ class SignalViews:
         self._tokenizer, self._specs, self._max_context_tokens = tokenizer, dict(specs), max_context_tokens
         self._meters: dict[str, Meter] = {}
 
-    def __call__(self, judged: Sequence[Judged]) -> dict[str, list[tuple[int, ...] | None]]:
+    def __call__(self, judged: Sequence[Judged], controls: Mapping[str, float] | None = None) -> dict[str, list[tuple[int, ...] | None]]:
+        """controls: what the recipe's controllers give at this step, for the views that name one."""
         contexts = {}
         for name, spec in self._specs.items():
-            found, counts = render_views(self._tokenizer, judged, spec, self._max_context_tokens)
+            found, counts = render_views(self._tokenizer, judged, spec, self._max_context_tokens, controls)
             domain = self._domains.get(name, "")
             contexts[name] = [ids if in_domain(answer.prompt, domain) else None for answer, ids in zip(judged, found, strict=True)]
             for what in ("shortened", "dropped"):

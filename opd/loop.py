@@ -46,7 +46,7 @@ class TeacherScorer(Protocol):
 class Viewer(Protocol):
     """What each signal may see and the student may not."""
 
-    def __call__(self, judged: Sequence[Judged]) -> Views: ...
+    def __call__(self, judged: Sequence[Judged], controls: Mapping[str, float]) -> Views: ...
 
     def meters(self) -> Mapping[str, Meter]: ...
 
@@ -94,7 +94,7 @@ def train_step(step: int, s: System) -> tuple[StepReport, list[Sample]]:
     with s.clock("rollout"):
         judged = s.source.collect(step, s.last)  # the student answers, the verifier judges (filter, refill and mixtures live here)
     with s.clock("views"):
-        views = s.view(judged)  # what each signal may see and the student may not
+        views = s.view(judged, objective.controls)  # what each signal may see and the student may not
     with s.clock("prepare"):
         prepared = s.learner.prepare(judged, objective.needs)  # only what a term asks for: old log-probs, student top-k, entropy
     with s.clock("teacher"):

@@ -32,7 +32,7 @@ def train_step(step: int, last: int, s: System, ahead: Ahead, how: Asynchrony) -
     with s.clock("rollout"):
         judged = ahead.collect_fresh(step, s.last, s.learner.version, how.max_staleness)  # what is too old is dropped and counted
     with s.clock("views"):
-        views = s.view(judged)
+        views = s.view(judged, objective.controls)
     with s.clock("prepare"):
         prepared = s.learner.prepare(judged, objective.needs)  # old log-probs are of these weights: p_old / p_engine corrects for age
     with s.clock("teacher"):

@@ -166,7 +166,7 @@ def is_sharded(recipe: Recipe) -> bool:
 
 def objective_of(recipe: Recipe) -> Objective:
     """The recipe's objective, judged legal against its signals, group and source."""
-    return build_objective(recipe.objective, setting_of(recipe))
+    return build_objective(recipe.objective, setting_of(recipe), recipe.controllers)
 
 
 def setting_of(recipe: Recipe) -> Setting:

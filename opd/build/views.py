@@ -34,6 +34,7 @@ def checked_views(recipe: Recipe, problems: Problems, objective: Objective, choi
     specs = {name: resolve_view(signal.view, problems.templates) for name, signal in recipe.signals.items()}
     for name, spec in specs.items():
         check_hints(name, spec, problems.train)
+    check_controllers(recipe, specs)
     check_domains({name: signal.domain for name, signal in recipe.signals.items()}, problems.train)
     check_asking_view(parse_source(recipe.rollout.source).view, specs)
     check_hidden_signals(objective, choices)
@@ -81,6 +82,20 @@ def with_writers(
         stop_ids=stop_ids,
     )
     return AnnotatedSource(source, {name: Writer(**writer.model_dump()) for name, writer in recipe.writers.items()}, desk)
+
+
+def check_controllers(recipe: Recipe, specs: Mapping[str, ViewSpec]) -> None:
+    """Raises ValueError for a view that reads a controller which the recipe does not declare, and for one that nobody reads."""
+    read = {name: share for name, spec in specs.items() if isinstance(share := parameters_of(spec.view).get("share"), str)}
+    declared = ", ".join(sorted(recipe.controllers)) or "none"
+    for name, share in read.items():
+        if share not in recipe.controllers:
+            raise ValueError(
+                f"signals.{name}.view: share is {share!r}{nearest(share, recipe.controllers)}, a number between 0 and 1 or the name of a controller; "
+                f"declared: {declared}. Add e.g. controllers: {{{share}: {{learned_exposure: {{steps: {recipe.steps}}}}}}}"
+            )
+    for name in set(recipe.controllers) - set(read.values()):
+        raise ValueError(f"controllers.{name} is read by no view; name it in one, e.g. view: {{partial_solution: {{share: {name}}}}}")
 
 
 def check_hidden_signals(objective: Objective, choices: Mapping[str, tuple[str, Any]]) -> None:

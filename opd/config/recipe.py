@@ -288,6 +288,7 @@ class Recipe(_Frozen):
     view: Choice = Field(default="", description="sugar for signals.main.view")
     signals: dict[str, Signal] = Field(default={}, description="named scorers; `teacher` and `view` make the one called main")
     writers: dict[str, Writer] = Field(default={}, description="texts that the student writes about answers, by the name that views and weights use")
+    controllers: dict[str, Choice] = Field(default={}, description="schedules that views read by name, such as learned_exposure")
     objective: list[dict[str, Any]] = Field(default=[], description="terms, summed; see docs/concepts.md")
     updates: Updates = Updates()
     optimizer: Optimizer = Optimizer()

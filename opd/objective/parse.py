@@ -36,8 +36,10 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def build_objective(specs: Sequence[Mapping[str, Any]], setting: Setting | None = None) -> Objective:
-    """The objective of a recipe's `objective:` list.
+def build_objective(
+    specs: Sequence[Mapping[str, Any]], setting: Setting | None = None, controllers: Mapping[str, Any] | None = None
+) -> Objective:
+    """The objective of a recipe's `objective:` list. controllers: name -> choice of a schedule, for views.
 
     `setting` holds what the rest of the recipe says (signals, group size, source of the answers); what it leaves out is not checked.
     Raises ValueError naming the term, what is wrong, and what would be legal.
@@ -51,7 +53,8 @@ def build_objective(specs: Sequence[Mapping[str, Any]], setting: Setting | None 
         term = _filled(_term(spec, where, taken={term.name for term in terms}), setting)
         terms.append(check_term(term, setting, where, spec.get("allow", ())))
     check_objective(terms)
-    return Objective(terms=tuple(terms))
+    named = {name: _schedule(choice, f"controllers.{name}") for name, choice in (controllers or {}).items()}
+    return Objective(terms=tuple(terms), controllers=named)
 
 
 def _term(spec: Mapping[str, Any], where: str, taken: set[str]) -> Term:

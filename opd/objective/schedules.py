@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from opd.config.choices import Count, Positive, Range, Share, reads
+from opd.objective.exposure import learned_exposure
 
 Step = Annotated[int, Range(0)]
 
@@ -92,4 +93,12 @@ def rise_when_worse(
     return {"value": value, "reference": state["reference"]}
 
 
-SCHEDULES = {"constant": constant, "linear": linear, "switch": switch, "cycle": cycle, "taid": taid, "rise_when_worse": rise_when_worse}
+SCHEDULES = {
+    "constant": constant,
+    "linear": linear,
+    "switch": switch,
+    "cycle": cycle,
+    "taid": taid,
+    "rise_when_worse": rise_when_worse,
+    "learned_exposure": learned_exposure,
+}

@@ -143,16 +143,22 @@ class Needs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """The sum of its terms. scheduled: what the schedules gave at this step and remember, by metric name; filled in by `at`."""
+    """The sum of its terms. controllers: schedules of the recipe that views read, by name.
+
+    Filled in by `at`: scheduled, what the schedules gave at this step and remember, by metric name; controls, what the controllers gave.
+    """
 
     terms: tuple[Term, ...] = field(default=())
+    controllers: Mapping[str, Schedule] = field(default_factory=dict)
     scheduled: Mapping[str, float] = field(default_factory=dict)
+    controls: Mapping[str, float] = field(default_factory=dict)
 
     def at(self, step: int, metrics: Mapping[str, float]) -> "Objective":
         """The same objective with every schedule as the number that it gives now."""
         found: dict[str, float] = {}
         terms = tuple(_at(term, step, metrics, found) for term in self.terms)
-        return Objective(terms=terms, scheduled=found)
+        controls = {name: scheduled_value(one, f"controllers/{name}", step, metrics, found) for name, one in self.controllers.items()}
+        return replace(self, terms=terms, scheduled=found, controls=controls)
 
     @property
     def contexts(self) -> tuple[str, ...]:

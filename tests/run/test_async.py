@@ -112,7 +112,7 @@ def by_hand(tmp_path, steps, staleness):
             judged = waiting.pop(0)
             learned = step - staleness
             objective = system.objective.at(learned, system.last)
-            views, prepared = system.view(judged), system.learner.prepare(judged, objective.needs)
+            views, prepared = system.view(judged, objective.controls), system.learner.prepare(judged, objective.needs)
             samples = join(judged, prepared, system.teachers.score(judged, views, prepared), objective, views=views)
             system.learner.step(samples, objective, system.teachers.heads())
             system.student.load_weights(system.learner.weights(system.learner.version))
