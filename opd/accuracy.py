@@ -6,7 +6,7 @@ Legend: P problems, k answers a problem.
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -136,6 +136,12 @@ def smallest_difference(correct: Sequence[Sequence[bool]], *, level: float = 0.9
 
 def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else 0.0
+
+
+def final_results(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """"test/<decoding>/avg@k" and the like from the lines of eval.jsonl: what a table of runs shows."""
+    names = ("avg@k", "pass@k", "maj@k", "stderr")
+    return {f"test/{row['decoding']}/{name}": row[name] for row in rows if row["split"] == "test" for name in names if name in row}
 
 
 def write_evaluation(folder: Path, result: EvalResult) -> None:

@@ -23,7 +23,7 @@ from opd.config.load import load_recipe
 from opd.config.recipe import Recipe
 from opd.config.stages import read_stages
 from opd.errors import Paused
-from opd.eval import Codec, EvalResult, EvalSettings, decoding_name, write_evaluation
+from opd.eval import Codec, EvalResult, EvalSettings, decoding_name, final_results, write_evaluation
 from opd.eval import evaluate as evaluate_problems
 from opd.examination.run import EVALUATION_SEED
 from opd.guard.action import RunGuard
@@ -171,9 +171,12 @@ def train_as_asked(recipe: Recipe, system: System, run: TrainingRun, clock: Phas
 
 
 def train_run(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Path:
-    """One run of a comparison: quiet, without W&B. A run that a guard rail pauses has failed, for nobody is there to look."""
+    """One run of a comparison: quiet, and without W&B unless the comparison asks for it.
+
+    A run that a guard rail pauses has failed, for nobody is there to look.
+    """
     try:
-        return train(recipe, {**overrides, "track.wandb": "disabled"}, folder, quiet=True)
+        return train(recipe, {"track.wandb": "disabled", **overrides}, folder, quiet=True)
     except Paused as paused:
         raise RuntimeError(f"paused by {paused}") from paused
 
@@ -315,6 +318,7 @@ def report_final(recipe: Recipe, folder: Path, parts: Parts, run: TrainingRun, s
                 result = examine(recipe, parts, parts.engine, "test", parts.problems.test, temperature, samples, chosen, ranks)
                 if ranks.leads:
                     write_evaluation(folder, result)
+    run.sink.summarise(final_results(read_lines(folder / "eval.jsonl")))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ USAGE = """usage: opd COMMAND [NAME] [key=value ...]
   inspect RUN          token-level viewer -> <run>/inspect.html; other=RUN lays a second run beside it
   diff    RUN_A RUN_B  every difference between two runs, and which of them can explain a gap in results
   ledger  RUN          tokens, seconds by role, energy and money that it spent; device_hour=2.5 watts=300 puts prices on them
+  import  trl|wandb SRC a run made elsewhere becomes a run folder that compare and diff read: name=NAME seed=N generations=FILE
   doctor  RUN          where the seconds went, who waited for whom, whether asynchrony would help
   diagnose RECIPE      which teacher and view suit the student, before any training -> runs/diagnose-.../diagnosis.html
   bundle  RUN step=N   one step's rollouts, scores and weights in a file -> <run>/bundles/
@@ -106,6 +107,12 @@ def _ledger(words: Sequence[str]) -> None:
     print(import_module("opd.timing.ledger").ledger(_name(words, "ledger RUN"), parse_overrides(words[1:])))
 
 
+def _import(words: Sequence[str]) -> None:
+    if len(words) < 2 or any("=" in word for word in words[:2]):
+        raise ValueError("opd import takes a kind and a source: opd import trl FOLDER name=NAME, or opd import wandb FILE name=NAME")
+    print(f"run folder: {import_module('opd.comparison.imported').import_run(words[0], words[1], parse_overrides(words[2:]))}")
+
+
 def _doctor(words: Sequence[str]) -> None:
     print(import_module("opd.timing.doctor").doctor(_name(words, "doctor RUN"), parse_overrides(words[1:])))
 
@@ -150,6 +157,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "inspect": _inspect,
     "diff": _diff,
     "ledger": _ledger,
+    "import": _import,
     "doctor": _doctor,
     "diagnose": _diagnose,
     "bundle": _bundle,

@@ -9,12 +9,12 @@ from opd_rollout.engine import Engine
 from opd_rollout.sampling import request_seed
 from opd_rollout.types import Completion, GenerateRequest, Sampling
 
-from opd.accuracy import EvalResult, decoding_name, summarise, write_evaluation
+from opd.accuracy import EvalResult, decoding_name, final_results, summarise, write_evaluation
 from opd.launcher.ranks import ALONE, Ranks
 from opd.types import Prompt, Verdict, Verifier
 from opd.verify import judge_all
 
-__all__ = ["Codec", "EvalResult", "EvalSettings", "decoding_name", "evaluate", "write_evaluation"]
+__all__ = ["Codec", "EvalResult", "EvalSettings", "decoding_name", "evaluate", "final_results", "write_evaluation"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -377,8 +377,9 @@ def open_sink(recipe: Recipe, folder: Path, run_id: str) -> Sink:
     from opd.run.track import WandbSink, wandb_mode
 
     mode, texts = wandb_mode(recipe.track.wandb), recipe.track.texts
+    labels = {"group": recipe.track.group, "job_type": recipe.track.job_type, "tags": recipe.track.tags}
     config = recipe.model_dump(mode="json", exclude=None if texts else {"data": {"system"}})
-    return WandbSink(folder=folder, project=recipe.track.project, mode=mode, config=config, run_id=run_id, texts=texts)
+    return WandbSink(folder=folder, project=recipe.track.project, mode=mode, config=config, run_id=run_id, texts=texts, labels=labels)
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:

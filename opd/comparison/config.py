@@ -1,6 +1,7 @@
 """A comparison as a typed, frozen tree: arms, seeds, one budget, one tuning grid for every arm."""
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +20,26 @@ class _Frozen(BaseModel):
 
 
 class Arm(_Frozen):
-    """One way to train: a recipe and what is changed in it."""
+    """One way to train: a recipe and what is changed in it, or runs that exist already."""
 
-    recipe: str = Field(description="path or name of a recipe")
+    recipe: str = Field("", description="path or name of a recipe")
+    runs: str = Field("", description="instead of a recipe: run folders that exist, {seed} for the seed (`opd import` makes them from TRL and W&B)")
     set: dict[str, Any] = Field({}, description="dotted recipe keys and their values, e.g. {teacher: live}")
     label: str = Field("", description="how the report calls it; empty: the arm's name")
     train: bool = Field(True, description="false: only evaluate the starting model (the base)")
     by: str = Field("", description="module:function that trains this arm instead of opd, for baselines from outside")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Arm":
+        if bool(self.recipe) == bool(self.runs):
+            raise ValueError("an arm needs either recipe (to train) or runs (folders that exist, e.g. runs/trl-grpo/seed-{seed})")
+        if self.runs and (self.set or self.by):
+            raise ValueError("an arm with runs is read as it is: leave out set and by")
+        return self
+
+    def folder(self, seed: int) -> Path:
+        """The run folder of a seed, for an arm with `runs`."""
+        return Path(self.runs.replace("{seed}", str(seed)))
 
 
 class Budget(_Frozen):
@@ -93,6 +107,10 @@ class Comparison(_Frozen):
     baseline: str = Field("", description="arm that differences and ratios are taken against; empty: the first trained one")
     target: float = Field(0.8, gt=0, lt=1, description="dev accuracy whose cost is compared")
     workers: int = Field(2, gt=0, description="single-threaded processes")
+    wandb: Literal["disabled", "offline", "online"] = Field(
+        "disabled", description="log every run to W&B: one group, an arm a job type, tags for search and seed"
+    )
+    project: str = Field("opd", description="W&B project")
     limit_seconds: float = Field(24 * 3600.0, gt=0, description="a run that takes longer is ended and reported as failed")
 
     @model_validator(mode="after")
@@ -138,9 +156,23 @@ def load_comparison(reference: str, overrides: Sequence[str] | Mapping[str, Any]
         raw = merge(raw, nested)
     comparison = parse_comparison(raw, origin=str(reference))
     for name, arm in comparison.arms.items():
+        if arm.runs:
+            _check_runs(name, arm, comparison.seeds if arm.train else comparison.seeds[:1])
+            continue
         for point in comparison.tune.points() if comparison.tune and arm.train else [{}]:
             arm_recipe(comparison, name, comparison.seeds[0], point)
     return comparison
+
+
+def _check_runs(name: str, arm: Arm, seeds: Sequence[int]) -> None:
+    """Raises ValueError where a folder is missing or unfinished, or one folder would stand for several seeds."""
+    if len(seeds) > 1 and "{seed}" not in arm.runs:
+        raise ValueError(f"arm {name!r}: runs={arm.runs} names one folder for {len(seeds)} seeds; write {{seed}} where the seed belongs")
+    for seed in seeds:
+        status = arm.folder(seed) / "status.json"
+        state = json.loads(status.read_text(encoding="utf-8")).get("state") if status.is_file() else "missing"
+        if state != "finished":
+            raise ValueError(f"arm {name!r}, seed {seed}: {arm.folder(seed)} is no finished run folder ({state}); `opd import` makes them")
 
 
 def find_comparison(reference: str) -> Path:
@@ -185,7 +217,18 @@ def arm_overrides(comparison: Comparison, name: str, seed: int, point: Mapping[s
     limits = budget.overrides()
     if "steps" in arm.set and not budget.steps:
         del limits["steps"]
-    return {**arm.set, **limits, **evaluation, **point, "seed": seed}
+    return {**arm.set, **limits, **evaluation, **point, "seed": seed, **_tracking(comparison, name, seed, tuning=tuning)}
+
+
+def _tracking(comparison: Comparison, name: str, seed: int, *, tuning: bool) -> dict[str, Any]:
+    """A W&B report groups by group and job type: the comparison and the arm."""
+    if comparison.wandb == "disabled":
+        return {}
+    tags = ["search" if tuning else "reported", f"seed-{seed}"]
+    return {
+        "track.wandb": comparison.wandb, "track.project": comparison.project, "track.group": comparison.name, "track.job_type": name,
+        "track.tags": tags,
+    }  # fmt: skip
 
 
 def arm_recipe(comparison: Comparison, name: str, seed: int, point: Mapping[str, Any], *, tuning: bool = False) -> Recipe:

@@ -50,6 +50,8 @@ FACTS: Mapping[str, tuple[str, Effect]] = {  # key of resolved.json -> what it i
     "verifier": ("verifier", "yes"),
     "num_parameters": ("size of the student", "yes"),
     "framework": ("trained by", "yes"),
+    "source": ("imported from", "no"),
+    "settings": ("settings of the other trainer", "yes"),
     "learner": ("kind of learner", "numerics"),
     "git_commit": ("git commit", "yes"),  # "no" where both know the hash of their source files, which says whether it matters
     "packages": ("package", "numerics"),
@@ -110,10 +112,16 @@ def diff_runs(left: Path, right: Path) -> RunDifference:
         left=left,
         right=right,
         differences=tuple(sorted(found, key=lambda difference: order.index(difference.effect))),
-        unrecorded=tuple((run, key) for run, manifest in zip((left, right), manifests, strict=True) for key in NEEDED if key not in manifest),
+        unrecorded=(*_unrecorded(left, ours), *_unrecorded(right, theirs)),
         results=tuple(_results(left, right)),
         parts=first_difference(left, right) if known else None,
     )
+
+
+def _unrecorded(run: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    yield from ((run, key) for key in NEEDED if key not in manifest)
+    if manifest.get("recipe", {}).get("settings", True) == {}:  # imported without its settings
+        yield run, "settings"
 
 
 def _manifest(run: Path, other: Path) -> dict[str, Any]:
@@ -140,7 +148,10 @@ def effect_of_key(dotted: str) -> Effect:
 
 def _recipes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Difference]:
     hidden = SUGAR if ours.get("signals") or theirs.get("signals") else ()
-    return [Difference(what="recipe", key=key, left=a, right=b, effect=effect_of_key(key)) for key, a, b in leaves(ours, theirs) if key not in hidden]
+    if not ours.get("settings") or not theirs.get("settings"):  # one of them is not recorded
+        hidden = (*hidden, "settings")
+    ours, theirs = ({key: value for key, value in side.items() if key not in hidden} for side in (ours, theirs))
+    return [Difference(what="recipe", key=key, left=a, right=b, effect=effect_of_key(key)) for key, a, b in leaves(ours, theirs)]
 
 
 def leaves(left: Any, right: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

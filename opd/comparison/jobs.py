@@ -76,7 +76,7 @@ def tuning_jobs(comparison: Comparison, root: Path) -> list[Job]:
         for point in comparison.tune.points()
         for seed in comparison.tune.seeds
         for arm, settings in comparison.arms.items()
-        if settings.train
+        if settings.train and not settings.runs
     ]
 
 
@@ -92,6 +92,9 @@ def reported_jobs(comparison: Comparison, root: Path, chosen: Mapping[str, Mappi
 
 def _job(comparison: Comparison, root: Path, arm: str, seed: int, point: Mapping[str, Any], *, tuning: bool) -> Job:
     settings = comparison.arms[arm]
+    if settings.runs:
+        folder = settings.folder(seed)
+        return Job(arm=arm, seed=seed, tuning=False, point={}, recipe="", overrides={}, folder=folder, by="", budget=comparison.budget)
     recipe = arm_recipe(comparison, arm, seed, point, tuning=tuning)
     words = "".join(f"{key.rsplit('.', 1)[-1]}-{_short(value)}-" for key, value in point.items()) if tuning else ""
     return Job(

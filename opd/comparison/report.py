@@ -194,7 +194,8 @@ def setup(summary: Summary) -> list[tuple[str, str]]:
         facts = runs[-1].facts
         models = sorted({run.recipe.get("model", {}).get("path", "") for run in runs} - {""})
         hardware = facts.get("hardware", {})
-        rows.append(("Starting model", ", ".join(models) or "random weights"))
+        unnamed = "not recorded" if any(arm.runs for arm in comparison.arms.values()) else "random weights"
+        rows.append(("Starting model", ", ".join(models) or unnamed))
         rows.append(("Machine", f"{hardware.get('cpu', '')}, {hardware.get('cpus', '?')} CPUs, {comparison.workers} workers of one thread"))
         rows.append(("Last run started", str(max(run.facts.get("created", "") for run in runs))))
         rows.append(("Commit", str(facts.get("git_commit", ""))[:12] or "unknown"))

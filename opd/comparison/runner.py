@@ -100,7 +100,7 @@ def _record(folder: Path, comparison: Comparison, outcomes: Sequence[Outcome], t
             "seed": outcome.job.seed,
             "tuning": outcome.job.tuning,
             "point": dict(outcome.job.point),
-            "folder": str(outcome.job.folder.relative_to(folder)),
+            "folder": str(outcome.job.folder.relative_to(folder) if outcome.job.folder.is_relative_to(folder) else outcome.job.folder.resolve()),
             "state": outcome.state,
             "why": outcome.why,
         }

@@ -257,6 +257,9 @@ class Track(_Frozen):
 
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(default="auto", description="auto: online when logged in, else offline")
     project: str = "opd"
+    group: str = Field(default="", description="W&B group; `opd compare` sets the comparison's name")
+    job_type: str = Field(default="", description="W&B job type; `opd compare` sets the arm")
+    tags: list[str] = Field(default=[], description="W&B tags")
     texts: bool = Field(default=True, description="false keeps questions, answers and hints out of W&B")
     samples_every: NonNegative = Field(default=25, description="steps between sample files for `opd inspect`; 0: only the last step")
     samples: Positive = Field(default=16, description="rollouts a sample file")

@@ -11,12 +11,18 @@ import wandb
 
 
 class WandbSink:
-    """A W&B run with the same metric names as metrics.jsonl. texts: false keeps the working tree's changes out as well."""
+    """A W&B run with the same metric names as metrics.jsonl. texts: false keeps the working tree's changes out as well.
 
-    def __init__(self, *, folder: Path, project: str, mode: str, config: Mapping[str, Any], run_id: str, texts: bool) -> None:
+    labels: group, job_type and tags, by which a W&B report lays runs side by side. run_id: of the run to go on with, "" for a new one.
+    """
+
+    def __init__(
+        self, *, folder: Path, project: str, mode: str, config: Mapping[str, Any], run_id: str, texts: bool, labels: Mapping[str, Any]
+    ) -> None:
         """Raises ValueError where W&B refuses to start."""
         settings = wandb.Settings(silent=True, console="off", init_timeout=60, disable_git=not texts, x_disable_meta=not texts)
         options: dict[str, Any] = {"id": run_id or None, "resume": "allow", "settings": settings}
+        options |= {name: value for name, value in labels.items() if value}
         try:
             self._run = wandb.init(project=project, name=folder.name, dir=str(folder), mode=mode, config=dict(config), **options)
         except wandb.errors.Error as error:
@@ -31,6 +37,10 @@ class WandbSink:
 
     def alert(self, title: str, text: str) -> None:
         self._run.alert(title=title, text=text, level=wandb.AlertLevel.WARN)
+
+    def summarise(self, values: Mapping[str, float]) -> None:
+        """Final results: columns of the table of runs."""
+        self._run.summary.update(dict(values))
 
     def finish(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))

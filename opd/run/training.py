@@ -5,8 +5,9 @@ import math
 import pickle
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from opd.errors import TooManySkipped
 from opd.launcher.ranks import ALONE, Ranks
 from opd.loop import System
 from opd.randomness import generator_state, set_generator_state
-from opd.run.folder import append_line, checkpoint_step, checkpoints, keep_lines, prune_checkpoints, save_checkpoint, write_json
+from opd.run.folder import append_line, checkpoint_step, checkpoints, keep_lines, prune_checkpoints, read_lines, save_checkpoint, write_json
 from opd.run.live import LiveView, Reports
 from opd.run.spending import Rates, from_totals, role_seconds, used_up
 from opd.types import Sample, StepReport
@@ -36,6 +37,8 @@ class Sink(Protocol):
 
     def alert(self, title: str, text: str) -> None: ...
 
+    def summarise(self, values: Mapping[str, float]) -> None: ...
+
     def finish(self, failed: bool) -> None: ...
 
 
@@ -49,6 +52,8 @@ class NoSink:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
 
     def alert(self, title: str, text: str) -> None: ...
+
+    def summarise(self, values: Mapping[str, float]) -> None: ...
 
     def finish(self, failed: bool) -> None: ...
 
@@ -266,6 +271,7 @@ class TrainingRun:
             rows = self._write_samples(self.folder / "samples" / f"step-{step:06d}.jsonl", step, samples)
             if rows:
                 self.sink.table("samples", SAMPLE_COLUMNS, rows, step)
+                self.sink.table("tokens", TOKEN_COLUMNS, token_rows(read_lines(self.folder / "samples" / f"step-{step:06d}.jsonl")), step)
         if self._freeze:
             self._freeze(report, samples)
         self._count_skipped(report)
@@ -336,6 +342,22 @@ def upcoming(plan: Plan, step: int, evaluates: bool) -> str:
 
 LEDGER = "ledger.jsonl"  # a line a step: prompts drawn so far, those whose answers this step learned from, and this step's tokens
 SAMPLE_COLUMNS = ("prompt", "completion", "reward", "correct", "finish")
+TOKEN_COLUMNS = ("prompt_id", "sample", "position", "token", "student_logp", "entropy", "gap", "advantage", "loss")
+
+
+def token_rows(records: Iterable[Mapping[str, Any]], most: int = 4) -> list[list[Any]]:
+    """A row a token of the first `most` records of a samples file; gap: first teacher's log-prob minus the student's; None where not known."""
+    rows = []
+    for record in islice(records, most):
+        teacher = next((signal["logp"] for signal in record["signals"].values()), None)
+        advantage = next(iter(record["advantage"].values()), None)
+        loss = record["columns"].get("loss/total")
+        for n, token in enumerate(record["tokens"]):
+            logp = record["student_logp"][n]
+            gap = None if teacher is None or teacher[n] is None or logp is None else round(teacher[n] - logp, 4)
+            known = [None if values is None else values[n] for values in (record["entropy"], advantage, loss)]
+            rows.append([record["prompt_id"], record["member"], n, token, logp, known[0], gap, known[1], known[2]])
+    return rows
 
 
 def _as_dict(progress: Progress) -> dict[str, Any]:

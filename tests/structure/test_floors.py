@@ -89,7 +89,7 @@ HOMES = {  # third-party package -> modules that may import it
     "pyarrow": {"opd.data.tables"},
     "datasets": {"opd.data.tables", "opd.comparison.outside"},
     "math_verify": {"opd.verify.math"},
-    "wandb": {"opd.run.track"},
+    "wandb": {"opd.run.offline", "opd.run.track"},
     "matplotlib": {"opd.comparison", "opd.viewer"},
     "jinja2": {"opd.comparison", "opd.viewer", "opd.diagnosis"},
     "trl": {"opd.comparison.outside"},
