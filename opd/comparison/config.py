@@ -11,8 +11,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from opd.config.choices import nearest
 from opd.config.load import explain, find_recipe, load_recipe, merge, parse_overrides, read_yaml
 from opd.config.recipe import Recipe
+from opd.config.spending import Prices
+from opd.run.spending import QUANTITIES, Rates, from_totals
 
-UNLIMITED_STEPS = 1_000_000  # under a budget of tokens or seconds, steps do not stop a run
+UNLIMITED_STEPS = 1_000_000  # under any other budget, steps do not stop a run
+SPELLED = {
+    "generated_tokens": "generated tokens",
+    "scored_tokens": "learner and teacher tokens",
+    "steps": "steps",
+    "seconds": "training seconds",
+    "device_seconds": "device-seconds",
+    "money": "",
+}
+PRICED = ("money", "device_seconds")  # budgets that need to know prices or devices while a run trains
 
 
 class _Frozen(BaseModel):
@@ -46,34 +57,39 @@ class Budget(_Frozen):
     """What every run may spend: exactly one of these."""
 
     generated_tokens: int = Field(0, ge=0, description="student tokens generated, discarded ones included, evaluation not")
+    scored_tokens: int = Field(0, ge=0, description="tokens that passed through learner and teachers, contexts included")
     steps: int = Field(0, ge=0, description="rollout steps")
     seconds: float = Field(0.0, ge=0, description="training seconds, evaluation not")
+    device_seconds: float = Field(0.0, ge=0, description="training seconds times the devices that a run holds, idle or not")
+    money: float = Field(0.0, ge=0, description="what training costs, by `prices`")
 
     @model_validator(mode="after")
     def _one(self) -> "Budget":
-        if sum(value > 0 for value in (self.generated_tokens, self.steps, self.seconds)) != 1:
-            raise ValueError("give exactly one of generated_tokens, steps, seconds (above 0)")
+        if sum(getattr(self, name) > 0 for name in SPELLED) != 1:
+            raise ValueError(f"give exactly one of {', '.join(SPELLED)} (above 0)")
         return self
 
     def overrides(self) -> dict[str, Any]:
         """Recipe keys that impose this budget."""
-        if self.steps:
-            return {"steps": self.steps}
-        limit = {"budget.generated_tokens": self.generated_tokens} if self.generated_tokens else {"budget.seconds": self.seconds}
-        return {"steps": UNLIMITED_STEPS, **limit}
+        return {"steps": self.steps} if self.steps else {"steps": UNLIMITED_STEPS, f"budget.{self.unit}": getattr(self, self.unit)}
 
-    def spell(self) -> str:
-        if self.steps:
-            return f"{self.steps:,} steps"
-        return f"{self.generated_tokens:,} generated tokens" if self.generated_tokens else f"{self.seconds:,.0f} training seconds"
+    def spell(self, currency: str) -> str:
+        number = f"{self.amount:,.0f}" if self.amount == int(self.amount) else f"{self.amount:,g}"
+        return f"{number} {SPELLED[self.unit] or currency}"
 
     @property
-    def unit(self) -> Literal["tokens", "steps", "seconds"]:
-        return "steps" if self.steps else ("tokens" if self.generated_tokens else "seconds")
+    def unit(self) -> str:
+        return next(name for name in SPELLED if getattr(self, name))
 
     @property
     def amount(self) -> float:
-        return float(self.steps or self.generated_tokens or self.seconds)
+        return float(getattr(self, self.unit))
+
+    def share(self, row: Mapping[str, Any], rates: Rates, devices: int) -> float:
+        """How much of it a line of metrics.jsonl has spent, 0 to 1 and more."""
+        if self.steps:
+            return row.get("step", 0) / self.steps
+        return QUANTITIES[self.unit][1](from_totals(row, {}, devices), rates) / self.amount
 
 
 class Tune(_Frozen):
@@ -99,6 +115,7 @@ class Comparison(_Frozen):
     arms: dict[str, Arm] = Field(min_length=1)
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds of the reported runs")
     budget: Budget
+    prices: Prices = Field(Prices(), description="what spending costs, the same for all arms; they train nothing anew unless the budget is money")
     eval: dict[str, Any] = Field({}, description="keys of the recipes' `eval`, the same for all arms")
     base_temperatures: list[float] = Field(
         [1.0, 0.8, 0.6, 0.4, 0.2, 0.0], description="decodings of the untrained arm; the best one on dev gets a row of its own"
@@ -116,6 +133,9 @@ class Comparison(_Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> "Comparison":
         trained = [name for name, arm in self.arms.items() if arm.train]
+        for budget in (self.budget, self.tune.budget if self.tune else None):
+            if budget and budget.money and not self.prices.priced:
+                raise ValueError(f"budget.money={budget.money:g} needs a price: set prices.device_hour or prices.teacher_million of the comparison")
         if self.baseline and self.baseline not in self.arms:
             raise ValueError(f"baseline {self.baseline!r} is not an arm{nearest(self.baseline, list(self.arms))}; arms: {', '.join(self.arms)}")
         if not trained:
@@ -132,6 +152,10 @@ class Comparison(_Frozen):
             if not self.tune.grid or not all(self.tune.grid.values()):
                 raise ValueError("tune.grid needs at least one key with at least one value, e.g. {optimizer.lr: [1e-4, 3e-4]}")
         return self
+
+    @property
+    def rates(self) -> Rates:
+        return Rates(**self.prices.model_dump(exclude={"devices"}))
 
     @property
     def reference(self) -> str:
@@ -215,6 +239,8 @@ def arm_overrides(comparison: Comparison, name: str, seed: int, point: Mapping[s
     if not arm.train:
         evaluation["eval.temperatures"] = comparison.base_temperatures
     limits = budget.overrides()
+    if budget.unit in PRICED:
+        limits |= {f"prices.{key}": value for key, value in comparison.prices.model_dump(exclude_defaults=True).items()}
     if "steps" in arm.set and not budget.steps:
         del limits["steps"]
     return {**arm.set, **limits, **evaluation, **point, "seed": seed, **_tracking(comparison, name, seed, tuning=tuning)}

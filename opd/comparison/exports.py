@@ -91,7 +91,8 @@ def latex_table(summary: Summary) -> str:
 
 def _caption(summary: Summary) -> str:
     comparison = summary.comparison
-    what = f"{comparison.title or comparison.name}: {comparison.budget.spell()} a run, {len(comparison.seeds)} seeds, 95 % intervals in brackets"
+    budget = comparison.budget.spell(comparison.prices.currency)
+    what = f"{comparison.title or comparison.name}: {budget} a run, {len(comparison.seeds)} seeds, 95 % intervals in brackets"
     return " ".join(f"{what}; target {100 * comparison.target:g} % on dev.".split())
 
 

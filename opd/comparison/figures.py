@@ -10,7 +10,7 @@ from matplotlib.ticker import FormatStrFormatter
 
 from opd.comparison.curves import VITAL_LABELS, Band, band, passed_band, vital_band
 from opd.comparison.results import PRIMARY
-from opd.comparison.summary import COSTS, Summary
+from opd.comparison.summary import Summary
 
 COLOURS = ("#2a78d6", "#eb6834", "#1baf7a", "#4a3aa7", "#e34948", "#008300", "#e87ba4", "#b97700")
 GREY = "#71716d"
@@ -21,7 +21,7 @@ def write_figures(folder: Path, summary: Summary) -> list[Path]:
     arms = [arm for arm in summary.arms if arm.trained]
     styles = {arm.name: n for n, arm in enumerate(arms)}
     paths = []
-    for cost, take in COSTS.items():
+    for cost, take in summary.costs.items():
         figure, axes = _axes(cost, "dev accuracy, temperature 1 (%)")
         _curves(axes, [(styles[arm.name], found) for arm in arms if (found := band(arm, take, "")) is not None], scale=100)
         axes.axhline(100 * summary.comparison.target, color=GREY, linestyle="--", linewidth=1)

@@ -11,6 +11,7 @@ from typing import Any
 from opd.comparison.config import Budget, Comparison, arm_overrides, arm_recipe
 from opd.comparison.results import RunResult, dev_score, read_run
 from opd.config.load import recipe_hash
+from opd.run.spending import Rates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +134,9 @@ def run_fraction(job: Job) -> float:
     if status.get("state") == "finished":
         return 1.0
     last = last_line(job.folder / "metrics.jsonl")
-    spent = {"steps": 0.0, "tokens": last.get("tokens/student", 0.0), "seconds": last.get("seconds/total", 0.0)}[job.budget.unit]
-    return min(0.99, max(spent / job.budget.amount, last.get("step", 0) / max(1, status.get("steps", 1))))
+    given = {key.removeprefix("prices."): value for key, value in job.overrides.items() if key.startswith("prices.")}
+    devices = given.pop("devices", 1)
+    return min(0.99, max(job.budget.share(last, Rates(**given), devices), last.get("step", 0) / max(1, status.get("steps", 1))))
 
 
 def last_line(path: Path, tail: int = 1 << 16) -> Mapping[str, Any]:

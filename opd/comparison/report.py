@@ -18,7 +18,7 @@ from opd.comparison.exports import latex_table, write_breakdowns, write_curves, 
 from opd.comparison.figures import write_figures
 from opd.comparison.jobs import Tuned
 from opd.comparison.results import GREEDY, PRIMARY, RunResult
-from opd.comparison.summary import COSTS, ArmSummary, PairSummary, Summary
+from opd.comparison.summary import ArmSummary, PairSummary, Summary
 from opd.comparison.table import write_csv
 
 NUM_STYLES = 8
@@ -49,7 +49,9 @@ def render(summary: Summary, folder: Path, found: list[Breakdown], beside: list[
     )
     environment.globals |= {
         name: getattr(wording, name)
-        for name in ("percent", "points", "percent_interval", "points_interval", "amount", "duration", "spent", "reach_text", "ratio_text")
+        for name in (
+            "percent", "points", "percent_interval", "points_interval", "amount", "duration", "spent", "reach_text", "ratio_text", "per_point_text",
+        )  # fmt: skip
     }
     environment.globals |= {"recipe_text": recipe_text, "tuned_text": tuned_text, "trial_rows": trial_rows, "max": max, "len": len}
     comparison = summary.comparison
@@ -80,7 +82,7 @@ def render(summary: Summary, folder: Path, found: list[Breakdown], beside: list[
         primary=PRIMARY,
         greedy=GREEDY,
         k=max((arm.k for arm in summary.arms), default=0),
-        costs=list(COSTS),
+        costs=list(summary.costs),
         link=lambda run: _relative(run.folder, folder),
     )
 
@@ -110,7 +112,7 @@ def charts(summary: Summary, styles: Mapping[str, str]) -> list[tuple[str, Marku
     levels = [Level(value=summary.comparison.target, style="target", text=f"target {100 * summary.comparison.target:g} %")]
     if summary.base_dev is not None:
         levels.append(Level(value=summary.base_dev, style="base", text=f"base {100 * summary.base_dev:.0f} %"))
-    for cost, take in COSTS.items():
+    for cost, take in summary.costs.items():
         bands = [found for arm in _trained(summary) if (found := band(arm, take, styles[arm.name])) is not None]
         if all(found.x[-1] <= 0 for found in bands):
             continue
@@ -182,7 +184,7 @@ def setup(summary: Summary) -> list[tuple[str, str]]:
     comparison = summary.comparison
     runs = [run for arm in summary.arms for run in arm.runs if run.facts]
     finals = [final for arm in summary.arms for run in arm.finished for final in run.finals.values()]
-    rows = [("Budget of a run", comparison.budget.spell()), ("Seeds", ", ".join(map(str, comparison.seeds)))]
+    rows = [("Budget of a run", comparison.budget.spell(comparison.prices.currency)), ("Seeds", ", ".join(map(str, comparison.seeds)))]
     if finals:
         rows.append(("Problems", f"{finals[0].row['n_problems']} test problems of {finals[0].row['suite']}, the same for every run"))
     if comparison.tune is not None:

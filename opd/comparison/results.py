@@ -29,6 +29,8 @@ class CurvePoint:
     generated_tokens: float
     scored_tokens: float
     seconds: float
+    teacher_tokens: float = 0.0
+    devices: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,16 @@ class RunResult:
         return self.state == "finished"
 
     @property
+    def devices(self) -> int:
+        """Devices that the run held, 1 where it did not record them."""
+        return int(self.facts.get("devices", 1))
+
+    @property
+    def end(self) -> CurvePoint:
+        """What the whole run cost, as a point without an accuracy."""
+        return _point(0, math.nan, self.costs, self.devices)
+
+    @property
     def allowed(self) -> tuple[str, ...]:
         """Known-biased forms that the recipe's terms allow."""
         return tuple(sorted({name for term in self.recipe.get("objective", ()) for name in term.get("allow", ())}))
@@ -91,7 +103,7 @@ def read_run(folder: Path, *, arm: str = "", seed: int | None = None) -> RunResu
         why=status.get("why", ""),
         recipe=recipe,
         facts={key: value for key, value in resolved.items() if key != "recipe"},
-        curve=learning_curve(dev, metrics),
+        curve=learning_curve(dev, metrics, resolved.get("devices", 1)),
         finals={row["decoding"]: read_final(folder, row) for row in evaluations if row["split"] == "test"},
         dev={row["decoding"]: float(row["avg@k"]) for row in dev},
         costs={name: float(metrics[-1].get(name, 0.0)) for name in COUNTERS} if metrics else dict.fromkeys(COUNTERS, 0.0),
@@ -108,7 +120,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def learning_curve(dev: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> tuple[CurvePoint, ...]:
+def learning_curve(dev: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], devices: int = 1) -> tuple[CurvePoint, ...]:
     """Dev accuracy at temperature 1 (else the first decoding found) joined with the counters of its step; step 0 has cost nothing."""
     decodings = {row["decoding"] for row in dev}
     if not decodings:
@@ -120,14 +132,20 @@ def learning_curve(dev: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[s
         if row["decoding"] != decoding or (row["step"] and row["step"] not in counters):
             continue
         spent = counters.get(row["step"], {})
-        points[row["step"]] = CurvePoint(
-            step=row["step"],
-            accuracy=float(row["avg@k"]),
-            generated_tokens=float(spent.get("tokens/student", 0.0)),
-            scored_tokens=float(spent.get("tokens/teacher", 0.0)) + float(spent.get("tokens/learner", 0.0)),
-            seconds=float(spent.get("seconds/total", 0.0)),
-        )
+        points[row["step"]] = _point(row["step"], float(row["avg@k"]), spent, devices)
     return tuple(points[step] for step in sorted(points))
+
+
+def _point(step: int, accuracy: float, spent: Mapping[str, Any], devices: int) -> CurvePoint:
+    return CurvePoint(
+        step=step,
+        accuracy=accuracy,
+        generated_tokens=float(spent.get("tokens/student", 0.0)),
+        scored_tokens=float(spent.get("tokens/teacher", 0.0)) + float(spent.get("tokens/learner", 0.0)),
+        seconds=float(spent.get("seconds/total", 0.0)),
+        teacher_tokens=float(spent.get("tokens/teacher", 0.0)),
+        devices=devices,
+    )
 
 
 def read_final(folder: Path, row: Mapping[str, Any]) -> Final:

@@ -1,13 +1,16 @@
 """The numbers of a comparison, from runs to rows: what the report, the CSV and the terminal table all print."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from statistics import fmean
 
 from opd.comparison.config import Comparison
+from opd.comparison.costs import Cost, Matched, PerPoint, at_equal_cost, cost_per_point, costs_of
 from opd.comparison.jobs import Tuned
+from opd.comparison.ledgers import ArmLedger, arm_ledger
 from opd.comparison.reach import Ratio, Reach, ratio_to_baseline, reach
-from opd.comparison.results import GREEDY, PRIMARY, CurvePoint, RunResult, best_decoding, difference, table
+from opd.comparison.results import GREEDY, PRIMARY, RunResult, best_decoding, difference, table
 from opd.comparison.statistics import (
     Interval,
     Table,
@@ -21,18 +24,13 @@ from opd.comparison.statistics import (
     verdict,
 )
 
-COSTS: Mapping[str, Callable[[CurvePoint], float]] = {
-    "generated tokens": lambda point: point.generated_tokens,
-    "learner and teacher tokens": lambda point: point.scored_tokens,
-    "training seconds": lambda point: point.seconds,
-}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmSummary:
     """One arm over its finished seeds. tests: (decoding, metric) -> interval. gain: over the base at temperature 1, None without a base.
 
-    reached, ratio: by kind of cost. costs: means over seeds. collapsed: (seed, best, last dev accuracy) of runs that ended far below
+    reached, ratio, matched (dev accuracy at equal cost), per_point: by kind of cost. costs: means over seeds.
+    collapsed: (seed, best, last dev accuracy) of runs that ended far below
     their best.
     """
 
@@ -47,6 +45,9 @@ class ArmSummary:
     reached: Mapping[str, Reach]
     ratio: Mapping[str, Ratio]
     costs: Mapping[str, float]
+    matched: Mapping[str, Matched]
+    per_point: Mapping[str, PerPoint]
+    ledger: ArmLedger | None
     tuned: Tuned | None
     collapsed: tuple[tuple[int, float, float], ...]
 
@@ -91,9 +92,12 @@ class PairSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """A whole comparison. base_at_best: (decoding chosen on dev, its test interval) of the untrained arm."""
+    """A whole comparison. costs: what a point of a curve has cost, by kind. base_at_best: (decoding chosen on dev, its test interval) of the
+    untrained arm.
+    """
 
     comparison: Comparison
+    costs: Mapping[str, Cost]
     arms: tuple[ArmSummary, ...]
     pairs: tuple[PairSummary, ...]
     base_at_best: tuple[str, Interval] | None
@@ -101,6 +105,11 @@ class Summary:
 
     def arm(self, name: str) -> ArmSummary:
         return next(arm for arm in self.arms if arm.name == name)
+
+    @property
+    def matched_costs(self) -> list[str]:
+        """Kinds of cost at which some arm can be read at equal cost."""
+        return [cost for cost in self.costs if any(cost in arm.matched for arm in self.arms)]
 
     @property
     def reference(self) -> ArmSummary:
@@ -118,13 +127,22 @@ def summarise(comparison: Comparison, runs: Sequence[RunResult], tuned: Mapping[
     base_runs = finished.get(base, []) if base else []
     gains = {name: _gain(mine, base_runs) if comparison.arms[name].train else None for name, mine in finished.items()}
     learned = {name: gain is None or gain.low > 0 for name, gain in gains.items()}
+    costs = costs_of(runs, comparison.rates, comparison.prices.devices)
+    trained = {name: mine for name, mine in finished.items() if comparison.arms[name].train}
+    matched = {cost: at_equal_cost(trained, take, comparison.reference) for cost, take in costs.items()}
     arms = tuple(
-        _arm(comparison, name, by_arm[name], gains[name], tuned.get(name), _ratios(comparison, name, finished, learned)) for name in comparison.arms
+        replace(
+            _arm(comparison, name, by_arm[name], gains[name], tuned.get(name), costs),
+            ratio=_ratios(comparison, name, finished, learned, costs),
+            matched={cost: found[name] for cost, found in matched.items() if name in found},
+        )
+        for name in comparison.arms
     )
     best = best_decoding(base_runs[0]) if base_runs else None
     at_best = table(base_runs, best, "avg@k") if best else None
     return Summary(
         comparison=comparison,
+        costs=costs,
         arms=arms,
         pairs=tuple(pair for decoding in (PRIMARY, GREEDY) for pair in _pairs(comparison, finished, decoding)),
         base_at_best=(best, two_way_interval(at_best)) if best and at_best is not None else None,
@@ -137,28 +155,30 @@ def _gain(runs: Sequence[RunResult], base: Sequence[RunResult]) -> Interval | No
     return None if found is None else two_way_interval(found)
 
 
-def _reach(runs: Sequence[RunResult], target: float, cost: str) -> Reach:
+def _reach(runs: Sequence[RunResult], target: float, take: Cost) -> Reach:
     ordered = sorted(runs, key=lambda run: run.seed)
-    return reach([[(COSTS[cost](point), point.accuracy) for point in run.curve] for run in ordered], target)
+    return reach([[(take(point), point.accuracy) for point in run.curve] for run in ordered], target)
 
 
-def _ratios(comparison: Comparison, name: str, finished: Mapping[str, Sequence[RunResult]], learned: Mapping[str, bool]) -> dict[str, Ratio]:
+def _ratios(
+    comparison: Comparison, name: str, finished: Mapping[str, Sequence[RunResult]], learned: Mapping[str, bool], costs: Mapping[str, Cost]
+) -> dict[str, Ratio]:
     """The reference's cost over the arm's, by kind of cost, over the seeds that both finished."""
     reference = comparison.reference
     if not comparison.arms[name].train:
         return {}
     if name == reference:
-        return dict.fromkeys(COSTS, Ratio(value=1.0) if learned[name] else Ratio(why="did not learn here"))
+        return dict.fromkeys(costs, Ratio(value=1.0) if learned[name] else Ratio(why="did not learn here"))
     seeds = {run.seed for run in finished[name]} & {run.seed for run in finished[reference]}
     if not seeds:
-        return dict.fromkeys(COSTS, Ratio(why="no ratio: no seed finished in both arms"))
+        return dict.fromkeys(costs, Ratio(why="no ratio: no seed finished in both arms"))
     return {
         cost: ratio_to_baseline(
-            *(_reach([run for run in finished[arm] if run.seed in seeds], comparison.target, cost) for arm in (name, reference)),
+            *(_reach([run for run in finished[arm] if run.seed in seeds], comparison.target, take) for arm in (name, reference)),
             arm_learned=learned[name],
             baseline_learned=learned[reference],
         )
-        for cost in COSTS
+        for cost, take in costs.items()
     }
 
 
@@ -168,11 +188,11 @@ def _arm(
     runs: tuple[RunResult, ...],
     gain: Interval | None,
     tuned: Tuned | None,
-    ratio: Mapping[str, Ratio],
+    costs: Mapping[str, Cost],
 ) -> ArmSummary:
     settings = comparison.arms[name]
     finished = [run for run in runs if run.finished]
-    tests = {}
+    tests, ends = {}, {cost: [take(run.end) for run in finished] for cost, take in costs.items()}
     for decoding in dict.fromkeys(decoding for run in finished for decoding in run.finals):
         for metric in ("avg@k", "pass@k", "maj@k"):
             values = table(finished, decoding, metric)
@@ -187,23 +207,15 @@ def _arm(
         tests=tests,
         k=max((int(run.finals[PRIMARY].row["k"]) for run in finished if PRIMARY in run.finals), default=0),
         gain=gain,
-        reached={cost: _reach(finished, comparison.target, cost) for cost in COSTS},
-        ratio=ratio,
-        costs=_mean_costs(finished),
+        reached={cost: _reach(finished, comparison.target, take) for cost, take in costs.items()},
+        ratio={},
+        costs={cost: fmean(values) for cost, values in ends.items() if values},
+        matched={},
+        ledger=arm_ledger(finished, comparison.rates, comparison.prices.devices),
+        per_point={cost: cost_per_point(values, gain) for cost, values in ends.items()} if settings.train else {},
         tuned=tuned,
         collapsed=tuple(found for run in finished if (found := _collapse(run)) is not None),
     )
-
-
-def _mean_costs(runs: Sequence[RunResult]) -> dict[str, float]:
-    if not runs:
-        return {}
-    mean = {name: sum(run.costs[name] for run in runs) / len(runs) for name in runs[0].costs}
-    return {
-        "generated tokens": mean["tokens/student"],
-        "learner and teacher tokens": mean["tokens/learner"] + mean["tokens/teacher"],
-        "training seconds": mean["seconds/total"],
-    }
 
 
 def _collapse(run: RunResult) -> tuple[int, float, float] | None:

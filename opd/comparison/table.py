@@ -12,7 +12,7 @@ from rich.table import Table
 from opd.comparison.reach import Ratio
 from opd.comparison.results import GREEDY, PRIMARY
 from opd.comparison.statistics import Interval
-from opd.comparison.summary import COSTS, ArmSummary, Summary
+from opd.comparison.summary import ArmSummary, Summary
 from opd.comparison.wording import TOKENS, amount, percent, points, ratio_text, reach_text, sentences
 
 
@@ -97,13 +97,21 @@ def _row(arm: ArmSummary, summary: Summary) -> dict[str, Any]:
     row |= {"verdict": pair.verdict if pair else "", "holm_p": pair.holm_p if pair else "", "holm_over": pair.family if pair else ""}
     row |= _interval_cells("gain_over_base", arm.gain)
     row["learned"] = "" if arm.learned is None else arm.learned
-    for cost in COSTS:
-        column = cost.replace(" ", "_")
+    for cost in summary.costs:
+        column = cost.replace(",", "").replace(" ", "_").replace("-", "_")
         reached, ratio = arm.reached[cost], arm.ratio.get(cost)
-        row[f"mean_{column}"] = _number(arm.costs.get(cost))
-        row[f"{column}_to_target"] = _number(reached.typical) if arm.trained else ""
+        digits = 6 if cost.startswith("money") else 1
+        row[f"mean_{column}"] = _number(arm.costs.get(cost), digits)
+        row[f"{column}_to_target"] = _number(reached.typical, digits) if arm.trained else ""
         row[f"{column}_to_target_text"] = reach_text(reached, cost) if arm.trained else ""
         row[f"{column}_ratio"] = ratio_text(ratio)
+        point, matched = arm.per_point.get(cost), arm.matched.get(cost)
+        for suffix in ("value", "low", "high"):
+            row[f"{column}_per_point{'' if suffix == 'value' else '_' + suffix}"] = _number(getattr(point, suffix), 6) if point else ""
+        row[f"equal_{column}"] = _number(matched.cost, 6) if matched else ""
+        row |= _interval_cells(f"dev_at_equal_{column}", matched.accuracy if matched else None)
+        row |= _interval_cells(f"dev_at_equal_{column}_minus_{summary.reference.name}", matched.difference if matched else None)
+        row[f"verdict_at_equal_{column}"] = (matched.verdict or "") if matched else ""
     row["tuned"] = " ".join(f"{key}={value}" for key, value in arm.tuned.point.items()) if arm.tuned else ""
     row["tuning_generated_tokens"] = _number(arm.tuned.generated_tokens) if arm.tuned else ""
     row["tuning_seconds"] = _number(arm.tuned.seconds) if arm.tuned else ""
@@ -117,4 +125,4 @@ def _interval_cells(name: str, interval: Interval | None) -> dict[str, Any]:
 
 
 def _number(value: float | None, digits: int = 1) -> Any:
-    return "" if value is None else round(value, digits)
+    return "" if value is None or not math.isfinite(value) else round(value, digits)

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from opd.comparison.costs import PerPoint
 from opd.comparison.reach import Ratio, Reach
 from opd.comparison.results import GREEDY, PRIMARY
 from opd.comparison.statistics import Interval
@@ -51,7 +52,18 @@ def duration(seconds: float) -> str:
 
 
 def spent(cost: str, value: float) -> str:
+    if cost.startswith("money, "):
+        return f"{value:.3g} {cost.removeprefix('money, ')}" if value < 1000 else f"{value:,.0f} {cost.removeprefix('money, ')}"
     return duration(value) if cost.endswith("seconds") else amount(value)
+
+
+def per_point_text(cost: str, found: PerPoint) -> str:
+    """Cost of a point of gain with its interval, or why there is none."""
+    if found.value is None:
+        return found.why
+    if found.low is None:
+        return spent(cost, found.value)
+    return f"{spent(cost, found.value)} ({spent(cost, found.low)} to {'any' if found.high is None else spent(cost, found.high)})"
 
 
 def reach_text(found: Reach, cost: str) -> str:
@@ -142,7 +154,7 @@ def _baseline(summary: Summary, ranked: Sequence[ArmSummary]) -> str:
 
 def _cost(summary: Summary, ranked: Sequence[ArmSummary]) -> str:
     reference, best = summary.reference, ranked[0]
-    text = f"Every run may spend {summary.comparison.budget.spell()}. A run of {best.label} spent {_whole(best)}"
+    text = f"Every run may spend {summary.comparison.budget.spell(summary.comparison.prices.currency)}. A run of {best.label} spent {_whole(best)}"
     text += f"; one of {reference.label} {_whole(reference)}." if best.name != reference.name and reference.costs else "."
     return f"{text} {_to_target(summary, ranked)}"
 

@@ -207,7 +207,7 @@ def recipe_hash(recipe: BaseModel) -> str:
     """Eight hex digits of everything that decides the run's result (not its name, nor how it is logged and launched)."""
     unimportant = dict.fromkeys(("name", "track", "launch", "hardware", "target"), True)
     content = recipe.model_dump(mode="json", exclude={**unimportant, "learner": {"ranks"}})
-    if not content.get("budget", {}).get("money") and not content.get("budget", {}).get("energy"):
+    if not any(content.get("budget", {}).get(key) for key in ("money", "energy", "device_seconds")):
         content.pop("prices", None)  # then they stop nothing
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=4).hexdigest()
 

@@ -10,12 +10,13 @@ import pytest
 from opd.comparison.arms import flattened, recipe_rows
 from opd.comparison.breakdown import breakdowns
 from opd.comparison.config import load_comparison
+from opd.comparison.costs import COSTS
 from opd.comparison.curves import marks, over_seeds, passed_band
 from opd.comparison.exports import escaped, latex_table
 from opd.comparison.jobs import choose, reported_jobs, tuning_jobs
 from opd.comparison.report import write_report
 from opd.comparison.results import GREEDY, PRIMARY, read_run
-from opd.comparison.summary import COSTS, summarise
+from opd.comparison.summary import summarise
 from opd.comparison.wording import TOKENS, amount, answers, duration, points, ratio_text, reach_text, sentences
 
 ARMS = ["base", "sft", "grpo", "opd", "opsd_ema", "opsd_live", "idle"]
