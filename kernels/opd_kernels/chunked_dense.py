@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_kernels.chunked_rows import RowChunks, add_gradients, fill, part_of, row_chunks, sums_of
+from opd_kernels.chunked_rows import RowChunks, add_gradients, fill, part_of, row_chunks, select_chunk, sums_of
 from opd_kernels.distributed import combine_sums, reduce_hidden_gradient, sum_ranks
 from opd_kernels.divergence_maths import entries
 from opd_kernels.dlogits import GradientSums, add_tile, gradient_sums
@@ -20,7 +20,7 @@ from opd_kernels.products import Projection, Scratch, logits_into, projection, s
 from opd_kernels.running import accumulate, empty_sums
 from opd_kernels.selection import FLOOR
 from opd_kernels.tiling import spans, tile_shape
-from opd_kernels.types import Divergence, HeadInputs, chunk_budget
+from opd_kernels.types import Divergence, HeadInputs, SelectedLogprobs, chunk_budget
 
 _WORKING_COPIES = 12  # tensors like a tile that forming the entries may hold at once
 
@@ -35,32 +35,43 @@ class TokenSums:
     slope: Tensor
 
 
-def dense_divergence(student: HeadInputs, teacher: HeadInputs, divergence: Divergence, *, token_weight: Tensor | None) -> Tensor:
-    """See `opd_kernels.dense_divergence`."""
+def dense_divergence(
+    student: HeadInputs, teacher: HeadInputs, divergence: Divergence, *, token_weight: Tensor | None, ids: Tensor | None
+) -> tuple[Tensor, SelectedLogprobs]:
+    """See `opd_kernels.dense_divergence`; (D, the student at ids, of which only logz has a meaning without ids)."""
     hidden, weight, bias = student.hidden, student.weight, student.options.bias
     needs = needs_gradient(hidden, weight, bias)
     if any(needs) and token_weight is None:
-        return _Recomputed.apply(hidden, weight, bias, student, teacher, divergence)
+        return _Recomputed.apply(hidden, weight, bias, student, teacher, divergence, ids)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        sums, gradients = _forward(student, teacher, divergence, needs, token_weight)
-    return sums.divergence if gradients is None else attach(sums.divergence, gradients, hidden, weight, bias, token_weight)
+        sums, selected, gradients = _forward(student, teacher, divergence, needs, token_weight, ids)
+    return (sums.divergence if gradients is None else attach(sums.divergence, gradients, hidden, weight, bias, token_weight)), selected
 
 
 class _Recomputed(torch.autograd.Function):
+    """The SelectedLogprobs passes through autograd as it is: constants."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, student: HeadInputs, teacher: HeadInputs, divergence: Divergence
-    ) -> Tensor:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        student: HeadInputs,
+        teacher: HeadInputs,
+        divergence: Divergence,
+        ids: Tensor | None,
+    ) -> tuple[Tensor, SelectedLogprobs]:
         with torch.autocast(hidden.device.type, enabled=False):
-            sums, _ = _forward(student, teacher, divergence, (False, False, False), None)
+            sums, selected, _ = _forward(student, teacher, divergence, (False, False, False), None, ids)
         ctx.save_for_backward(hidden, weight, bias, teacher.hidden, teacher.weight, teacher.options.bias, sums.logz_s, sums.logz_t, sums.slope)
         ctx.options = replace(student.options, bias=None), replace(teacher.options, bias=None)
         ctx.divergence = divergence
-        return sums.divergence
+        return sums.divergence, selected
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, hidden_t, weight_t, bias_t, logz_s, logz_t, slope = ctx.saved_tensors
         options_s, options_t = ctx.options
         with torch.autocast(hidden.device.type, enabled=False):
@@ -70,19 +81,27 @@ class _Recomputed(torch.autograd.Function):
             grads = _backward(student, teacher, ctx.divergence, sums, upstream, ctx.needs_input_grad[:3])
         d_hidden = None if grads.hidden is None else grads.hidden.to(hidden.dtype)
         d_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
-        return d_hidden, grads.weight, d_bias, None, None, None
+        return d_hidden, grads.weight, d_bias, None, None, None, None
 
 
 def _forward(
-    student: HeadInputs, teacher: HeadInputs, divergence: Divergence, needs: tuple[bool, ...], token_weight: Tensor | None
-) -> tuple[TokenSums, GradientSums | None]:
+    student: HeadInputs,
+    teacher: HeadInputs,
+    divergence: Divergence,
+    needs: tuple[bool, ...],
+    token_weight: Tensor | None,
+    ids: Tensor | None,
+) -> tuple[TokenSums, SelectedLogprobs, GradientSums | None]:
     heads = [projection(side.hidden, side.weight, side.options) for side in (student, teacher)]
     chunks = row_chunks(heads[0], copies=2)
     gradients = gradient_sums(heads[0], needs, heads[0].dtype) if token_weight is not None and any(needs) else None
-    parts = []
+    wanted, parts, chosen = ids is not None, [], []
+    ids = torch.full((student.hidden.shape[0], 1), -1, device=student.hidden.device) if ids is None else ids
     for rows in spans(student.hidden.shape[0], chunks.rows):
         part_s, part_t = (part_of(head, rows) for head in heads)
-        logz_s, logz_t = (_fill_rows(part, chunks, copy) for copy, part in enumerate((part_s, part_t)))
+        selected, _ = select_chunk(part_s, chunks, ids[rows], tail=True, entropy=wanted, student_topk=0, keep_logits=True)
+        chosen.append((selected.logp, selected.tail_logp, selected.logz, selected.entropy if wanted else selected.logz))
+        logz_s, logz_t = selected.logz, _fill_teacher(part_t, chunks)
         sums = _chunk_sums(part_s, chunks, divergence, logz_s, logz_t)
         parts.append((sums.logz_s, sums.logz_t, sums.divergence, sums.slope))
         if gradients is not None:
@@ -90,13 +109,15 @@ def _forward(
     if gradients is not None:
         reduce_hidden_gradient(gradients.hidden, student.options.process_group)
     logz_s, logz_t, values, slopes = (torch.cat(column) for column in zip(*parts, strict=True))
-    return TokenSums(logz_s=logz_s, logz_t=logz_t, divergence=values, slope=slopes), gradients
+    logp, tail_logp, logz, entropy = (torch.cat(column) for column in zip(*chosen, strict=True))
+    selected = SelectedLogprobs(logp=logp, tail_logp=tail_logp, logz=logz, entropy=entropy if wanted else None)
+    return TokenSums(logz_s=logz_s, logz_t=logz_t, divergence=values, slope=slopes), selected, gradients
 
 
-def _fill_rows(head: Projection, chunks: RowChunks, copy: int) -> Tensor:
-    """Writes the logits of a chunk into scratch and returns their log-normalisers [C], over the columns of all ranks."""
+def _fill_teacher(head: Projection, chunks: RowChunks) -> Tensor:
+    """Writes the teacher's logits of a chunk into scratch and returns their log-normalisers [C], over the columns of all ranks."""
     tokens = head.hidden.shape[0]
-    rows_x = chunks.logits.view(copy, tokens, head.columns)
+    rows_x = chunks.logits.view(1, tokens, head.columns)
     fill(rows_x, head, chunks)
     sums = empty_sums(tokens, rows_x)
     for rows in spans(tokens, chunks.inner):

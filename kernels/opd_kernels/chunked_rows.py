@@ -144,7 +144,7 @@ def fused_sparse_loss(
         losses, auxes = [], []
         for rows in spans(hidden.shape[0], chunks.rows):
             part = part_of(head, rows)
-            selected, top = _select_chunk(part, chunks, ids[rows], tail=tail, entropy=entropy, student_topk=student_topk)
+            selected, top = select_chunk(part, chunks, ids[rows], tail=tail, entropy=entropy, student_topk=student_topk)
             loss, aux, upstream = run_loss(loss_fn, selected, tuple(extra[rows] for extra in extras), any(needs))
             losses.append(loss)
             auxes.append(aux)
@@ -155,14 +155,14 @@ def fused_sparse_loss(
     return attach(total, sums, hidden, weight, options.bias), {name: torch.cat([aux[name] for aux in auxes]) for name in auxes[0]}
 
 
-def _select_chunk(
-    head: Projection, chunks: RowChunks, ids: Tensor, *, tail: bool, entropy: bool, student_topk: int
+def select_chunk(
+    head: Projection, chunks: RowChunks, ids: Tensor, *, tail: bool, entropy: bool, student_topk: int, keep_logits: bool = False
 ) -> tuple[SelectedLogprobs, Tensor | None]:
     """Also leaves in scratch what the gradient starts from: exp(x - top), with top [C]; or the logits, with None.
 
-    The second exponential of every logit is worth saving; a softcap's slope and the top k need the logits themselves.
+    The second exponential of every logit is worth saving; a softcap's slope, the top k and a divergence need the logits themselves.
     """
-    keep_logits = head.options.softcap is not None or student_topk > 0
+    keep_logits = keep_logits or head.options.softcap is not None or student_topk > 0
     tokens, group = head.hidden.shape[0], head.options.process_group
     where = place(ids, head, tile_rows=chunks.inner, tile_columns=max(1, head.columns))
     rows_x = chunks.logits.view(0, tokens, head.columns)
@@ -223,7 +223,7 @@ def _add_chunk(
     top: Tensor | None,
     upstream: Upstream,
 ) -> None:
-    """Turns what _select_chunk left in scratch into gradients and adds up their products."""
+    """Turns what select_chunk left in scratch into gradients and adds up their products."""
     tokens = head.hidden.shape[0]
     rule = coefficients(upstream, ids, selected.logp, selected.tail_logp, selected.logz, selected.entropy, head.row_scale())
     where = place(ids, head, tile_rows=chunks.inner, tile_columns=max(1, head.columns))

@@ -193,6 +193,7 @@ def dense_divergence(
     divergence: Divergence,
     *,
     token_weight: Tensor | None = None,
+    ids: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     constants_s: HeadConstants = PLAIN,
     constants_t: HeadConstants = PLAIN,
@@ -201,12 +202,13 @@ def dense_divergence(
     vocab_start: int = 0,
     backend: str = "auto",
     chunk_bytes: int | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, SelectedLogprobs]:
     """Per-token divergence D [N] between the student's and the teacher's whole distributions, from two heads of any hidden sizes.
 
     Differentiable in hidden_s, weight_s and the student's bias; the teacher never takes a gradient. Without `token_weight` the
     backward pass projects both heads again (six products). With it [N], the gradients are formed in the forward pass (four): D is the
     same, and the upstream gradient must be proportional to token_weight, as in (token_weight * D).sum(); backward raises otherwise.
+    With `ids` [N, K] the result is (D, SelectedLogprobs): what the student has at those ids, as constants, from the same logits.
     Heads with different numbers of rows need `vocab_size`. Log-probabilities below -1e4 count as -1e4.
     """
     shared = {
@@ -224,11 +226,18 @@ def dense_divergence(
     _check_pair(student, teacher, vocab_size)
     if token_weight is not None:
         token_weight = check_token_tensor("token_weight", token_weight, hidden_s)
+    if ids is not None:
+        ids = check_ids(ids, hidden_s, _total_columns(student.options.valid_columns, vocab_size, process_group))
     torch_only = "elementwise divergences run on the torch backend" if divergence.name == "elementwise" else None
     module = choose_backend(backend, hidden_s, torch_only=torch_only)
     if hidden_s.shape[0] == 0:
-        return _connected_zero(hidden_s, weight_s, constants_s.bias) + hidden_s.sum(dim=1).to(accumulation_dtype(hidden_s))
-    return module.dense_divergence(student, teacher, divergence, token_weight=token_weight)
+        value = _connected_zero(hidden_s, weight_s, constants_s.bias) + hidden_s.sum(dim=1).to(accumulation_dtype(hidden_s))
+        if ids is None:
+            return value
+        inputs = (hidden_s.detach(), weight_s.detach(), None if constants_s.bias is None else constants_s.bias.detach(), ids)
+        return value, _empty_selected(*inputs, tail=True, entropy=True, student_topk=0)
+    value, selected = module.dense_divergence(student, teacher, divergence, token_weight=token_weight, ids=ids)
+    return value if ids is None else (value, selected)
 
 
 def _head_inputs(suffix: str, hidden: Tensor, weight: Tensor, constants: HeadConstants, shared: dict[str, Any]) -> HeadInputs:

@@ -105,13 +105,19 @@ def ordered_ids(x: Tensor, k: int) -> Tensor:
     return x.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
-def dense_divergence(student: HeadInputs, teacher: HeadInputs, divergence: Divergence, *, token_weight: Tensor | None) -> Tensor:
+def dense_divergence(
+    student: HeadInputs, teacher: HeadInputs, divergence: Divergence, *, token_weight: Tensor | None, ids: Tensor | None
+) -> tuple[Tensor, SelectedLogprobs | None]:
     """See `opd_kernels.dense_divergence`; the definitions as published, entry by entry. token_weight changes nothing here."""
     lp = _valid_logp(student)
     with torch.no_grad():
         lq = _valid_logp(teacher)
     entry = _entry(divergence, lp, lq)
-    return (entry if divergence.entry_clip is None else entry.clamp(max=divergence.entry_clip)).sum(dim=1)
+    value = (entry if divergence.entry_clip is None else entry.clamp(max=divergence.entry_clip)).sum(dim=1)
+    if ids is None:
+        return value, None
+    with torch.no_grad():
+        return value, selected_logprobs(student.hidden, student.weight, ids, options=student.options, tail=True, entropy=True, student_topk=0)
 
 
 def _valid_logp(side: HeadInputs) -> Tensor:

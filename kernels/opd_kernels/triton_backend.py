@@ -27,7 +27,7 @@ from opd_kernels.row_kernels import TILES, Tiles, dense_dz, overwrite
 from opd_kernels.selection import Coefficients, Upstream, coefficients, finalize
 from opd_kernels.tiling import spans
 from opd_kernels.topk import merge
-from opd_kernels.triton_dense import dense_divergence
+from opd_kernels.triton_dense import divergence_of_heads
 from opd_kernels.triton_rows import (
     NO_COLUMN,
     RowHead,
@@ -44,7 +44,7 @@ from opd_kernels.triton_rows import (
     scan_rows,
     weight_block,
 )
-from opd_kernels.types import LogitOptions, LossFn, SelectedLogprobs, TopkLogprobs, chunk_budget
+from opd_kernels.types import Divergence, HeadInputs, LogitOptions, LossFn, SelectedLogprobs, TopkLogprobs, chunk_budget
 
 __all__ = ["dense_divergence", "fused_sparse_loss", "selected_logprobs", "topk_logprobs"]
 
@@ -281,3 +281,14 @@ def _scored(head: RowHead, included: Tensor, scan: RowScan, k: int, *, keep_slot
     if keep_slot:
         ids, x = torch.cat([included, ids], dim=1), torch.cat([included_x, x], dim=1)
     return ids, *finalize(x, ids, sums)
+
+
+def dense_divergence(
+    student: HeadInputs, teacher: HeadInputs, divergence: Divergence, *, token_weight: Tensor | None, ids: Tensor | None
+) -> tuple[Tensor, SelectedLogprobs | None]:
+    """See `opd_kernels.dense_divergence`; with ids the student is projected once more here."""
+    value = divergence_of_heads(student, teacher, divergence, token_weight=token_weight)
+    if ids is None:
+        return value, None
+    with torch.no_grad():
+        return value, selected_logprobs(student.hidden, student.weight, ids, options=student.options, tail=True, entropy=True, student_topk=0)

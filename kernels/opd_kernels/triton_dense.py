@@ -17,7 +17,7 @@ from opd_kernels.triton_rows import RowHead, TileScratch, backward_shape, kernel
 from opd_kernels.types import Divergence, HeadInputs, LogitOptions
 
 
-def dense_divergence(
+def divergence_of_heads(
     student: HeadInputs, teacher: HeadInputs, divergence: Divergence, *, token_weight: Tensor | None, tiles: Tiles = TILES
 ) -> Tensor:
     """See `opd_kernels.dense_divergence`."""

@@ -71,6 +71,13 @@ def _options(view: HeadView, batch: MicroBatch, inputs: LossInputs) -> dict[str,
 
 def _composed(hidden_ND: Tensor, view: HeadView, batch: MicroBatch, inputs: LossInputs) -> Loss:
     objective, rows = inputs.objective, batch.rows
+    if _one_projection(objective, view, batch, inputs):
+        (term,) = objective.terms
+        zeros_NK = hidden_ND.new_zeros(rows.ids.shape, dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
+        unread = SelectedLogprobs(logp=zeros_NK, tail_logp=None, logz=zeros_NK[:, 0], entropy=None)
+        weight = token_weight(term, inputs.denominators, unread, rows)
+        value, selected = _divergence(term, hidden_ND, view, batch, inputs, weight, ids=rows.ids)
+        return token_loss(objective, inputs.denominators, selected, rows, {term.name: value})
     dense_only = len(objective.needs.full_terms) == len(objective.terms)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not dense_only):  # then log-probs serve weights and meters only
         selected = selected_logprobs(hidden_ND, view.weight, rows.ids, **_options(view, batch, inputs))
@@ -81,9 +88,21 @@ def _composed(hidden_ND: Tensor, view: HeadView, batch: MicroBatch, inputs: Loss
     return token_loss(objective, inputs.denominators, selected, rows, full)
 
 
+def _one_projection(objective: Objective, view: HeadView, batch: MicroBatch, inputs: LossInputs) -> bool:
+    """Whether the only term's divergence can bring the student's log-probs along: same columns, and a weight that does not need them first."""
+    if len(objective.terms) != 1 or objective.terms[0].support is None or objective.terms[0].support.kind != "full":
+        return False
+    (term,) = objective.terms
+    if term.weights or term.signal is None or batch.rows.signals[term.signal].hidden is None:
+        return False
+    own = view.weight.shape[0] if view.vocab_size is None else view.vocab_size
+    return _valid_columns(view, inputs.heads[term.signal]) == own
+
+
 def _divergence(
-    term: Term, hidden_ND: Tensor, view: HeadView, batch: MicroBatch, inputs: LossInputs, weight: Tensor
-) -> Tensor:
+    term: Term, hidden_ND: Tensor, view: HeadView, batch: MicroBatch, inputs: LossInputs, weight: Tensor, ids: Tensor | None = None
+) -> Tensor | tuple[Tensor, SelectedLogprobs]:
+    """Per-token loss of a term on the whole vocabulary or on hidden states; with ids (full vocabulary only) also the student at them."""
     assert term.signal and term.support, "a term on the full vocabulary or on hidden states has a signal"
     teacher_hidden = batch.rows.signals[term.signal].hidden
     if teacher_hidden is None:  # no answer of this batch has a view
@@ -99,6 +118,7 @@ def _divergence(
         head.weight,
         term.dense,
         token_weight=weight,
+        ids=ids,
         temperature=batch.temperature,
         constants_s=view.constants(),
         constants_t=head.constants(),

@@ -162,6 +162,8 @@ def test_topk_logprobs(arguments, message):
         ({"token_weight": torch.ones(4, requires_grad=True)}, "token_weight requires a gradient"),
         ({"constants_t": opd_kernels.HeadConstants(softcap=-1.0)}, "softcap_t is -1.0"),
         ({"constants_s": {"softcap": 1.0}}, "constants_s is a dict; it must be an opd_kernels.HeadConstants"),
+        ({"ids": IDS[:3]}, r"ids has shape \[3, 3\]; it must be \[4, K\]"),
+        ({"ids": IDS + 20}, r"ids\[0, 0\] is 20; it must be -1"),
         ({"token_weight": 1.0}, r"token_weight is a float; it must be a tensor \[4\]"),
         ({"divergence": "forward_kl"}, r"divergence is 'forward_kl'; build it with a call such as opd_kernels.forward_kl\(\)"),
     ],

@@ -193,3 +193,29 @@ def test_repeats_bitwise():
             gradients(KINDS["jsd"], inputs(), "torch", upstream=token_weight, token_weight=hint, chunk_bytes=9000) for _ in range(2)
         )
         assert all(torch.equal(left, right) for left, right in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("hinted", [False, True])
+def test_ids_give_the_student_from_the_same_logits(hinted, backend):
+    hidden_s, weight_s, hidden_t, weight_t = inputs()
+    hidden_s.requires_grad_(), weight_s.requires_grad_()
+    hint = torch.linspace(0.1, 1.0, TOKENS)
+    ids = torch.randint(0, COLUMNS, (TOKENS, 3), generator=torch.Generator().manual_seed(2))
+    ids[0, 1], ids[1, 2] = -1, ids[1, 0]
+    shared = {"temperature": 0.8, "vocab_size": COLUMNS - 8, "backend": backend, "chunk_bytes": 12_000}
+    pair = (hidden_s, weight_s, hidden_t, weight_t, opd_kernels.reverse_kl())
+    ids = ids.clamp(max=COLUMNS - 9)
+    plain = opd_kernels.dense_divergence(*pair, token_weight=hint if hinted else None, **shared)
+    wanted_gradients = torch.autograd.grad((plain * hint).sum(), (hidden_s, weight_s))
+    values, selected = opd_kernels.dense_divergence(*pair, token_weight=hint if hinted else None, ids=ids, **shared)
+    found_gradients = torch.autograd.grad((values * hint).sum(), (hidden_s, weight_s))
+    torch.testing.assert_close(values, plain, rtol=0, atol=1e-6)
+    for found, wanted in zip(found_gradients, wanted_gradients, strict=True):
+        assert relative(found, wanted) < 1e-6
+    wanted = opd_kernels.selected_logprobs(hidden_s.double(), weight_s.double(), ids, **(shared | {"backend": "reference"}))
+    for name in ("logp", "tail_logp", "logz", "entropy"):
+        torch.testing.assert_close(getattr(selected, name).double(), getattr(wanted, name), rtol=0, atol=1e-5)
+        assert not getattr(selected, name).requires_grad
+    empty_values, empty = opd_kernels.dense_divergence(hidden_s[:0], weight_s, hidden_t[:0], weight_t, opd_kernels.jsd(), ids=ids[:0])
+    assert empty_values.shape == (0,) and empty.logp.shape == (0, 3) and not empty.logp.requires_grad
