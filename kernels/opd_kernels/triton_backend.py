@@ -284,10 +284,16 @@ def _scored(head: RowHead, included: Tensor, scan: RowScan, k: int, *, keep_slot
 
 
 def dense_divergence(
-    student: HeadInputs, teacher: HeadInputs, divergence: Divergence, *, token_weight: Tensor | None, ids: Tensor | None
+    student: HeadInputs,
+    teacher: HeadInputs,
+    divergence: Divergence,
+    *,
+    token_weight: Tensor | None,
+    ids: Tensor | None,
+    tiles: Tiles = TILES,
 ) -> tuple[Tensor, SelectedLogprobs | None]:
     """See `opd_kernels.dense_divergence`; with ids the student is projected once more here."""
-    value = divergence_of_heads(student, teacher, divergence, token_weight=token_weight)
+    value = divergence_of_heads(student, teacher, divergence, token_weight=token_weight, tiles=tiles)
     if ids is None:
         return value, None
     with torch.no_grad():
