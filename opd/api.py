@@ -19,6 +19,7 @@ from opd.build.audit import audit_engine
 from opd.build.devices import device_facts
 from opd.build.spending import num_devices, rates_of
 from opd.build.system import Parts, actors_of, build_parts, check_tracking, input_facts, is_sharded, open_sink, parse_weights
+from opd.build.views import template_notes
 from opd.config.load import load_recipe
 from opd.config.recipe import Recipe
 from opd.config.stages import read_stages
@@ -131,6 +132,9 @@ def train_rank(
         held.callback(parts.engine.close)
         for note in parts.problems.notes:
             view.say(f"data: {note}")
+        choices = {name: parse_weights(name, signal.weights) for name, signal in recipe.signals.items()}
+        for note in template_notes(recipe, parts.tokenizer, choices):
+            view.say(f"template: {note}")
         audit_engine(recipe, parts, view)
         with ranks.announcing():
             if ranks.leads:

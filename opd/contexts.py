@@ -64,7 +64,7 @@ def render_views(
         if view is not None and opened is not None and sum(map(len, opened)) > max_context_tokens:
             opened = _shorten(tokenizer, spec, seen, len(view.hint), max_context_tokens)
             shortened += opened is not None
-        if opened is not None and spec.tokenizer is None:
+        if opened is not None and spec.tokenizer is None and not spec.apart:
             _check_prefix(opened[0], prefix, item.prompt_ids)
         contexts.append(None if opened is None else opened[0] + opened[1])
     shown = sum(ids is not None for ids in contexts)

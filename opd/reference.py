@@ -23,7 +23,7 @@ Generated from `recipes/` by `python -m opd.reference`.
 
 - *trained*: run to its end on the embedded tasks, on a CPU, by `make demo` or by hand.
 - *shapes*: two steps with the architectures of its models made small and with random weights, on a CPU, float32, one process, made-up problems
-  (`tests/config/test_shipped_runs.py`); `opd check` finds no error in it. Never run with real weights or on a GPU by the project.
+  (`tests/build/test_shipped_runs.py`); `opd check` finds no error in it. Never run with real weights or on a GPU by the project.
 - *loaded*: its arms load; nothing was run.
 
 `opd train RECIPE model.init=random model.scale=0.05 steps=3` tries any of those with hub models without the hub.

@@ -67,12 +67,14 @@ ViewFunction = Callable[[ViewInput], View | None]
 class ViewSpec:
     """A view ready to be called: the function with its parameters bound, and the templates it may use.
 
+    thinking: what the chat template is told of it, None for the template's default. apart: on purpose not as the student's.
     tokenizer: the reader's own, None where it is the student's.
     """
 
     view: ViewFunction
     templates: Mapping[str, str]
     thinking: bool | None = None
+    apart: bool = False
     tokenizer: Any = None
 
 

@@ -82,7 +82,7 @@ def build_parts(
     tokenizer = load_tokenizer(recipe, problems)
     specs = checked_views(recipe, problems, objective, choices)
     check_support_sizes(objective, len(tokenizer))
-    model, encode = load_model(recipe, tokenizer), partial(_encode, tokenizer)
+    model, encode = load_model(recipe, tokenizer), partial(_encode, tokenizer, recipe.data.thinking)
     distant = bool(actors) and recipe.engine.kind == "vllm"
     room = room_for_prompts(recipe, model.config, "the student", distant)
     problems = fitting(recipe, problems, encode, min(recipe.data.max_prompt_tokens, room))
@@ -106,7 +106,8 @@ def build_parts(
         engine = make_engine(recipe, spoken, pad_id(tokenizer), vocab_size, check)
     verify = watched(problems.verify, {model, spoken, *teachers.values()}, check)
     reader = copy.deepcopy(tokenizer) if recipe.asynchrony.max_staleness else tokenizer  # two threads may not share one
-    codec = Codec(encode=partial(_encode, reader), tokenize=partial(chat.tokenize, reader), decode=partial(chat.decode, reader), end=stop_ids[0])
+    asks = partial(_encode, reader, recipe.data.thinking)
+    codec = Codec(encode=asks, tokenize=partial(chat.tokenize, reader), decode=partial(chat.decode, reader), end=stop_ids[0])
     writer = engine if sampler is None else drawn_with(sampler, spoken, teachers, recipe, tokenizer)
     show = partial(prompt_context, reader, specs[mixture.view], room, codec.encode) if mixture.view else None
     source = RolloutSource(writer, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show, ranks)
@@ -387,5 +388,5 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.blake2b(str(tokenizer.chat_template).encode(), digest_size=8).hexdigest()
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, ...]:
-    return chat.render(tokenizer, prompt.messages)
+def _encode(tokenizer: PreTrainedTokenizerBase, thinking: bool | None, prompt: Prompt) -> tuple[int, ...]:
+    return chat.render(tokenizer, prompt.messages, thinking=thinking)

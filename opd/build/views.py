@@ -41,7 +41,34 @@ def checked_views(recipe: Recipe, problems: Problems, objective: Objective, choi
     check_foreign(recipe, objective, {name for name, (kind, _) in choices.items() if kind == FOREIGN})
     check_writers(recipe, specs, objective)
     own = {name: tokenizer_at(recipe, pretrained.find_model(path)) for name, (kind, path) in choices.items() if kind == FOREIGN}
-    return {name: replace(spec, tokenizer=own.get(name)) for name, spec in specs.items()}
+    modes = {name: recipe.data.thinking if s.thinking == "student" else s.thinking for name, s in recipe.signals.items()}
+    return {
+        name: replace(spec, tokenizer=own.get(name), thinking=modes[name], apart=modes[name] != recipe.data.thinking) for name, spec in specs.items()
+    }
+
+
+def template_notes(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, choices: Mapping[str, tuple[str, Any]]) -> list[str]:
+    """A sentence for every teacher that reads another chat template or thinking mode than it was made for, or than the student does."""
+    notes, ours = [], _opening(tokenizer, recipe.data.thinking)
+    for name, signal in recipe.signals.items():
+        mode = recipe.data.thinking if signal.thinking == "student" else signal.thinking
+        opening = _opening(tokenizer, mode)
+        if opening != ours:
+            notes.append(f"signals.{name}: on purpose, its turn opens with {opening!r}, the student's with {ours!r}")
+        kind, path = choices[name]
+        if kind not in ("external", "served"):
+            continue
+        theirs = tokenizer_at(recipe, pretrained.find_model(path))
+        if theirs.chat_template != tokenizer.chat_template:
+            notes.append(
+                f"signals.{name}: the chat template of {path} is not the student's, whose template is used for both: a turn opens with {opening!r}, "
+                f"where the teacher's own opens with {_opening(theirs, mode)!r}"
+            )
+    return notes
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase, thinking: bool | None) -> str:
+    return tokenizer.decode(list(chat.assistant_prefix(tokenizer, thinking=thinking)), skip_special_tokens=False)
 
 
 def aligned(weights: Weights, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Weights:

@@ -61,6 +61,9 @@ class Data(_Frozen):
     verifier: Choice = Field(default="auto", description="name in opd.verify, {fn: module:name}, or auto (the task's own, math for JSONL)")
     verdict_cache: str = Field(default="", description="SQLite file of verdicts that were given before; empty: none")
     system: str = Field(default="", description="system message put before every question")
+    thinking: bool | None = Field(
+        default=None, description="what the student's chat template is told (enable_thinking); null: the template's own default"
+    )
     max_prompt_tokens: Positive = Field(
         default=1024, description="longer prompts are refused, tokens; a view may be as long as the model allows, its hint is shortened beyond that"
     )
@@ -159,6 +162,9 @@ class Signal(_Frozen):
         description="live | frozen | {ema: {rate: r, every: steps}} | {external: {path: p}}; beside path, engine: vllm, or tokenizer: own",
     )
     view: Choice = Field(default="plain", description="name in opd.views, or {name: {parameters}}")
+    thinking: bool | Literal["student"] | None = Field(
+        default="student", description="what the chat template is told for this view; student: as data.thinking, anything else differs on purpose"
+    )
     domain: str = Field(default="", description="score only prompts of this domain (or of its parts, domain/...); empty: all")
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
@@ -26,6 +28,16 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+def save_adapters(model: nn.Module, folder: Path) -> None:
+    """Writes the factors alone as peft does (adapter_model.safetensors, adapter_config.json); peft loads them onto the starting model."""
+    factors = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            factors[f"base_model.model.{name.replace('.default.', '.')}"] = parameter.detach().cpu().contiguous()
+    model.peft_config["default"].save_pretrained(folder)
+    save_file(factors, folder / "adapter_model.safetensors")
 
 
 @torch.no_grad()

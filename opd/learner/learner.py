@@ -17,7 +17,7 @@ from opd_rollout.scoring import score_tokens
 from opd_rollout.types import ModuleWeights, ScoreRequest, TokenScores, WeightSource
 from torch import Tensor
 
-from opd.learner.adapters import adapted_layers, adapters_off, merged_tensors
+from opd.learner.adapters import adapted_layers, adapters_off, merged_tensors, save_adapters
 from opd.learner.ema import Shadow
 from opd.learner.loss import LossInputs, loss_request
 from opd.learner.memory import OutOfMemory, free_memory, halved, is_out_of_memory
@@ -203,12 +203,14 @@ class PolicyLearner:
             _set_random_state(torch.load(own, weights_only=True))
 
     def export(self, folder: Path) -> None:
-        """A plain Hugging Face folder (safetensors and config; adapters merged). Collective; rank 0 writes."""
+        """A plain Hugging Face folder (safetensors and config; adapters merged, and alone in `adapter/`). Collective; rank 0 writes."""
         model = self.policy.model
         with self._updater.whole_weights():
             if self._updater.rank == 0:
                 named = dict(merged_tensors(model)) if adapted_layers(model) else dict(model.state_dict())
                 model.save_pretrained(folder, state_dict=named)
+                if adapted_layers(model):
+                    save_adapters(model, folder / "adapter")
         self._updater.gather(None)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from opd_rollout.types import ScoreRequest
+from peft import PeftModel
 from pytest import mark, raises
 from transformers import AutoModelForCausalLM
 
@@ -100,3 +101,16 @@ def test_the_first_factor_is_drawn_from_the_seed_alone(seed):
 def test_adapters_on_the_head_are_refused():
     with raises(ValueError, match="lm_head"):
         add_lora(tiny_model(), rank=4, alpha=8.0, targets=["q_proj", "lm_head"], seed=0)
+
+
+def test_the_adapters_alone_on_the_base_are_the_merged_export(tmp_path):
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    learner = torch_learner(adapted(), optimizer(), settings(merge_adapters=True))
+    train(learner, cases.NLL, 2)
+    learner.export(tmp_path / "run")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "run/adapter")
+    expected, found = merged(IDS).logits, loaded(IDS).logits
+    assert (expected - found).abs().max() < 1e-5 < (expected - base(IDS).logits).abs().max()
+    learner.close()
