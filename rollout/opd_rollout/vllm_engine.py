@@ -147,7 +147,7 @@ class VllmEngine:
         canary, ready = self.canary, [replica for replica in self._pool.replicas if replica.state == "ready"]
         if canary is None:
             return
-        chosen = ready[: None if self._loads == 0 else 1]
+        chosen = ready if self._loads == 0 or not ready else [ready[self._loads % len(ready)]]  # all at first, then in turn
         for index in range(self._share(len(chosen))):
             replica = chosen[index] if self._settings.leads else None
             gap = self._gap(replica, canary)

@@ -1,36 +1,40 @@
 """vLLM in Ray actors, the real ones: the same numbers as the learner's, order kept, weights that arrive, actors that die, nothing left behind.
 
-One set of actors for the module; the model is the embedded base, whose embeddings are tied.
+Two actors for the module; the model is the embedded base, whose embeddings are tied.
 """
 
+import itertools
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from opd_rollout.sampling import request_seed
 from opd_rollout.torch_engine import TorchEngine
 from opd_rollout.types import GenerateRequest, Sampling, ScoreRequest
 
-from opd.build.system import build_parts
+from opd.build.system import actors_of, build_parts
 from opd.config.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 OVERRIDES = {
-    "engine.kind": "vllm", "engine.replicas": 1, "eval.num_problems": 4, "eval.final_problems": 0, "track.wandb": "disabled", "learner.kind": "torch",
+    "engine.kind": "vllm", "engine.replicas": 2, "engine.chunk": 8, "engine.deadline_seconds": 200,
+    "eval.num_problems": 4, "eval.final_problems": 0, "track.wandb": "disabled", "learner.kind": "torch",
     "model.path": str(ROOT / "models/expr-base"),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def parts():
-    from opd.build.system import actors_of
-
     recipe = load_recipe(str(ROOT / "recipes/runs/opsd_expr.yaml"), OVERRIDES)
     with actors_of(recipe) as actors:
         built = build_parts(recipe, actors=actors)
@@ -89,42 +93,193 @@ def test_a_tied_model_is_exact_after_an_update(parts):
     assert {version for c in drawn for version, _, _ in c.versions} == {parts.learner.version}
 
 
-def actor_pids():
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return [int(line.split()[0]) for line in listed.splitlines() if "ray::VllmActor" in line and "ps -eo" not in line]
+def test_scores_are_the_learners_at_given_ids_and_at_its_own(parts):
+    asked = requests(parts, 4)
+    drawn = parts.engine.generate(asked, sampling(parts))
+    for options, temperature in (({"k": 5}, 1.0), ({"support_ids": True}, 0.7)):
+        wanted = []
+        for request, one in zip(asked, drawn, strict=True):
+            support = {"support_ids": torch.arange(6).repeat(len(one.token_ids), 1)} if "support_ids" in options else options
+            wanted.append(ScoreRequest(context_ids=request.prompt_ids, completion_ids=one.token_ids, **support))
+        near = TorchEngine(parts.learner.policy.model, pad_id=0, token_budget=4096, vocab_size=parts.learner.policy.model.config.vocab_size)
+        for ours, theirs in zip(near.score(wanted, temperature), parts.engine.score(wanted, temperature), strict=True):
+            for name in ("sampled", "tail_logp", "entropy"):
+                assert torch.allclose(getattr(ours, name), getattr(theirs, name), atol=1e-4, rtol=0), name
+            order = [one.ids.sort(dim=1) for one in (ours, theirs)]
+            assert torch.equal(order[0].values, order[1].values)
+            logp = [one.logp.gather(1, sort.indices) for one, sort in zip((ours, theirs), order, strict=True)]
+            assert torch.allclose(*logp, atol=1e-4, rtol=0)
 
 
-def test_a_killed_actor_is_replaced_and_its_requests_drawn_again_with_the_same_seeds(parts):
-    asked = requests(parts)
+def pids(parts):
+    return [ray.get(replica.handle.pid.remote(), timeout=100) for replica in parts.engine._pool.replicas]
+
+
+def while_generating(parts, asked, act):
+    """The completions, with `act` called while requests are in flight, and what was counted meanwhile."""
+    parts.engine._pool.bring_up()
+    before, done = dict(parts.engine.counts), threading.Event()
+
+    def watch():
+        while parts.engine.counts["leases"] == before["leases"]:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        if not done.is_set():
+            act()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    drawn = parts.engine.generate(asked, sampling(parts))
+    done.set()
+    thread.join()
+    return drawn, {name: count - before[name] for name, count in parts.engine.counts.items()}
+
+
+def test_an_actor_killed_with_requests_in_flight_is_replaced_and_the_same_tokens_come(parts):
+    """SIGKILL of the actor's process: its leases are given out again with the same seeds, each result is used once."""
+    asked = requests(parts, 96)
     expected = [c.token_ids for c in parts.engine.generate(asked, sampling(parts))]
-    [pid] = actor_pids()
-    os.kill(pid, signal.SIGKILL)
-    assert [c.token_ids for c in parts.engine.generate(asked, sampling(parts))] == expected
+    victim, other = pids(parts)
+    drawn, counted = while_generating(parts, asked, lambda: os.kill(victim, signal.SIGKILL))
+    assert counted["reissued"] >= 1, "nothing was in flight: the test says nothing"
+    assert len(drawn) == 96 and [c.token_ids for c in drawn] == expected
     with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
-    assert pid not in actor_pids()
+        os.kill(victim, 0)
+    parts.engine._pool.bring_up()
+    again = pids(parts)
+    assert victim not in again and other in again and len(set(again)) == 2
+    assert [c.token_ids for c in parts.engine.generate(asked, sampling(parts))] == expected, "the new actor has the weights of the old one"
 
 
-def test_one_command_trains_and_leaves_nothing_behind(tmp_path):
-    command = [sys.executable, "-m", "opd", "train", str(ROOT / "recipes/runs/opsd_expr.yaml"), "engine=vllm", "steps=2", "name=run"]
-    command += ["eval.num_problems=8", "eval.final_problems=8", "track.wandb=disabled", f"model.path={ROOT / 'models/expr-base'}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "engine against learner" in done.stdout + done.stderr
-    rows = (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()
-    assert len(rows) == 2
-    time.sleep(1.0)
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(tmp_path) not in listed
+def test_the_work_of_a_slow_actor_is_given_to_an_idle_one_too(parts):
+    """SIGSTOP: an actor that does not answer and is not gone."""
+    asked = requests(parts, 64)
+    expected = [c.token_ids for c in parts.engine.generate(asked, sampling(parts))]
+    slow = pids(parts)[0]
+    before = dict(parts.engine.counts)
+    os.kill(slow, signal.SIGSTOP)
+    try:
+        drawn = parts.engine.generate(asked, sampling(parts))
+    finally:
+        os.kill(slow, signal.SIGCONT)
+    counted = {name: count - before[name] for name, count in parts.engine.counts.items()}
+    assert counted["stragglers"] >= 1 and counted["revived"] == counted["reissued"] == 0
+    assert [c.token_ids for c in drawn] == expected
+    assert pids(parts)[0] == slow, "it was slow, not dead: it stays"
 
 
-def test_what_the_machine_lacks_is_said_before_anything_starts(parts):
-    from opd.build.actors import check_placement
+def test_an_actor_with_other_weights_than_the_learners_is_restarted_from_a_full_export(parts):
+    """Before the update arrives, an actor is given garbage under the coming update's stamp: only the canary can notice."""
+    engine, version = parts.engine, parts.learner.version + 1
+    victim = engine._pool.replicas[engine._loads % 2]
+    number = ray.get(victim.handle.pid.remote(), timeout=100)
+    wrong = parts.learner.weights(version)
+    garbage = type(wrong)(version=version, named=tuple((name, 0.1 * torch.randn_like(tensor)) for name, tensor in wrong.named))
+    parcel = engine._parcels.make(garbage)
+    stamp = f"{engine._parcels._attempt}-{engine._parcels._serial + 1}"
+    ray.get(victim.handle.load.remote(parcel.written, version, stamp), timeout=100)
+    parts.learner.version = version
+    engine.load_weights(parts.learner.weights(version))
+    assert ray.get(victim.handle.pid.remote(), timeout=100) != number
+    assert engine.last_gap.mean < 1e-4
+    asked = requests(parts, 16)
+    drawn = engine.generate(asked, sampling(parts))
+    for own, theirs in zip(learner_logprobs(parts, asked, drawn), drawn, strict=True):
+        assert torch.allclose(own, theirs.logprobs, atol=1e-4, rtol=0)
 
-    for change, sentence in (
-        ({"engine.placement": "colocated"}, "here is none"),
-        ({"engine.tensor_parallel": 2}, "but here is no GPU"),
-        ({"engine.exchange": "/nowhere"}, "is no folder"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            check_placement(load_recipe(str(ROOT / "recipes/runs/opsd_expr.yaml"), {**OVERRIDES, **change}))
+
+def test_a_sequence_longer_than_the_engine_and_a_foreign_id_are_refused_before_any_work(parts):
+    long = GenerateRequest(prompt_ids=(5,) * 2000, seed=1)
+    with pytest.raises(ValueError, match="request 0 has 2000 tokens, and with 24 more exceeds the .* positions of the actors' engine; shorten"):
+        parts.engine.generate([long], sampling(parts))
+    with pytest.raises(ValueError, match="request 0 holds a token id outside 0 to"):
+        parts.engine.generate([GenerateRequest(prompt_ids=(10**6,), seed=1)], sampling(parts))
+
+
+def of_run(folder):
+    """Living processes that work in `folder`: the run, Ray's and the actors; told by what no change of title hides."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z" and os.readlink(entry / "cwd") == str(folder):
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition, seconds=200):
+    until = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(0.02)
+    return value
+
+
+def rows(folder, name="metrics.jsonl"):
+    path = folder / "runs/run" / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def start(folder, *words):
+    command = [sys.executable, "-m", "opd", "train", str(ROOT / "recipes/runs/opsd_expr.yaml"), "engine=vllm", "name=run", "checkpoint.every=4"]
+    command += ["eval.every=0", "eval.num_problems=4", "eval.final_problems=4", "track.wandb=disabled", f"model.path={ROOT / 'models/expr-base'}"]
+    with (folder / "said").open("a") as said:
+        return subprocess.Popen([*command, *words], cwd=folder, stdout=said, stderr=said)
+
+
+def ended(process, folder):
+    assert process.wait(timeout=300) == 0, (folder / "said").read_text()[-3000:]
+    wait_for(lambda: not of_run(folder), 20)
+    assert not list((folder / "weights").iterdir())
+
+
+STEPS = 12
+
+
+def test_kills_of_the_actor_and_of_the_driver_leave_nothing_and_lose_nothing(tmp_path):
+    """One undisturbed run; one whose actor, then whose driver is killed by SIGKILL in a step, and that the same command resumes."""
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    for folder in folders:
+        (folder / "weights").mkdir(parents=True)
+    words = [f"steps={STEPS}", "engine.exchange=weights"]
+    ended(start(folders[0], *words), folders[0])
+    folder = folders[1]
+    process = start(folder, *words)
+    wait_for(lambda: len(rows(folder)) >= 2)
+    [actor] = [pid for pid, line in of_run(folder).items() if "ray::VllmActor" in line]
+    os.kill(actor, signal.SIGKILL)
+    wait_for(lambda: len(rows(folder)) >= 6)
+    assert not Path(f"/proc/{actor}").exists()
+    lines = list(of_run(folder).values())
+    for name in ("gcs_server", "raylet", "ray::VllmActor", "ray::DashboardAgent"):
+        assert any(name in line for line in lines), f"{name}: else the check for survivors could not fail"
+    assert list((folder / "weights").iterdir())
+    process.kill()
+    process.wait()
+    wait_for(lambda: not of_run(folder), 20)
+    assert len(list((folder / "weights").iterdir())) == 1, "a file stays until the next start"
+    ended(start(folder, *words), folder)
+    assert "resumed after step" in (folder / "said").read_text()
+    whole, killed = (rows(folder, "ledger.jsonl") for folder in folders)
+    assert [row["step"] for row in killed] == list(range(1, STEPS + 1))
+    assert [row["prompts"] for row in killed] == [row["prompts"] for row in whole], "each prompt once, in the same order"
+    used = list(itertools.chain.from_iterable(row["prompts"] for row in killed))
+    assert len(used) == len(set(used))
+    for one, other in zip(rows(folders[0]), rows(folder), strict=True):
+        assert one["tokens/student"] == other["tokens/student"]
+        assert one["loss/total"] == pytest.approx(other["loss/total"], rel=1e-4)
+
+
+def test_a_model_that_vllm_cannot_load_is_one_sentence_and_leaves_nothing(tmp_path):
+    """A teacher folder whose weights are cut short: the student's side never reads them, vLLM does."""
+    (tmp_path / "weights").mkdir()
+    shutil.copytree(ROOT / "models/expr-base", tmp_path / "broken")
+    for path in (tmp_path / "broken").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:1000])
+    words = ["engine=torch", "teacher={external: {path: ./broken, engine: vllm}}", "view=plain", "steps=1"]
+    process = start(tmp_path, *words, "objective=[{distill: reverse_kl, support: {teacher_topk: {k: 4, tail: bucket}}}]")
+    assert process.wait(timeout=300) == 2
+    said = (tmp_path / "said").read_text()
+    assert "vLLM cannot load" in said and "Traceback" not in said, said
+    wait_for(lambda: not of_run(tmp_path), 20)
