@@ -48,6 +48,7 @@ def reload_from(actor: Any, saved: str) -> float:
     """Seconds that vLLM's reload_weights takes inside the actor."""
 
     def inside(self: Any) -> float:
+        self._runner._llm.llm_engine.vllm_config.load_config.load_format = "safetensors"  # it was opened without weights
         started = time.perf_counter()
         self._runner._thread.submit(self._runner._llm.collective_rpc, "reload_weights", None, (), {"weights_path": saved}).result()
         return time.perf_counter() - started
