@@ -173,7 +173,7 @@ class _Batch:
                 continue
             holders: dict[int, list[_Flight]] = {}
             for flight in self._flights.values():
-                if flight.lease is not None:
+                if flight.lease is not None and flight.lease not in self._results:
                     holders.setdefault(flight.lease, []).append(flight)
             late = [flights[0] for flights in holders.values() if len(flights) == 1 and time.monotonic() - flights[0].started > patience]
             if late:
