@@ -125,15 +125,20 @@ def notes(summary: Summary) -> list[str]:
 
 def _winner(summary: Summary, best: ArmSummary) -> str:
     pairs = [pair for pair in summary.pairs if pair.left == best.name and pair.decoding == PRIMARY and summary.arm(pair.right).trained]
-    by_verdict = {word: [summary.arm(pair.right).label for pair in pairs if pair.verdict == word] for word in ("better", "unresolved")}
+    by_verdict = {word: [_with_accuracy(summary.arm(pair.right)) for pair in pairs if pair.verdict == word] for word in ("better", "unresolved")}
     test = best.test()
     assert test is not None
     text = f"{best.label} has the highest test accuracy at temperature 1: {percent(test.mean)} % (95 % interval {percent_interval(test)})."
+    if by_verdict["unresolved"]:
+        text += f" It shares the first place with {listed(by_verdict['unresolved'])}: its lead over them may be chance (unresolved)."
     if by_verdict["better"]:
         text += f" It is better than {listed(by_verdict['better'])}."
-    if by_verdict["unresolved"]:
-        text += f" Its lead over {listed(by_verdict['unresolved'])} is unresolved: with this many arms it may be chance."
     return text
+
+
+def _with_accuracy(arm: ArmSummary) -> str:
+    test = arm.test()
+    return f"{arm.label} ({percent(test.mean)} %)" if test else arm.label
 
 
 def _baseline(summary: Summary, ranked: Sequence[ArmSummary]) -> str:
