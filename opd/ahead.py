@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd.errors import Preempted
+from opd.launcher.ranks import ALONE, Ranks
 from opd.loop import RolloutSource
 from opd.replaying.bundle import decode, encode
 from opd.types import Judged, Meter
@@ -31,11 +33,12 @@ class Ahead:
     """Implements opd.loop.RolloutSource over another one; steps are collected in the order in which they were begun, one at a time.
 
     The source's cursor runs ahead of the learner: `state` holds the answers that are finished and not yet used, beside the cursor after
-    them. What was still being written is begun again after a resume. check: called while waiting; may raise to end the wait.
+    them. What was still being written is begun again after a resume. check: called while waiting; may raise to end the wait. ranks: each
+    collects its part of every step; the source exchanges values over `ranks.beside`.
     """
 
-    def __init__(self, source: RolloutSource, check: Callable[[], None] = lambda: None) -> None:
-        self._source, self._check = source, check
+    def __init__(self, source: RolloutSource, check: Callable[[], None] = lambda: None, ranks: Ranks = ALONE) -> None:
+        self._source, self._check, self._ranks = source, check, ranks
         self._pool = ThreadPoolExecutor(1, "rollouts")
         self._begun: dict[int, Future[Batch]] = {}
         self._after: Mapping[str, Any] = source.state()
@@ -70,7 +73,7 @@ class Ahead:
     def collect_fresh(self, step: int, last: Mapping[str, float], version: int, max_staleness: int) -> list[Judged]:
         """The step's answers without groups that are too old for a learner at `version`; others are drawn where none is left."""
         judged, dropped = self.collect(step, last), 0
-        while not (fresh := fresh_groups(judged, version, max_staleness)):
+        while not any(self._ranks.gather(bool(fresh := fresh_groups(judged, version, max_staleness)))):
             dropped += num_groups(judged)
             judged = self.collect(step, last)
         dropped += num_groups(judged) - num_groups(fresh)
@@ -90,31 +93,50 @@ class Ahead:
             finished[step] = future.result()
         after = list(finished.values())[-1].after if finished else self._after
         self._plain |= {step: to_plain(batch) for step, batch in finished.items() if step not in self._plain}
-        return {"source": after, "unused": [[step, self._plain[step]] for step in finished]}
+        return {"taken": self._after, "source": after, "unused": [[step, self._plain[step]] for step in finished]}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken. Raises ValueError while something is in flight."""
         if self._begun:
             raise ValueError("answers are in flight; load a state before the first step is begun")
         self._source.load_state(state["source"])
-        self._after = state["source"]
+        self._after = state["taken"]
         for step, plain in state["unused"]:
             self._begun[step] = done = Future()
             done.set_result(from_plain(plain))
 
     def close(self) -> None:
         """Ends the thread; close the engine first, which ends what it waits for."""
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=self._ranks.count == 1, cancel_futures=True)  # it may wait for a rank that has ended
 
     def _work(self, step: int, last: Mapping[str, float]) -> Batch:
         started = time.perf_counter()
-        judged = self._source.collect(step, last)
+        try:
+            judged = self._source.collect(step, last)
+        except Exception as error:  # so that no rank waits for the answers of one that has none
+            self._ranks.beside.announce(error if isinstance(error, Preempted | ValueError) else Preempted(f"{type(error).__name__}: {error}"))
+            raise
         seconds = time.perf_counter() - started
         return Batch(judged=tuple(judged), meters=dict(self._source.meters()), after=self._source.state(), seconds=seconds)
 
     def _wait(self, futures: Sequence[Future[Batch]]) -> None:
         while wait(futures, timeout=POLL_SECONDS).not_done:  # the engine and the verifiers have deadlines of their own
             self._check()
+
+
+def agreed(states: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Every rank's `state`, cut to the steps that all of them have finished; other sources' states as they are."""
+    if "unused" not in states[0]:
+        return list(states)
+    common = min(len(state["unused"]) for state in states)
+    return [{**s, "source": s["unused"][common - 1][1]["after"] if common else s["taken"], "unused": s["unused"][:common]} for s in states]
+
+
+def of_rank(states: Sequence[Mapping[str, Any]], rank: int, count: int) -> Mapping[str, Any]:
+    """A rank's state; with another number of ranks than there were, unused answers are written anew."""
+    if len(states) == count or "unused" not in states[0]:
+        return states[rank % len(states)]
+    return {**states[0], "source": states[0]["taken"], "unused": []}
 
 
 def fresh_groups(judged: Sequence[Judged], version: int, max_staleness: int) -> list[Judged]:

@@ -163,7 +163,7 @@ def train_as_asked(recipe: Recipe, system: System, run: TrainingRun, clock: Phas
     """One step after the other, or answers ahead of the learner; returns why it stopped."""
     if not recipe.asynchrony.max_staleness:
         return train_loop(system, run, recipe.steps)
-    ahead = Ahead(system.source, clock.check)
+    ahead = Ahead(system.source, clock.check, clock.ranks)
     how = loop_async.Asynchrony(max_staleness=recipe.asynchrony.max_staleness, in_flight=recipe.asynchrony.in_flight)
     try:
         return loop_async.train(replace(system, source=ahead), ahead, run, recipe.steps, how)

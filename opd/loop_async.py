@@ -38,12 +38,12 @@ def train_step(step: int, last: int, s: System, ahead: Ahead, how: Asynchrony) -
     with s.clock("teacher"):
         scores = s.teachers.score(judged, views, prepared)  # now, and not when answers are written: one version of every teacher a step
     with s.clock("join"):
-        samples = join(judged, prepared, scores, objective, views=views)
+        samples = join(judged, prepared, scores, objective, s.ranks.pool, views=views)
     with s.clock("learn"):
         report = s.learner.step(samples, objective, s.teachers.heads())
     if how.in_flight:
         sync(s, ahead)  # answers that are being written go on with the new weights
-    meters = {**ahead.meters(), **s.view.meters(), **s.teachers.meters(), **report.meters}
+    meters = {**s.ranks.summed({**ahead.meters(), **s.view.meters(), **s.teachers.meters()}), **report.meters}
     s.last.update({name: meter.mean for name, meter in meters.items()})
     return replace(report, step=step, meters=meters, seconds={**s.clock.seconds(), "rollout/ahead": ahead.seconds, **report.seconds}), samples
 

@@ -359,8 +359,6 @@ class Recipe(_Frozen):
             raise ValueError("learner.kind torch is one process: use learner.kind=deepspeed, or learner.ranks=1")
         if nodes > 1 and self.engine.kind == "vllm" and not self.ray.address:
             raise ValueError("engine=vllm on several machines needs a Ray cluster over them: ray.address=HOST:PORT (or auto), or engine=torch")
-        if count > 1 and self.asynchrony.max_staleness:
-            raise ValueError("asynchrony.max_staleness needs one learner process so far: use learner.ranks=1, or asynchrony.max_staleness=0")
         if count > 1 and self.track.bundle_steps:
             raise ValueError("track.bundle_steps records the step of one learner process: use learner.ranks=1, or track.bundle_steps=[]")
         if self.rollout.prompts % count:

@@ -88,7 +88,8 @@ def _train(beacon: Beacon) -> str:
             check_tracking(recipe.track.wandb)
         backend = "nccl" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "gloo"
         deadline = recipe.launch.deadline_seconds * SLACK
-        ranks = join_ranks(order["rendezvous"], rank, count, deadline, beacon.waiting, backend=backend)
+        threads = 2 if recipe.asynchrony.max_staleness else 1
+        ranks = join_ranks(order["rendezvous"], rank, count, deadline, beacon.waiting, backend=backend, threads=threads)
         beacon.tell(phase="build")
         view = LiveView(Path(order["folder"]).name, recipe.steps, quiet=order["quiet"] or rank > 0, roles=lambda: beacon.shown)
         with contextlib.closing(view):

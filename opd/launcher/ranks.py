@@ -7,6 +7,7 @@ exchange and is raised on all of them, so that nobody waits for a rank that has 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,17 @@ TOTALS = "tokens/"  # meters that count: their sums over the ranks are one count
 
 
 class Ranks:
-    """`rank` of `count`. exchange(value) -> the values of all ranks, in rank order."""
+    """`rank` of `count`. exchange(value) -> the values of all ranks, in rank order.
 
-    def __init__(self, *, rank: int = 0, count: int = 1, exchange: Callable[[Any], list[Any]] | None = None) -> None:
+    beside: the same ranks for another thread, whose exchanges have an order of their own.
+    """
+
+    def __init__(
+        self, *, rank: int = 0, count: int = 1, exchange: Callable[[Any], list[Any]] | None = None, beside: "Ranks | None" = None
+    ) -> None:
         assert (count == 1) == (exchange is None)
         self.rank, self.count, self._exchange, self._raised = rank, count, exchange, False
+        self.beside = beside or self
 
     @property
     def leads(self) -> bool:
@@ -103,26 +110,30 @@ def dealt(items: Sequence[Any], wanted: Sequence[int], rank: int) -> list[Any]:
 
 
 def join_ranks(
-    rendezvous: str, rank: int, count: int, deadline_seconds: float, waiting: Callable[[bool], None], *, backend: str
+    rendezvous: str, rank: int, count: int, deadline_seconds: float, waiting: Callable[[bool], None], *, backend: str, threads: int = 1
 ) -> Ranks:
     """Start torch's process group over all ranks, and a second one for small values, whose exchanges are reported to `waiting`.
 
     rendezvous: file:///PATH on one machine, tcp://HOST:PORT over several. backend: of the learner's own collectives, gloo or nccl.
+    threads: 2 for `beside`.
     """
     timeout = timedelta(seconds=deadline_seconds)
     dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=count, timeout=timeout)
     if count == 1:
         return Ranks()
-    group = dist.new_group(backend="gloo", timeout=timeout)
 
-    def exchange(value: Any) -> list[Any]:
+    def exchange_over(group: Any, waiting: Callable[[bool], None], value: Any) -> list[Any]:
         values: list[Any] = [None] * count
         waiting(True)
         dist.all_gather_object(values, value, group=group)
         waiting(False)
         return values
 
-    return Ranks(rank=rank, count=count, exchange=exchange)
+    def over(waiting: Callable[[bool], None], beside: Ranks | None) -> Ranks:
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        return Ranks(rank=rank, count=count, exchange=partial(exchange_over, group, waiting), beside=beside)
+
+    return over(waiting, over(lambda is_waiting: None, None) if threads > 1 else None)
 
 
 def is_lost_peer(error: BaseException) -> bool:

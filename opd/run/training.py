@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from opd_rollout.engine import Engine
 
+from opd.ahead import agreed, of_rank
 from opd.errors import TooManySkipped
 from opd.launcher.ranks import ALONE, Ranks
 from opd.loop import System
@@ -104,7 +105,7 @@ def averaged(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.fmean(row[name] for row in rows if name in row) for name in names}
 
 
-def read_checkpoint(folder: Path, s: System, rank: int = 0) -> dict[str, Any]:
+def read_checkpoint(folder: Path, s: System, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Bring learner, student, source, metrics and generators to where a checkpoint was taken; returns the rest of its state.
 
     Raises ValueError where its files cannot be read.
@@ -115,11 +116,11 @@ def read_checkpoint(folder: Path, s: System, rank: int = 0) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, KeyError, AssertionError, pickle.UnpicklingError, json.JSONDecodeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"checkpoint {folder} cannot be read ({reason}); delete that folder to resume from the one before it") from error
-    s.source.load_state(state["source"])
+    s.source.load_state(of_rank([state["source"], *state["other_sources"]], ranks.rank, ranks.count))
     s.last.update(state["last"])
     s.student.load_weights(s.learner.weights(s.learner.version))
-    if rank < len(state["generators"]):  # else written by fewer ranks: the others keep those that they started with
-        set_generator_state(state["generators"][rank])
+    if ranks.rank < len(state["generators"]):  # else written by fewer ranks: the others keep those that they started with
+        set_generator_state(state["generators"][ranks.rank])
     return state
 
 
@@ -193,7 +194,7 @@ class TrainingRun:
         self.status.facts(version=s.learner.version, next=upcoming(self.plan, step, self._evaluate_dev is not None))
 
     def _load(self, folder: Path, s: System) -> int:
-        state = read_checkpoint(folder, s, self.ranks.rank)
+        state = read_checkpoint(folder, s, self.ranks)
         self.progress = Progress(**state["progress"])
         self.progress.totals = {**dict.fromkeys(COUNTERS, 0.0), **self.progress.totals}  # of an older version, which had fewer
         self.view.say(f"resumed after step {checkpoint_step(folder)} from {folder}")
@@ -303,14 +304,15 @@ class TrainingRun:
 
         ranks = self.ranks
         generators = ranks.gather(cut.generators)
+        source, *others = agreed(ranks.gather(cut.source))
 
         def write(scratch: Path) -> None:
             s.learner.save(scratch / "learner")
             s.learner.export(scratch / "model")
             if ranks.leads:
                 self._save_tokenizer(scratch / "model")
-                state = {"source": cut.source, "last": cut.last, "generators": generators, "progress": _as_dict(self.progress), "step": step}
-                write_json(scratch / "state.json", state)
+                state = {"source": source, "other_sources": others, "last": cut.last, "generators": generators}
+                write_json(scratch / "state.json", {**state, "progress": _as_dict(self.progress), "step": step})
 
         with s.clock("checkpoint"):
             save_checkpoint(self.folder, step, write, leads=ranks.leads, wait=ranks.wait)

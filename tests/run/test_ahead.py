@@ -7,7 +7,7 @@ import pytest
 import torch
 from opd_rollout.types import Completion
 
-from opd.ahead import Ahead, fresh_groups, from_plain, staleness_meters, to_plain
+from opd.ahead import Ahead, agreed, fresh_groups, from_plain, of_rank, staleness_meters, to_plain
 from opd.types import Judged, Meter, Prompt, Verdict
 
 
@@ -69,8 +69,20 @@ def test_steps_come_in_order_each_once_with_their_own_meters(ahead):
     assert ahead.source.drawn == [(0, 0), (1, 0), (2, 0), (3, 0)]
 
 
+def test_ranks_keep_what_all_of_them_have_finished_and_other_numbers_of_ranks_write_anew():
+    def state(*finished):
+        return {"taken": 1, "source": finished[-1] if finished else 1, "unused": [[step, {"after": step}] for step in finished]}
+
+    assert agreed([state(2, 3), state(2)]) == [state(2), state(2)]
+    assert agreed([state(2, 3), state()]) == [state(), state()]
+    assert agreed([{"cursor": 1}, {"cursor": 1}]) == [{"cursor": 1}, {"cursor": 1}]  # of a source that is not ahead
+    assert of_rank([state(2), state(2, 3)], 1, 2) == state(2, 3)
+    assert of_rank([state(2), state(2)], 0, 1) == state()
+    assert of_rank([{"cursor": 1}], 1, 2) == {"cursor": 1}
+
+
 def test_the_state_holds_what_is_finished_and_leaves_out_what_is_in_flight(ahead):
-    assert ahead.state() == {"source": {"cursor": 0}, "unused": []}
+    assert ahead.state() == {"taken": {"cursor": 0}, "source": {"cursor": 0}, "unused": []}
     for step in (0, 1):
         ahead.begin(step, {})
     ahead.settle()
@@ -79,7 +91,7 @@ def test_the_state_holds_what_is_finished_and_leaves_out_what_is_in_flight(ahead
     ahead.source.gate.clear()
     ahead.begin(2, {})  # in flight when the state is taken
     state = json.loads(json.dumps(ahead.state()))
-    assert state["source"] == {"cursor": 2} and [step for step, _ in state["unused"]] == [1]
+    assert state["taken"] == {"cursor": 1} and state["source"] == {"cursor": 2} and [step for step, _ in state["unused"]] == [1]
     waiting = ahead._begun[1].result().judged
     ahead.source.gate.set()
 
