@@ -110,8 +110,7 @@ def build_parts(
     codec = Codec(encode=asks, tokenize=partial(chat.tokenize, reader), decode=partial(chat.decode, reader), end=stop_ids[0])
     writer = engine if sampler is None else drawn_with(sampler, spoken, teachers, recipe, tokenizer)
     show = partial(prompt_context, reader, specs[mixture.view], room, codec.encode) if mixture.view else None
-    among = ranks.beside if recipe.asynchrony.max_staleness else ranks  # answers ahead are collected in another thread
-    source = RolloutSource(writer, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show, among)
+    source = RolloutSource(writer, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show, ranks.beside)
     source = with_writers(source, recipe, engine, reader, room + recipe.sampling.max_tokens, stop_ids)
     rows = {name: vocab_size if spec.tokenizer is None else len(spec.tokenizer) for name, spec in specs.items()}
     weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), rows[name]) for name, (kind, _) in choices.items() if name not in served}

@@ -24,7 +24,7 @@ TOTALS = "tokens/"  # meters that count: their sums over the ranks are one count
 class Ranks:
     """`rank` of `count`. exchange(value) -> the values of all ranks, in rank order.
 
-    beside: the same ranks for another thread, whose exchanges have an order of their own.
+    beside: the same ranks for another thread, whose exchanges have an order of their own; this object where there is none.
     """
 
     def __init__(

@@ -165,7 +165,7 @@ def test_what_collecting_raised_is_raised_where_it_is_waited_for_and_leaves_the_
     ahead.collect(0, {})
     with pytest.raises(ValueError, match="the verifier failed"):
         ahead.collect(1, {})
-    assert ahead.state() == {"source": {"cursor": 1}, "unused": []}
+    assert ahead.state() == {"taken": {"cursor": 1}, "source": {"cursor": 1}, "unused": []}
 
 
 def test_a_wait_ends_when_the_run_is_asked_to_stop():
