@@ -158,7 +158,8 @@ def check_hints(name: str, spec: ViewSpec, prompts: Sequence[Prompt]) -> None:
     known = sorted({known for prompt in prompts for known in prompt.hints}) or ["none"]
     raise ValueError(
         f"signals.{name}.view: no prompt of the data has what the view {function.__name__!r} shows; hints in the data: {', '.join(known)}. "
-        "Choose a view of one of them, or name the column with data.columns, e.g. {solution: COLUMN}"
+        + (f"Choose a view of one of them (view={known[0]}), or name" if known != ["none"] else "Name")
+        + " the column with data.columns, e.g. {solution: COLUMN}; GSM8K's form is question, and answer with a solution before ####"
     )
 
 

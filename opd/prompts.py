@@ -140,7 +140,9 @@ def _judged_record(
     for key in _keys(prompt):
         if key in first_place:
             earlier = first_place[key].removeprefix(f"{source}:")
-            return ("duplicate", f"this record has the {key[0]} of {'line ' if earlier.isdigit() else ''}{earlier}; remove one of the two"), prompt
+            place = f"line {earlier}" if earlier.isdigit() else earlier
+            remedy = "remove one of the two, or leave such records out with data.repair=[duplicate]"
+            return ("duplicate", f"this record has the {key[0]} of {place}; {remedy}"), prompt
     if verify is not None and (problem := gold_problem(verify, prompt)):
         return ("ungradable", f"{problem}; mend the record or choose another data.verifier"), prompt
     return None, prompt

@@ -92,6 +92,8 @@ def _from_records(recipe: Recipe, verifier: Callable[..., Any] | None) -> Proble
     if data.decontaminate:
         prompts, found = _decontaminated(recipe, prompts, exam)
         notes += found
+    if held_out > len(exam):
+        notes.append(f"only {len(exam)} of {held_out} problems are there for dev and test (eval.*_problems): intervals are wide")
     num_dev = min(ev.num_problems, len(exam) // 2 if ev.final_problems else len(exam))
     return Problems(
         stream=shuffled_stream(prompts, recipe.seed),

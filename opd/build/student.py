@@ -17,6 +17,11 @@ from opd.text.bpe import train_byte_bpe
 
 def student_path(recipe: Recipe) -> str:
     """Where the student's weights come from: `init` (a run's last or best model) or model.path; "" for a new model."""
+    if not recipe.init and not recipe.model.path and recipe.model.init != "random" and not recipe.model.shape:
+        raise ValueError(
+            "model: neither a path nor a shape: give model.path (a Hugging Face folder or hub name, e.g. models/expr-base), init=runs/NAME to go on "
+            "from a run, or for a new model model.shape={hidden_size: 128, num_hidden_layers: 4} or model.init=random"
+        )
     if not recipe.init:
         return pretrained.find_model(recipe.model.path) if recipe.model.path else ""
     folder = Path(recipe.init)

@@ -18,6 +18,7 @@ from opd.examination.options import Options, parse_options
 from opd.examination.speaker import Speaker, name_of, open_speaker, published_config
 from opd.prompts import check_lengths
 from opd.run.folder import append_line, keep_lines, read_lines
+from opd.tasks import TASKS
 from opd.text import chat
 from opd.types import Prompt
 
@@ -71,6 +72,8 @@ def fitted(exam: Exam, speaker: Speaker, longest: int) -> tuple[Callable[[Prompt
 
     if not exam.prompts:
         raise ValueError(f"{exam.suite}, split {exam.split}: no problems; give at least one (eval.final_problems for split test)")
+    if exam.suite in TASKS:  # their models know one alphabet each
+        chat.check_alphabet(speaker.tokenizer, (m["content"] for prompt in exam.prompts[:64] for m in prompt.messages), speaker.name)
     room = (1 << 30) if speaker.positions is None else speaker.positions
     decodings = []
     for decoding in exam.decodings:

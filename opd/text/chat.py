@@ -3,7 +3,7 @@
 Ids are those of the rendered text, tokenised whole, with the generation prompt: what a model of this family saw in training.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -35,6 +35,16 @@ def tokenize(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Text of a completion; special tokens leave no trace and spaces stay as they are."""
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def check_alphabet(tokenizer: Tokenizer, texts: Iterable[str], whose: str) -> None:
+    """Raises ValueError for the first text that the tokenizer cannot write: a model would read gaps and unknown tokens."""
+    for text in texts:
+        found = decode(tokenizer, tokenize(tokenizer, text))
+        missing = sorted(set(text) - set(found) - set(" \n\t"))
+        if missing:
+            signs = " ".join(missing[:8])
+            raise ValueError(f"the tokenizer of {whose} cannot write {signs!r} of the question {text[:40]!r}: this model was made for other data")
 
 
 def assistant_prefix(tokenizer: Tokenizer, *, thinking: bool | None = None) -> tuple[int, ...]:

@@ -76,7 +76,10 @@ def test_what_never_ends_is_ended(source, status):
     found = run_python(f"# never-ending-program\n{source}", limits=QUICK)
     assert found.status == status
     assert time.monotonic() - started < QUICK.seconds + 5.0
-    assert not running("/scratch/program.py")
+    until = time.monotonic() + 10.0  # a program of another process on this machine may be at work for a moment
+    while running("/scratch/program.py"):
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
