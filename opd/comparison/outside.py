@@ -17,6 +17,7 @@ from trl.trainer.callbacks import TrainerCallback
 
 from opd import api
 from opd.build import pretrained
+from opd.build.spending import num_devices, rates_of
 from opd.build.student import student_path
 from opd.build.system import Parts, build_parts
 from opd.config.load import load_recipe
@@ -24,13 +25,14 @@ from opd.config.recipe import Recipe
 from opd.eval import write_evaluation
 from opd.run.folder import append_line, open_run
 from opd.run.live import Status
+from opd.run.spending import Spent, used_up
 from opd.source import parse_source
 
 
 def train_sft(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Path:
     """Train the recipe's student with SFTTrainer and leave a run folder that `opd compare` reads; an unfinished one starts anew.
 
-    Steps, batch (rollout.prompts), optimiser, schedule and clipping are the recipe's. Stops at its steps or its seconds. Raises ValueError
+    Steps, batch (rollout.prompts), optimiser, schedule and clipping are the recipe's. Stops at its steps or its budget. Raises ValueError
     for a recipe whose prompts do not come from a dataset.
     """
     resolved = load_recipe(recipe, {**overrides, "track.wandb": "disabled", "learner.kind": "torch"})
@@ -123,10 +125,14 @@ class _Watch:
                 watch.step_done(state.global_step, int(state.num_input_tokens_seen))
                 status.step(state.global_step)
                 status.phase("learn")
-                limit = watch.recipe.budget.seconds
-                control.should_training_stop = control.should_training_stop or bool(limit and watch.seconds >= limit)
+                control.should_training_stop = control.should_training_stop or bool(watch.exhausted())
 
         return Callback()
+
+    def exhausted(self) -> str:
+        """Which of the recipe's stop rules has fired, or ""."""
+        spent = Spent(learner=self.tokens, seconds=self.seconds, devices=num_devices(self.recipe), roles={"learner": self.seconds})
+        return used_up(self.recipe.budget.limits(), spent, rates_of(self.recipe))
 
     def step_done(self, step: int, tokens: int) -> None:
         self.tokens = tokens
