@@ -115,7 +115,8 @@ def simulated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     costs = calibrate(rows)
     now = predict(costs, Layout()).step
     found = []
-    for name, layout, speed in LAYOUTS:
+    layouts = [one for one in LAYOUTS if sum(c.teacher for c in costs) > 0.01 * sum(c.learn for c in costs) or not one[1].teacher_apart]
+    for name, layout, speed in layouts:
         faster = [StepCosts(rollout_shared=c.rollout_shared, teacher=c.teacher / speed, learn=c.learn / speed, sync=c.sync) for c in costs]
         guess = predict(faster, layout)
         found.append({"layout": name, "step": guess.step, "times": now / guess.step, "idle": dict(guess.idle)})
@@ -240,7 +241,9 @@ def _on_asynchrony(a: Mapping[str, Any]) -> str:
     if a["helps"]:
         return (
             f"Asynchrony can help, if generation gets hardware of its own as fast as this: at most {a['generation_apart']:.2f} times the speed "
-            f"(with every role apart {a['all_apart']:.2f}); at least one step of staleness comes with it. On this hardware alone it cannot help."
+            f"(with every role apart {a['all_apart']:.2f}); at least one step of staleness comes with it. Try "
+            "engine.kind=process asynchrony.max_staleness=1 where a core or device is free (terms on sampled tokens then need weight: engine_ratio); "
+            "where student and learner share what they run on, it cannot help."
         )
     return (
         f"Asynchrony will not help: {a['longest']} takes {a['longest_share']:.0%} of the time, so generating beside the rest gains at most "
