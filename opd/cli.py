@@ -27,6 +27,8 @@ USAGE = """usage: opd COMMAND [NAME] [key=value ...]
   bundle  RUN step=N   one step's rollouts, scores and weights in a file -> <run>/bundles/
   replay  BUNDLE       that step again, bit by bit; with objective=... another objective on the same rollouts
   simulate RUN         what its steps would take elsewhere: replicas=2 staleness=1 learner_speed=4 smaller=RUN2
+  score   RECIPE       a fixed teacher's scores of the data's answers -> scores/RECIPE.sqlite; training then needs no teacher
+  publish RUN          weights (adapters merged), tokenizer and a model card -> <run>/published; repo=OWNER/NAME pushes it to the hub
   show    [RECIPE]     the recipe with every default filled in; alone: lists recipes, methods and runs
 
 examples: opd train recipes/runs/opsd_expr.yaml optimizer.lr=3e-4 seed=1
@@ -134,6 +136,14 @@ def _simulate(words: Sequence[str]) -> None:
     print(simulator.describe(simulator.simulate(_name(words, "simulate RUN"), words[1:])))
 
 
+def _score(words: Sequence[str]) -> None:
+    print(import_module("opd.scoring").score(_name(words, "score RECIPE"), parse_overrides(words[1:])))
+
+
+def _publish(words: Sequence[str]) -> None:
+    print(import_module("opd.publishing").publish(_name(words, "publish RUN"), parse_overrides(words[1:])))
+
+
 def _show(words: Sequence[str]) -> None:
     if not words:
         print(overview())
@@ -163,6 +173,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "bundle": _bundle,
     "replay": _replay,
     "simulate": _simulate,
+    "score": _score,
+    "publish": _publish,
     "show": _show,
 }
 

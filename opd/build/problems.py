@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.build.judge import judge_fingerprint, open_judge
+from opd.config.choices import split_choice
 from opd.config.recipe import Recipe
 from opd.data.presets import PRESETS, Preset, find_preset
 from opd.data.records import Records, existing_file, on_hub, read_records
@@ -132,7 +133,8 @@ def _read(recipe: Recipe, source: str, split: str, verify: Verifier | None) -> t
     preset = find_preset(data.preset) if data.preset else None
     path, subset = source or (preset.path if preset else ""), data.subset or (preset.subset if preset and not source else "")
     if tries_out(recipe, path):
-        return read_prompts(sample_records(verifier_name(recipe)), system=data.system, verify=verify, origin="the made-up sample")
+        made_up = sample_records(split_choice(verifier_name(recipe), "data.verifier")[0])
+        return read_prompts(made_up, system=data.system, verify=verify, origin="the made-up sample")
     records = read_records(path, subset=subset, split=split, limit=data.limit)
     if preset and not data.columns:
         records = _under_our_names(records, preset)

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
 from opd.build.problems import Problems, load_problems, without_long
+from opd.build.stored import open_stores
 from opd.build.student import external_model, load_model, load_tokenizer, pad_id, room_for_prompts, served_paths, smallest_room, student_path
 from opd.build.views import FOREIGN, OTHERS, aligned, checked_views, with_writers
 from opd.config.load import recipe_hash
@@ -37,6 +38,7 @@ from opd.sampler import Sampler, parse_sampler
 from opd.source import Codec, RolloutSource, SourceSettings, parse_source
 from opd.teacher.local import LocalTeacher, frozen_copy
 from opd.teacher.score import SignalScorer, Weights
+from opd.teacher.stored import with_stores
 from opd.text import chat
 from opd.types import Prompt, Verifier
 from opd.verify.adapt import checked
@@ -87,12 +89,13 @@ def build_parts(
     room = room_for_prompts(recipe, model.config, "the student", distant)
     problems = fitting(recipe, problems, encode, min(recipe.data.max_prompt_tokens, room))
     served = served_paths(recipe, choices) if actors else {}
-    near = {name: path for name, (kind, path) in choices.items() if kind in OTHERS and name not in served}
+    stores, loaded = open_stores(recipe, choices, objective, tokenizer)
+    here = {name: kind for name, (kind, _) in choices.items() if name in loaded and name not in served}
+    near = {name: choices[name][1] for name, kind in here.items() if kind in OTHERS}
     teachers = {name: external_model(path, recipe, tokenizer, name, choices[name][0] == FOREIGN) for name, path in near.items()}
     room_for_views = smallest_room(recipe, room, {name: teacher.config for name, teacher in teachers.items()}, served)
-    frozen = [name for name, (kind, _) in choices.items() if kind == "frozen"]
-    if frozen and recipe.model.lora is None:
-        teachers |= dict.fromkeys(frozen, frozen_copy(model))  # one copy under however many views
+    if "frozen" in here.values() and recipe.model.lora is None:
+        teachers |= dict.fromkeys([name for name, kind in here.items() if kind == "frozen"], frozen_copy(model))  # one copy under however many views
     spoken = frozen_copy(model) if speaks_apart(recipe) and not distant else model
     sent = shapes(model)
     if recipe.model.lora:
@@ -113,13 +116,13 @@ def build_parts(
     source = RolloutSource(writer, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show, ranks.beside)
     source = with_writers(source, recipe, engine, reader, room + recipe.sampling.max_tokens, stop_ids)
     rows = {name: vocab_size if spec.tokenizer is None else len(spec.tokenizer) for name, spec in specs.items()}
-    weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), rows[name]) for name, (kind, _) in choices.items() if name not in served}
+    weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), rows[name]) for name, kind in here.items()}
     weights |= {name: aligned(weights[name], tokenizer, spec.tokenizer) for name, spec in specs.items() if spec.tokenizer is not None}
     weights |= served_teachers(recipe, actors, served, tokenizer, check) if served else {}
     return Parts(
         tokenizer=tokenizer, engine=engine, learner=learner, source=source, objective=objective, encode=encode, stop_ids=stop_ids,
         num_parameters=sum(parameter.numel() for parameter in spoken.parameters()),
-        scorer=SignalScorer(weights, objective.needs.signals),
+        scorer=SignalScorer(with_stores(weights, stores), objective.needs.signals),
         views=SignalViews(tokenizer, specs, room_for_views, {name: signal.domain for name, signal in recipe.signals.items()}),
         problems=replace(problems, verify=verify),
     )  # fmt: skip

@@ -165,6 +165,7 @@ class Signal(_Frozen):
     thinking: bool | Literal["student"] | None = Field(
         default="student", description="what the chat template is told for this view; student: as data.thinking, anything else differs on purpose"
     )
+    scores: str = Field(default="", description="file that `opd score` wrote: this teacher's scores of the data's answers are read from it")
     domain: str = Field(default="", description="score only prompts of this domain (or of its parts, domain/...); empty: all")
 
 

@@ -75,4 +75,7 @@ def recipe_exam(recipe: Recipe, split: str) -> Exam:
     problems, ev = load_problems(recipe, None), recipe.eval
     prompts = {"train": problems.train, "dev": problems.dev, "test": problems.test}[split]
     decodings = [Decoding(temperature=t, samples=ev.final_samples, max_tokens=recipe.sampling.max_tokens) for t in ev.temperatures]
-    return Exam(suite=problems.suite, split=split, prompts=prompts, verify=problems.verify, decodings=decodings, notes=problems.notes)
+    return Exam(
+        suite=problems.suite, split=split, prompts=prompts, verify=problems.verify, decodings=decodings, thinking=recipe.data.thinking,
+        notes=problems.notes,
+    )  # fmt: skip

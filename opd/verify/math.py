@@ -3,11 +3,13 @@ r"""Mathematical answers (`#### 42`, `\boxed{\frac12}`, "it is 1,000"): plain nu
 The child can be killed: math-verify's own timeouts are signals, which work in the main thread only and cannot interrupt C code.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -21,11 +23,11 @@ from opd.types import Prompt, Verdict
 from opd.verify.answers import MAX_ANSWER_CHARACTERS, last_number, marked_answer, read_number
 
 _WORKER = Path(__file__).with_name("math_worker.py")
-START_SECONDS = 60.0
+START_SECONDS, RESTART_SECONDS = 60.0, 10.0
 
 
 class MathVerifier:
-    """Owns the child process, which starts at the first answer that needs it and again after each kill.
+    """Owns the child process, which starts at the first answer that needs it; its server of requests is forked anew after each kill.
 
     deadline_seconds: longest time for one answer; beyond it the verdict is an error, never a zero. marked: only an answer after `####` or
     in a box counts; else the last number of a text that marks none does. Answers above 1,000 characters are wrong.
@@ -36,7 +38,7 @@ class MathVerifier:
         self.deadline_seconds, self.marked = deadline_seconds, marked
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
-        self._owner = 0
+        self._owner = self._server = 0
         self._close = lambda: None
 
     def __call__(self, prompt: Prompt, text: str) -> Verdict:
@@ -76,13 +78,32 @@ class MathVerifier:
                 assert child.stdin is not None
                 child.stdin.write(request.encode() + b"\n")
                 child.stdin.flush()
-                reply = _read_line(child, self.deadline_seconds)
+                reply = json.loads(_read_line(child, self.deadline_seconds) or b"{}")
             except BrokenPipeError:
-                reply = b""
+                reply = {}
+            if "ready" in reply:  # the server died of this answer, by itself, and the next one is there
+                self._server = reply["ready"]
+                return {"error": "math-verify's process died of this answer"}
             if not reply:
-                self._close()
+                self._replace_server(child)
                 return {"error": f"math-verify gave no verdict within {self.deadline_seconds:g} seconds"}
-            return json.loads(reply)
+            return reply
+
+    def _replace_server(self, child: subprocess.Popen[bytes]) -> None:
+        """Kill what works on the answer; its parent, which holds everything that takes long to load, forks the next."""
+        if child.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._server, signal.SIGKILL)
+        reply = json.loads(_read_line(child, RESTART_SECONDS) or b"{}")
+        if "ready" in reply:
+            self._server = reply["ready"]
+        elif not ("correct" in reply or "error" in reply) or not self._next_ready(child):  # a verdict that came just too late is not read
+            self._close()
+
+    def _next_ready(self, child: subprocess.Popen[bytes]) -> bool:
+        reply = json.loads(_read_line(child, RESTART_SECONDS) or b"{}")
+        self._server = reply.get("ready", 0)
+        return "ready" in reply
 
     def _start(self) -> subprocess.Popen[bytes]:
         if importlib.util.find_spec("math_verify") is None:
@@ -100,11 +121,13 @@ class MathVerifier:
         )
         self._child, self._owner = child, os.getpid()
         self._close = weakref.finalize(self, _end, child, os.getpid())
-        if not _read_line(child, START_SECONDS):
+        ready = json.loads(_read_line(child, START_SECONDS) or b"{}")
+        if "ready" not in ready:
             self._close()
             raise RuntimeError(
                 f"the math-verify process did not start within {START_SECONDS:g} seconds; try: {sys.executable} -P {_WORKER}"
             )
+        self._server = ready["ready"]
         return child
 
 
@@ -125,7 +148,7 @@ def _shared(deadline_seconds: float, marked: bool) -> MathVerifier:
 
 
 def _read_line(child: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """One line of the child's output; empty when it died or the deadline passed."""
+    """The last line of the child's output so far; empty when it died or the deadline passed."""
     assert child.stdout is not None
     ends, received = time.monotonic() + seconds, b""
     with selectors.DefaultSelector() as selector:
@@ -134,7 +157,7 @@ def _read_line(child: subprocess.Popen[bytes], seconds: float) -> bytes:
             chunk = os.read(child.stdout.fileno(), 65536)
             received += chunk
             if received.endswith(b"\n"):
-                return received
+                return received.splitlines()[-1]
             if not chunk:
                 break
     return b""
@@ -145,5 +168,6 @@ def _end(child: subprocess.Popen[bytes], owner: int) -> None:
         if pipe is not None:
             pipe.close()
     if owner == os.getpid():  # a forked copy of the parent must leave the process to it
-        child.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # with the server that it forked
         child.wait(timeout=10)

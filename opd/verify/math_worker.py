@@ -1,6 +1,6 @@
 """Child process of opd.verify.math: one JSON request a line in, one reply a line out, until its parent closes the pipe or kills it.
 
-Started by path, so that it imports math-verify and nothing of opd: a restart after a kill costs no torch. Answers reach math-verify as
+Started by path, so that it imports math-verify and nothing of opd. Answers reach math-verify as
 LaTeX only, because its other extractor hands text to a Python parser.
 """
 
@@ -11,7 +11,7 @@ import os
 import resource
 import signal
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from math_verify import LatexExtractionConfig, parse, verify
 
@@ -19,13 +19,27 @@ MEMORY_BYTES = 2 << 30
 
 
 def main() -> None:
-    """Serve requests {"gold", "answer", "deadline_seconds"} with {"correct"} or {"error"}."""
+    """Fork a server of requests, and another each time one is killed or dies; end when one ends by itself, at the end of the input.
+
+    The import and the first parse, which take a second, are done once, before the forks: a server is back within milliseconds.
+    """
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # parsers that print must not break the protocol
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     grade("1/2", "0.5")  # the first parse builds grammars: not on a request's clock
-    print(json.dumps({"ready": True}), file=replies, flush=True)
+    while True:
+        server = os.fork()
+        if server == 0:
+            serve(replies)
+            os._exit(0)
+        if os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]) == 0:
+            return
+
+
+def serve(replies: TextIO) -> None:
+    """Say {"ready": own process id}, then answer requests {"gold", "answer", "deadline_seconds"} with {"correct"} or {"error"}."""
+    print(json.dumps({"ready": os.getpid()}), file=replies, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, 2.0 * request["deadline_seconds"])  # ends this process should its parent be gone

@@ -1,5 +1,8 @@
 import json
+import os
+import signal
 import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -155,14 +158,44 @@ def test_missed_deadline_is_an_error_and_the_next_answer_is_graded(tmp_path, mon
     monkeypatch.setattr(math_module, "_WORKER", worker)
     verifier = MathVerifier(deadline_seconds=0.5)
     assert verifier(prompt("\\sqrt{8}"), "\\boxed{2\\sqrt{2}}").correct
-    child = verifier._child
+    child, server = verifier._child, verifier._server
     verdict = verifier(prompt("\\sinh{1}"), "\\boxed{x}")
     assert (verdict.status, verdict.reward) == ("error", 0.0)
     assert "0.5 seconds" in verdict.feedback
-    assert child.poll() is not None, "the hanging child must be gone"
+    assert not Path(f"/proc/{server}").exists(), "the hanging server must be gone"
+    assert child.poll() is None and verifier._server != server, "its parent has forked another, without loading anything again"
     assert verifier(prompt("\\sqrt{8}"), "\\boxed{2\\sqrt{2}}").correct
     verifier.close()
-    assert verifier._child.poll() is not None
+    assert verifier._child.poll() is not None and ends(verifier._server)
+
+
+def ends(pid):
+    """Whether the process is gone, or a zombie that only waits for its new parent, within five seconds."""
+    stat, until = Path(f"/proc/{pid}/stat"), time.monotonic() + 5
+    while time.monotonic() < until:
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_server_that_dies_of_an_answer_is_replaced(tmp_path, monkeypatch):
+    real = math_module._WORKER.read_text()
+    line = "    expected = _read(gold)\n"
+    deadly = real.replace(line, '    if "sinh" in gold:\n        os.kill(os.getpid(), signal.SIGSEGV)\n' + line)
+    worker = tmp_path / "worker.py"
+    worker.write_text(deadly)
+    monkeypatch.setattr(math_module, "_WORKER", worker)
+    verifier = MathVerifier(deadline_seconds=5.0)
+    for _ in range(3):
+        verdict = verifier(prompt("\\sinh{1}"), "\\boxed{x}")
+        assert (verdict.status, verdict.feedback) == ("error", "math-verify's process died of this answer")
+        assert verifier(prompt("\\sqrt{8}"), "\\boxed{2\\sqrt{2}}").correct
+    os.kill(verifier._child.pid, signal.SIGKILL)  # the parent of all servers, too
+    verifier._child.wait(10)
+    os.kill(verifier._server, signal.SIGKILL)
+    assert verifier(prompt("\\sqrt{8}"), "\\boxed{2\\sqrt{2}}").correct
+    verifier.close()
 
 
 def test_hostile_powers_end_in_a_verdict(math):
