@@ -91,8 +91,7 @@ def build_parts(
     served = served_paths(recipe, choices) if actors else {}
     stores, loaded = open_stores(recipe, choices, objective, tokenizer)
     here = {name: kind for name, (kind, _) in choices.items() if name in loaded and name not in served}
-    near = {name: choices[name][1] for name, kind in here.items() if kind in OTHERS}
-    teachers = {name: external_model(path, recipe, tokenizer, name, choices[name][0] == FOREIGN) for name, path in near.items()}
+    teachers = {n: external_model(choices[n][1], recipe, tokenizer, n, kind == FOREIGN) for n, kind in here.items() if kind in OTHERS}
     room_for_views = smallest_room(recipe, room, {name: teacher.config for name, teacher in teachers.items()}, served)
     if "frozen" in here.values() and recipe.model.lora is None:
         teachers |= dict.fromkeys([name for name, kind in here.items() if kind == "frozen"], frozen_copy(model))  # one copy under however many views
