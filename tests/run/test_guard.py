@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import wandb
 import yaml
 from safetensors.torch import load_file
 
@@ -15,7 +16,7 @@ from opd.errors import Paused
 from opd.guard.action import last_good
 from opd.replaying.bundle import weights_name
 from opd.run.folder import read_lines
-from tests.run.test_tracking import records
+from opd.run.offline import read_offline
 
 TINY = {
     "method": "opsd",
@@ -128,5 +129,6 @@ def test_alerts_reach_wandb(tmp_path):
     keys = {"track": {"wandb": "offline", "samples_every": 0}, "steps": 3}
     folder = run(tmp_path / "r", guard={"action": "off", "rules": {"length_drift": {"action": "warn", **SURE}}}, **keys)
     [file] = (folder / "wandb").glob("offline-run*/*.wandb")
-    alerts = [record.alert for record in records(file) if record.HasField("alert")]
-    assert len(alerts) == 1 and alerts[0].title == "r: length_drift" and "step 2" in alerts[0].text
+    wandb.teardown()  # its service has then written everything
+    [(title, text)] = read_offline(file).alerts
+    assert title == "r: length_drift" and "step 2" in text
