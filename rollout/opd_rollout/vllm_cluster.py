@@ -204,7 +204,7 @@ def _join(address: str, namespace: str, folder: Path | None = None) -> None:
     talk.setLevel(logging.ERROR)
     try:
         ray.init(**options)
-    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises also plain Exceptions
         reason = _first_line(error)
         fix = "leave ray.address empty for a cluster of this machine" if address else "free memory or ports on this machine, or use engine=torch"
         if address and "token" in str(error.__cause__ or error):
