@@ -13,7 +13,7 @@ from opd.reference import guard_rails, recipe_reference, shipped_recipes, with_t
 from opd.timing.scaling import with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "kernels").glob("README.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("**/*.md"), *(ROOT / "kernels").glob("README.md")])
 SHORTER = {  # what makes a command of the documents short enough for a test; its words stay as they are
     "train": ["steps=2", "eval.num_problems=8", "eval.final_problems=8", "eval.final_samples=2", "rollout.prompts=4", "track.wandb=disabled"],
     "eval": ["eval.final_problems=8", "eval.final_samples=2"],
