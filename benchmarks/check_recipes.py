@@ -23,7 +23,8 @@ def main() -> None:
         done = subprocess.run([sys.executable, "-m", "opd", "check", str(path)], env=environment, capture_output=True, text=True, check=False)
         rows.append((time.perf_counter() - started, path.stem, done.returncode))
     rows.sort(reverse=True)
-    head = [f"`python benchmarks/check_recipes.py`, {date.today()}, {os.cpu_count()} cores, no GPU, one thread, Python {platform.python_version()}.", ""]
+    machine = f"{os.cpu_count()} cores, no GPU, one thread, Python {platform.python_version()}"
+    head = [f"`python benchmarks/check_recipes.py`, {date.today()}, {machine}.", ""]
     table = ["| recipe | seconds | exit status |", "|---|---|---|", *(f"| `{name}` | {seconds:.1f} | {code} |" for seconds, name, code in rows)]
     OUT.write_text("\n".join([*head, *table]) + "\n", encoding="utf-8")
     print(f"slowest {rows[0][0]:.1f} s ({rows[0][1]}), {sum(code != 0 for _, _, code in rows)} with errors")
