@@ -27,7 +27,7 @@ def write_figures(folder: Path, summary: Summary) -> list[Path]:
         axes.axhline(100 * summary.comparison.target, color=GREY, linestyle="--", linewidth=1)
         if summary.base_dev is not None:
             axes.axhline(100 * summary.base_dev, color=GREY, linestyle=":", linewidth=1)
-        paths += _save(figure, folder / f"accuracy-vs-{cost.replace(' ', '-')}")
+        paths += _save(figure, folder / f"accuracy-vs-{cost.replace(',', '').replace(' ', '-')}")
     passed = [(styles.get(arm.name, -1), found) for arm in summary.arms if (found := passed_band(arm, "")) is not None]
     if passed:
         figure, axes = _axes("k", "pass@k on test, temperature 1 (%)")
