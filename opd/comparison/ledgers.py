@@ -7,6 +7,7 @@ from typing import Any
 
 from opd.comparison.results import RunResult
 from opd.run.spending import Rates
+from opd.run.training import LEDGER
 from opd.timing.ledger import as_dict, read_ledger
 
 
@@ -14,7 +15,8 @@ from opd.timing.ledger import as_dict, read_ledger
 class ArmLedger:
     """Means over finished runs. tokens by who handled them; seconds of training and evaluation; busy, idle: seconds by role.
 
-    energy (kWh) and money are None without prices. disagreements: sentences that name the run.
+    energy (kWh) and money are None without prices. disagreements: sentences that name the run. whole: every run has
+    records of its steps (those made elsewhere have none), so that all sums could be compared.
     """
 
     tokens: Mapping[str, float]
@@ -25,6 +27,7 @@ class ArmLedger:
     energy: float | None
     money: float | None
     disagreements: tuple[str, ...]
+    whole: bool
 
 
 def arm_ledger(runs: Sequence[RunResult], rates: Rates, devices: int) -> ArmLedger | None:
@@ -42,6 +45,7 @@ def arm_ledger(runs: Sequence[RunResult], rates: Rates, devices: int) -> ArmLedg
         energy=None if not rates.watts else fmean(one["energy_kwh"] for one in found),
         money=None if not rates.priced else fmean(one["money"] for one in found),
         disagreements=tuple(f"seed {run.seed}: {said}" for run, ledger in read for said in ledger.disagreements),
+        whole=all(any(what.endswith(LEDGER) for what in ledger.checked) for _, ledger in read),
     )
 
 
