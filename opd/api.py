@@ -20,7 +20,7 @@ from opd.build.devices import device_facts
 from opd.build.spending import num_devices, rates_of
 from opd.build.system import Parts, actors_of, build_parts, check_tracking, input_facts, is_sharded, open_sink, parse_weights
 from opd.build.views import template_notes
-from opd.config.load import load_recipe
+from opd.config.load import load_recipe, refuse_method
 from opd.config.recipe import Recipe
 from opd.config.stages import read_stages
 from opd.errors import Paused
@@ -74,6 +74,8 @@ def train(
     the input before any work starts, Preempted when asked to stop (the state is saved), TooManySkipped when updates keep being refused.
     """
     refuse_other_launchers()
+    if isinstance(recipe, str):
+        refuse_method(recipe, overrides)
     stages = [recipe] if isinstance(recipe, Recipe) else read_stages(recipe, overrides)
     if any(wants_launcher(stage) for stage in stages):
         if verifier is not None or folder is not None:

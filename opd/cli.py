@@ -6,34 +6,13 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from opd.config.load import describe, find_recipe, parse_overrides
+from opd.config.choices import nearest
+from opd.config.load import describe, find_recipe, parse_overrides, refuse_method
 from opd.config.stages import read_stages
 from opd.errors import NotReproduced, Paused, Preempted, RunFailed, TooManySkipped
+from opd.help import PAGES, USAGE, version
 from opd.launcher.driver import refuse_other_launchers, train_stages, wants_launcher
 from opd.overview import overview
-
-USAGE = """usage: opd COMMAND [NAME] [key=value ...]
-
-  train   RECIPE       one run -> runs/<name>/ (the same command again resumes)
-  check   RECIPE       in seconds, without weights or a GPU: what is wrong, how much memory and time it will take (device=h100)
-  compare COMPARISON   several arms x seeds under one budget -> runs/<name>/report.html
-  eval    MODEL_OR_RUN avg@k, pass@k, maj@k with intervals: a run's own problems, data.path=FILE or suite=aime24; server=http://...:8000/v1
-  inspect RUN          token-level viewer -> <run>/inspect.html; other=RUN lays a second run beside it
-  diff    RUN_A RUN_B  every difference between two runs, and which of them can explain a gap in results
-  ledger  RUN          tokens, seconds by role, energy and money that it spent; device_hour=2.5 watts=300 puts prices on them
-  import  trl|wandb SRC a run made elsewhere becomes a run folder that compare and diff read: name=NAME seed=N generations=FILE
-  doctor  RUN          where the seconds went, who waited for whom, whether asynchrony would help
-  diagnose RECIPE      which teacher and view suit the student, before any training -> runs/diagnose-.../diagnosis.html
-  bundle  RUN step=N   one step's rollouts, scores and weights in a file -> <run>/bundles/
-  replay  BUNDLE       that step again, bit by bit; with objective=... another objective on the same rollouts
-  simulate RUN         what its steps would take elsewhere: replicas=2 staleness=1 learner_speed=4 smaller=RUN2
-  score   RECIPE       a fixed teacher's scores of the data's answers -> scores/RECIPE.sqlite; training then needs no teacher
-  publish RUN          weights (adapters merged), tokenizer and a model card -> <run>/published; repo=OWNER/NAME pushes it to the hub
-  show    [RECIPE]     the recipe with every default filled in; alone: lists recipes, methods and runs
-
-examples: opd train recipes/runs/opsd_expr.yaml optimizer.lr=3e-4 seed=1
-          opd compare recipes/compare/demo.yaml
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,11 +22,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     A run that was stopped by SIGTERM or SIGUSR1 is no failure: its state is saved, and the status is 0.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("help", "-h", "--help"):
-        print(USAGE, end="")
+    asks = not words or words[0] in HELP or (words[0] in COMMANDS and any(word in HELP for word in words[1:]))
+    topic = next((word for word in words if word not in HELP), "")
+    if asks and (not topic or topic in PAGES):
+        print(PAGES[topic] if topic else USAGE, end="")
+        return 0
+    words = [topic] if asks else words  # what there is no help for is no command
+    if words[0] in ("version", "-V", "--version"):
+        print(version())
         return 0
     if words[0] not in COMMANDS:
-        print(f"opd: no command {words[0]!r}; commands: {', '.join(COMMANDS)}. `opd help` shows examples.", file=sys.stderr)
+        close = nearest(words[0], COMMANDS)
+        print(f"opd: no command {words[0]!r}{close}; commands: {', '.join(COMMANDS)}. `opd help` shows examples.", file=sys.stderr)
         return 2
     try:
         COMMANDS[words[0]](words[1:])
@@ -74,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(words: Sequence[str]) -> None:
     name, overrides = _name(words, "train RECIPE"), parse_overrides(words[1:])
+    refuse_method(name, overrides)
     refuse_other_launchers()
     stages = read_stages(name, overrides)
     launched = any(wants_launcher(stage) for stage in stages)
@@ -154,11 +141,14 @@ def _show(words: Sequence[str]) -> None:
 
 
 def _name(words: Sequence[str], form: str) -> str:
+    if words and words[0].startswith("-"):
+        parse_overrides(words)  # raises: there are no flags
     if not words or "=" in words[0]:
         raise ValueError(f"a name is missing: opd {form} [key=value ...]; `opd show` lists what there is")
     return words[0]
 
 
+HELP = ("help", "-h", "--help")
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "check": _check,

@@ -75,7 +75,8 @@ def recipe_reference() -> str:
         for name, field in model.model_fields.items():
             nested = _models(field.annotation)
             pending += [(f"{prefix}{name}." if not _is_table(field.annotation) else f"{prefix}{name}.<name>.", inner) for inner in nested]
-            shown = "see below" if nested and isinstance(field.default, BaseModel) else f"`{_plain(field.default)}`"
+            default = "required" if field.is_required() else f"`{_plain(field.get_default(call_default_factory=True))}`"
+            shown = "see below" if nested and isinstance(field.default, BaseModel) else default
             lines.append(f"| `{prefix}{name}` | {_type_name(field)} | {shown} | {_cell(field.description or '')} |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"

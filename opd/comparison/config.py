@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from opd.config.choices import nearest
-from opd.config.load import explain, find_recipe, load_recipe, merge, parse_overrides, read_yaml
+from opd.config.load import PACKAGED, explain, find_recipe, load_recipe, merge, parse_overrides, read_yaml
 from opd.config.recipe import Recipe
 from opd.config.spending import Prices
 from opd.run.spending import QUANTITIES, Rates, from_totals
@@ -172,6 +172,8 @@ def load_comparison(reference: str, overrides: Sequence[str] | Mapping[str, Any]
     """Read a comparison file and validate it with the recipes of all its arms. Raises ValueError with the fix, before any work."""
     path = find_comparison(reference)
     raw = read_yaml(path)
+    if "arms" not in raw and {"method", "model", "objective", "stages", "steps"} & set(raw):
+        raise ValueError(_not_a_comparison(reference))
     raw.setdefault("name", path.stem)
     for key, value in parse_overrides(overrides).items():
         nested = value
@@ -202,7 +204,16 @@ def _check_runs(name: str, arm: Arm, seeds: Sequence[int]) -> None:
 def find_comparison(reference: str) -> Path:
     """The file for a path or a name under recipes/compare."""
     path = Path(reference)
-    return path if path.is_file() else find_recipe(path.name if path.parent.name == "compare" else reference, kind="compare")
+    if path.is_file():
+        return path
+    name = path.name if path.parent.name == "compare" else reference
+    if path.stem in {run.stem for root in (Path("recipes"), *PACKAGED) for run in (root / "runs").glob("*.yaml")}:
+        raise ValueError(_not_a_comparison(reference))
+    return find_recipe(name, kind="compare")
+
+
+def _not_a_comparison(origin: str) -> str:
+    return f"{origin} is a recipe of one run, not a comparison: use opd train {origin} (or opd check {origin})"
 
 
 def parse_comparison(raw: Mapping[str, Any], *, origin: str = "comparison") -> Comparison:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from opd.config.choices import nearest
 from opd.config.recipe import SCHEMA_VERSION, Recipe
+from opd.config.sentences import explain, short
 
 ROOT = Path(__file__).parents[2]
 MIGRATIONS = {
@@ -18,15 +19,6 @@ MIGRATIONS = {
 }
 """Older schema_version -> what to change in a file of it. A change of the format adds its line here and raises SCHEMA_VERSION."""
 
-_ONE_TURN = "opd trains single answers to a prompt: no turns, tools or environments yet; a prompt may hold earlier turns as {role, content}"
-_TEXT = "opd trains text models: no images, audio or video"
-_ROUTING = "routing replay of mixture-of-experts models is not supported: engine=torch runs the learner's own module, engine=vllm refuses such models"
-UNSUPPORTED = {
-    **dict.fromkeys(("turns", "max_turns", "tools", "environment", "env", "multi_turn", "agent"), _ONE_TURN),
-    **dict.fromkeys(("images", "image", "vision", "audio", "video", "processor", "multimodal"), _TEXT),
-    **dict.fromkeys(("routing_replay", "router_replay", "moe", "expert_parallel"), _ROUTING),
-}
-"""Keys that other projects have for what this one does not do -> the reason."""
 PACKAGED = (ROOT / "opd_data/recipes", ROOT / "recipes")  # in an installed wheel; in a checkout
 
 
@@ -37,7 +29,12 @@ def load_recipe(reference: str, overrides: Sequence[str] | Mapping[str, Any] = (
     Raises ValueError that names the file, the key and the fix.
     """
     path = find_recipe(reference)
-    return parse_recipe(read_yaml(path), overrides, origin=str(reference), is_method=path.parent.name == "methods", stem=path.stem)
+    raw = read_yaml(path)
+    if isinstance(record := raw.get("recipe"), dict) and "objective" in record:  # a run's resolved.json: that recipe again
+        if "method" in parse_overrides(overrides):
+            raise ValueError(f"{reference} is the record of a run, every key of its method filled in: for another method start from its recipe file")
+        return parse_recipe(record, overrides, origin=str(reference), resolved=True)
+    return parse_recipe(raw, overrides, origin=str(reference), is_method=path.parent.name == "methods", stem=path.stem)
 
 
 def parse_recipe(
@@ -52,6 +49,8 @@ def parse_recipe(
     """Validate a mapping as a recipe: method file beneath (unless already resolved), overrides on top. Raises ValueError with the fix."""
     changes = parse_overrides(overrides)
     check_schema(raw, origin)
+    if "arms" in raw:
+        raise ValueError(f"{origin} is a comparison of several runs: use opd compare {origin}")
     method = changes.get("method", stem if is_method else raw.get("method", ""))
     hardware = changes.get("hardware", raw.get("hardware", ""))
     merged = dict(raw)
@@ -94,8 +93,25 @@ def find_recipe(reference: str, kind: str = "") -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    known = sorted({p.stem for root in (Path("recipes"), *PACKAGED) for folder in kinds for p in (root / folder).glob("*.yaml")})
-    raise ValueError(f"no recipe {reference!r}{nearest(Path(reference).stem, known)}; known: {', '.join(known) or 'none'}")
+    known = {folder: {p.stem for root in (Path("recipes"), *PACKAGED) for p in (root / folder).glob("*.yaml")} for folder in kinds}
+    listed = ", ".join(sorted(known[kinds[0]])) or "none"
+    close = nearest(Path(reference).stem, set().union(*known.values()))
+    raise ValueError(f"no {NOUNS.get(kind, 'recipe')} {reference!r}{close}; known{'' if kind else ' runs'}: {listed}")
+
+
+NOUNS = {"compare": "comparison"}
+
+
+def refuse_method(reference: str, overrides: Sequence[str] | Mapping[str, Any]) -> None:
+    """Raises ValueError for a method's file where a run is wanted, unless the overrides say what it shall learn from."""
+    path = find_recipe(reference)
+    if path.parent.name != "methods" or any(key.partition(".")[0] == "data" for key in parse_overrides(overrides)):
+        return
+    runs = sorted({p.stem for root in (Path("recipes"), *PACKAGED) for p in (root / "runs").glob(f"{path.stem}_*.yaml")})
+    start = f"{' or '.join(runs[:3])} (`opd show` lists all runs)" if runs else "a run (`opd show` lists them)"
+    raise ValueError(
+        f"{path.stem} is a method, not a run: start from {start}, or add model.path=FOLDER and data.task=expr or data.path=FILE.jsonl"
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -129,8 +145,11 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, A
     if isinstance(overrides, Mapping):
         return dict(overrides)
     parsed = {}
-    for word in overrides:
+    for word, after in zip(overrides, [*overrides[1:], ""], strict=False):
         key, equals, value = word.partition("=")
+        if word.startswith("-"):
+            given = value if equals else after if "=" not in after and not after.startswith("-") else ""
+            raise ValueError(f"{word!r}: opd has no flags: write {key.lstrip('-')}={given or '...'}")
         if not equals or not key:
             raise ValueError(f"{word!r} is not an override: write key=value, e.g. optimizer.lr=3e-4")
         try:
@@ -172,37 +191,6 @@ def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[last] = value
 
 
-def explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
-    """Pydantic's findings as sentences: the key, what is wrong, the nearest valid name."""
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden" and (reason := UNSUPPORTED.get(str(item["loc"][-1]))):
-            lines.append(f"{where}: {reason}")
-        elif item["type"] == "extra_forbidden":
-            fields = _fields_at(model, item["loc"][:-1])
-            lines.append(f"unknown key {where!r}{nearest(str(item['loc'][-1]), fields)}; valid: {', '.join(sorted(fields))}")
-        elif not where:  # about several keys, which the sentence names itself
-            lines.append(item["msg"].removeprefix("Value error, "))
-        else:
-            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (found {_short(item.get('input'))})")
-    return f"{origin}: " + "; ".join(lines)
-
-
-def _fields_at(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
-    current: Any = model
-    for part in loc:
-        field = getattr(current, "model_fields", {}).get(part)
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else getattr(current, "__args__", ())
-        current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), current)
-    return list(getattr(current, "model_fields", {}))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def recipe_hash(recipe: BaseModel) -> str:
     """Eight hex digits of everything that decides the run's result (not its name, nor how it is logged and launched)."""
     unimportant = dict.fromkeys(("name", "track", "launch", "hardware", "target"), True)
@@ -220,7 +208,7 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str =
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key}: {_short(a)} -> {_short(b)}")
+            found.append(f"{prefix}{key}: {short(a)} -> {short(b)}")
     return found
 
 

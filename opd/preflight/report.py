@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from opd.config.load import parse_overrides
+from opd.config.load import parse_overrides, refuse_method
 from opd.config.recipe import Recipe
 from opd.config.stages import read_stages
 from opd.preflight.checks import CHECKS, disk, error
@@ -21,6 +21,7 @@ def check(reference: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> 
     changes = parse_overrides(overrides)
     device = str(changes.pop("device", ""))
     clean = True
+    refuse_method(reference, changes)
     stages = read_stages(reference, changes)
     to_come = {f"runs/{stage.name}" for stage in stages}
     for recipe in stages:

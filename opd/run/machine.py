@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
             continue
     return {
         "packages": found,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "code_hash": code_hash(),
         "python": sys.version.split()[0],
         "hardware": {
@@ -55,7 +55,7 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
     """The checkout's commit; "" for an installed package, which may lie inside a repository that is not ours."""
     here = Path(__file__)
     if shutil.which("git") is None:

@@ -85,7 +85,7 @@ def test_the_command_writes_page_and_figures(tmp_path, monkeypatch, capfd):
         (["diagnose", "opsd_expr", "diagnose.problem=3"], "unknown key 'problem' (did you mean 'problems'?)"),
         (["diagnose", "opsd_expr", "diagnose.branches=3"], "multiple of 2"),
         (["diagnose", "opsd_expr", "diagnose.candidates={a: {weights: frozen, view: fact}}"], "fact"),
-        (["diagnose", "opsd_expr", "optimizer.lrr=3"], "did you mean 'lr'?"),
+        (["diagnose", "opsd_expr", "optimizer.lrr=3"], "did you mean 'optimizer.lr'?"),
     ],
 )
 def test_mistakes_are_explained(words, message, capfd):

@@ -69,7 +69,7 @@ def test_the_python_example_of_the_readme_runs(workplace: Path, monkeypatch):
         )
 
     block = next(block for block in blocks(ROOT / "README.md", "python") if "opd.train" in block)
-    space: dict = {}
+    space: dict = {"__name__": "__main__"}
     exec(compile(block, "README.md", "exec"), space)
     assert (space["folder"] / "metrics.jsonl").read_text().count("\n") == 2
 

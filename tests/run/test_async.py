@@ -220,7 +220,7 @@ def test_a_roll_back_drops_what_the_weights_that_were_taken_back_wrote(tmp_path,
         ({**APART, "asynchrony.in_flight": True}, "max_staleness=1 or more"),
         ({"engine.replicas": 2}, "engine.kind=process"),
         ({**APART, "rollout.sampler": "teacher"}, "rollout.sampler=student"),
-        ({**APART, "asynchrony.max_staleness": -1}, "greater than or equal to 0"),
+        ({**APART, "asynchrony.max_staleness": -1}, "must be at least 0"),
         ({**APART, "asynchrony.staleness": 1}, "max_staleness"),
     ],
 )

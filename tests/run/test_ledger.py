@@ -156,8 +156,8 @@ def test_a_run_stops_on_time_energy_and_money(tmp_path, limits):
         ({"budget": {"auxiliary_tokens": 10}}, "which has no writers: use budget.generated_tokens"),
         ({"budget": {"gpu_seconds": 10}}, "unknown key 'budget.gpu_seconds'"),
         ({"budget": {"role_seconds": {"teachers": 3}}}, "teacher"),
-        ({"budget": {"seconds": -1}}, "greater than or equal to 0"),
-        ({"prices": {"device_hour": -2}}, "greater than or equal to 0"),
+        ({"budget": {"seconds": -1}}, "must be at least 0"),
+        ({"prices": {"device_hour": -2}}, "must be at least 0"),
     ],
 )
 def test_rules_that_cannot_work_are_refused(tmp_path, keys, message):

@@ -55,6 +55,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below; a modul
         "opd.comparison",
         "opd.diagnosis",
         "opd.examination",
+        "opd.help",
         "opd.launcher.driver",
         "opd.launcher.rank",
         "opd.overview",
