@@ -26,7 +26,7 @@ def test_overrides_win_over_run_over_method(tmp_path, monkeypatch):
         (["group=0"], "group: must be above 0"),
         (["lr"], "write key=value"),
         (["method=grpo_"], "no recipe 'grpo_' (did you mean 'grpo'?)"),
-        (["model.lora.rnk=2"], "did you mean 'rank'?"),
+        (["model.lora.rnk=2"], "did you mean 'model.lora.rank'?"),
     ],
 )
 def test_a_mistake_gets_a_sentence_with_the_fix(changes, expected):

@@ -140,15 +140,15 @@ def test_asked_to_stop_all_ranks_save_the_last_whole_step_and_the_run_resumes_bi
 
 @pytest.mark.slow
 def test_a_stalled_rank_is_named_with_its_phase_in_bounded_time(tmp_path):
-    write(tmp_path, steps=5000, checkpoint={"every": 0}, launch={"deadline_seconds": 12, "restarts": 0}, eval={"num_problems": 0, "every": 0})
+    write(tmp_path, steps=5000, checkpoint={"every": 0}, launch={"deadline_seconds": 40, "restarts": 0}, eval={"num_problems": 0, "every": 0})
     run = tmp_path / "runs/run"
     process = start(tmp_path, "train", "r.yaml", "name=run", "learner.ranks=2")
     wait_for(lambda: len(lines(run / "metrics.jsonl")) >= 3)
     os.kill(rank_pids(run)[1], signal.SIGSTOP)
     started = time.monotonic()
     code, said = finish(process, tmp_path)
-    assert code == 1 and time.monotonic() - started < 60
-    assert "stalled: rank 1 in phase " in said and "(stopped, silent for 12 s)" in said and "rank 0 waits in phase" in said, said
+    assert code == 1 and time.monotonic() - started < 100
+    assert "stalled: rank 1 in phase " in said and "(stopped, silent for 40 s)" in said and "rank 0 waits in phase" in said, said
     assert status(run)["state"] == "failed" and "rank 1 in phase" in status(run)["why"]
     assert survivors(tmp_path) == []
 
