@@ -65,7 +65,7 @@ def _train(words: Sequence[str]) -> None:
     stages = read_stages(name, overrides)
     launched = any(wants_launcher(stage) for stage in stages)
     folder = train_stages(stages, name) if launched else import_module("opd.api").train(name, overrides)
-    print(f"run folder: {folder}")
+    print(import_module("opd.run.ending").summary(folder))
 
 
 def _check(words: Sequence[str]) -> None:

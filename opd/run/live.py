@@ -1,5 +1,6 @@
 """Where a run stands: the phase clock, requests to stop, status.json and the terminal view."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -135,7 +136,13 @@ class LiveView:
             self._bar.start()
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """On the terminal; when whoever read it has gone (`opd train ... 2>&1 | head`) the run goes on unseen: its files are the record."""
+        try:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            sys.stderr.flush()
+        except (BrokenPipeError, SystemExit):  # the latter is what the console makes of the former
+            self._quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
     def start_at(self, step: int) -> None:
         self._first, self._started = step, time.monotonic()
@@ -152,7 +159,6 @@ class LiveView:
             self._last_line = time.monotonic()
             rate = (self._last_line - self._started) / max(step - self._first, 1)
             self.say(f"step {step}/{self._steps} {numbers}, about {rate * (self._steps - step):.0f} s left")
-            sys.stderr.flush()
 
     def close(self) -> None:
         if self._bar:
