@@ -3,7 +3,7 @@
 from harness import Sizes, main
 from systems import label_task
 
-FULL = (Sizes(tokens=2048, columns=32_000, hidden_size=512), Sizes(tokens=1024, columns=151_936, hidden_size=512))
+FULL = (Sizes(tokens=512, columns=32_000, hidden_size=512), Sizes(tokens=256, columns=151_936, hidden_size=512))
 QUICK = (Sizes(tokens=48, columns=700, hidden_size=32, chosen=8),)
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def main(name: str, task: Task, full: Sequence[Sizes], quick: Sequence[Sizes], s
     """Command line of a CPU table: --quick, --rounds, --results; and the child process that measures memory."""
     parser = argparse.ArgumentParser(description=f"CPU table '{name}': {', '.join(task.systems)}")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and one round: checks that the script runs")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)

@@ -20,11 +20,11 @@ from harness import RESULTS, Sizes, extra_bytes_in_child, measure, print_extra_b
 from systems import sparse_task
 
 BASE = {
-    "cpu": Sizes(tokens=1024, columns=32_000, hidden_size=512),
+    "cpu": Sizes(tokens=256, columns=32_000, hidden_size=256),
     "cuda": Sizes(tokens=8192, columns=151_936, hidden_size=2048, chosen=64, dtype="bfloat16", device="cuda"),
 }
 GRID = {
-    "cpu": {"tokens": (256, 512, 1024, 2048, 4096), "columns": (8_000, 16_000, 32_000, 64_000, 151_936)},
+    "cpu": {"tokens": (128, 512, 2048), "columns": (8_000, 32_000, 128_000)},
     "cuda": {"tokens": (1024, 4096, 8192, 16_384, 32_768), "columns": (32_000, 64_000, 128_256, 151_936, 256_000)},
 }
 TINY = {"tokens": (16, 32), "columns": (300, 600)}

@@ -17,6 +17,15 @@ def test_the_example_trains():
     assert names["aux"]["kl"].shape == (24,)
 
 
+def test_the_table_of_tests_names_tests_that_exist():
+    section = (KERNELS / "README.md").read_text().split("## The 21 tests")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert [int(row.split("|")[1]) for row in rows] == list(range(1, 22))
+    sources = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", section)
+    assert len(named) > 30 and all(f"def {name}(" in sources for name in named)
+
+
 def test_every_table_runs_and_agrees_with_fp64(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(KERNELS / "benchmarks")
     gpu, harness = importlib.import_module("gpu"), importlib.import_module("harness")
