@@ -290,7 +290,7 @@ class PolicyLearner:
                     add_meters(found, meters(columns, batch.rows, inputs.denominators))
                     if self.observer is not None:
                         self.observer.take(first, batch, columns)
-                add_meters(found, {"tokens/learner": Meter(sum=float(num_tokens(batch)), count=1.0)})
+                add_meters(found, {"tokens/learner": Meter(sum=float(num_tokens(batch)), count=1.0), "padding/learner": padding(batch)})
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -327,6 +327,12 @@ def num_tokens(batch: MicroBatch) -> int:
     if not num_rows(batch):
         return 0
     return batch.layout.input_ids.numel() if mask is None else int(mask.sum())
+
+
+def padding(batch: MicroBatch) -> Meter:
+    """Pads among the tokens that a micro-batch computes."""
+    computed = batch.layout.input_ids.numel() if num_rows(batch) else 0
+    return Meter(sum=float(computed - num_tokens(batch)), count=float(computed))
 
 
 def _random_state() -> dict[str, Any]:

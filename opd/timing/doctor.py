@@ -53,6 +53,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "simulated": simulated(rows),
         "lines": {name: line for name, line in lines(rows, phases).items() if line},
         "answers": answer_lengths(folder),
+        "varied": varied(folder, rows, phases),
     }
 
 
@@ -211,6 +212,42 @@ def answer_lengths(folder: Path) -> dict[str, float]:
     return {"mean": fmean(a for a, _ in steps), "longest": fmean(b for _, b in steps)} if steps else {}
 
 
+def varied(folder: Path, rows: Sequence[Mapping[str, Any]], phases: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """What packing and another K would change, predicted: padding (share), learn_now and learn_packed (seconds a step), k, bytes a step.
+
+    Without pads the learner computes that share fewer tokens; where its time follows its tokens only that part shrinks, else all of it does at
+    most. K changes none of the products with the head: it is 8 bytes a token, id and log-prob, from every teacher to the learner.
+    """
+    padded = [row["padding/learner"] for row in steady(rows) if row.get("padding/learner") is not None]
+    found: dict[str, float] = {}
+    if padded and phases.get("learn"):
+        line, share, now = lines(rows, phases)["learn"], fmean(padded), fmean(steady(phases["learn"]))
+        follows = line is not None and line["r2"] >= FITS
+        found |= {"padding": share, "learn_now": now, "learn_packed": now - share * (line["per_token"] * line["tokens"] if follows and line else now)}
+    recipe = json.loads((folder / "resolved.json").read_text(encoding="utf-8")) if (folder / "resolved.json").is_file() else {}
+    supports = [one for term in recipe.get("objective", []) if isinstance(term.get("support"), dict) for one in term["support"].values()]
+    if sizes := [one.get("k", one.get("draws", 0)) for one in supports]:
+        tokens = steady(_differences([row.get("tokens/student") for row in rows]))
+        found |= {"k": float(max(sizes)), "bytes": 8.0 * max(sizes) * fmean(tokens)}
+    return found
+
+
+def _on_packing_and_k(v: Mapping[str, float]) -> list[str]:
+    said = []
+    if "padding" in v:
+        said.append(
+            f"Packing: {v['padding']:.0%} of what the learner computes is padding; with learner.packed=true it is predicted to take "
+            f"{v['learn_packed']:.3f} s a step in the place of {v['learn_now']:.3f} s. To measure it: opd bundle RUN step=N, then opd replay BUNDLE "
+            "learner.packed=true."
+        )
+    if "k" in v:
+        said.append(
+            f"K = {v['k']:.0f}: {8 * v['k']:.0f} bytes a token from a teacher to the learner, {v['bytes'] / 1e6:.2f} MB a step; twice K doubles that and "
+            "leaves the products with the head as they are."
+        )
+    return said
+
+
 def advice(found: Mapping[str, Any]) -> list[str]:
     """What follows, a sentence each, most important first."""
     said = [_on_asynchrony(found["asynchrony"])]
@@ -230,10 +267,7 @@ def advice(found: Mapping[str, Any]) -> list[str]:
     if grown := {name: ratio for name, ratio in found["drift"].items() if ratio > 1.5}:
         told = ", ".join(f"{name} {ratio:.1f} times" for name, ratio in grown.items())
         said.append(f"Slower towards the end than at first: {told} (longer answers, memory, or a busier machine).")
-    said.append(
-        "Packing and K of a top-k support were not varied in this run: what they would change is not measured. It "
-        "can be: opd bundle RUN step=N, then opd replay BUNDLE learner.packed=true, or another K in objective=..., shows the learner's seconds."
-    )
+    said += _on_packing_and_k(found["varied"])
     return said
 
 

@@ -154,6 +154,9 @@ def test_the_reported_loss_is_the_mean_negative_log_likelihood(make):
     assert report.meters["loss/total"].mean == approx(total / count, abs=1e-5)
     assert report.meters["loss/total"].count == count
     assert report.meters["tokens/learner"].sum == sum(len(one.prompt_ids) + len(one.completion.token_ids) for one in judged)
+    padding = report.meters["padding/learner"]
+    assert padding.count - padding.sum == report.meters["tokens/learner"].sum and 0 < padding.mean < 1
+    assert train(make("torch", packed=True), cases.NLL, 1)[0].meters["padding/learner"].sum == 0
 
 
 FAMILIES = {

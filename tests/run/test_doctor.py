@@ -19,7 +19,7 @@ def folder_of(tmp_path, seconds, tokens=None, extra=None):
             row[name] = sums[name]
         lines.append(json.dumps({**row, **(extra or {})}))
     folder = tmp_path / "r"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "eval.jsonl").write_text(json.dumps({"step": 0, "seconds": 2.5}) + "\n")
     return folder
@@ -36,7 +36,23 @@ def test_seconds_add_up_by_role(tmp_path):
     assert found["roles"]["learner (updates)"]["waits_for"] == pytest.approx({k: v for k, v in expected.items() if k != "learner (updates)"})
     assert found["outside"] == pytest.approx({"evaluation": 2.5, "guard": 3.0}) and found["parts"] == pytest.approx({"learn/gradient": 15.0})
     said = describe("r", found)
-    assert "waited 46% for student (generates), 15% for teacher (scores)" in said and "not measured" in said
+    assert "waited 46% for student (generates), 15% for teacher (scores)" in said and "Packing" not in said
+
+
+def test_packing_and_k_by_hand(tmp_path):
+    """A quarter is padding. Where learning follows its tokens, 0.1 s + 1 ms a token at 900 tokens, only the second part shrinks; else all may."""
+    tokens = [800, 900, 1000] * 20
+    seconds = {"rollout": [1.0] * 60, "learn": [0.1 + 0.001 * n for n in tokens]}
+    counts = {"tokens/learner": tokens, "tokens/student": [500] * 60}
+    folder = folder_of(tmp_path, seconds, counts, {"padding/learner": 0.25})
+    (folder / "resolved.json").write_text(json.dumps({"objective": [{"distill": "reverse_kl", "support": {"student_topk": {"k": 64}}}, {"nll": {}}]}))
+    found = examine(folder)["varied"]
+    assert found["learn_now"] == pytest.approx(1.0, rel=0.01) and found["learn_packed"] == pytest.approx(1.0 - 0.25 * 0.9, rel=0.01)
+    assert (found["k"], found["bytes"]) == (64.0, 8 * 64 * 500)
+    said = " ".join(advice(examine(folder)))
+    assert "25% of what the learner computes is padding" in said and "K = 64: 512 bytes a token" in said and "0.26 MB a step" in said
+    flat = folder_of(tmp_path / "flat", {"rollout": [1.0] * 60, "learn": [0.5] * 60}, {"tokens/learner": tokens}, {"padding/learner": 0.25})
+    assert examine(flat)["varied"]["learn_packed"] == pytest.approx(0.375)
 
 
 def test_bounds_on_asynchrony_by_hand():
