@@ -216,5 +216,5 @@ def test_two_runs_on_one_cluster_have_actors_of_the_same_name_and_do_not_meet():
         finally:
             for process in (first, second, cluster):
                 process.kill()
-                process.communicate()
+                process.wait()
 
