@@ -214,7 +214,9 @@ def test_two_runs_on_one_cluster_have_actors_of_the_same_name_and_do_not_meet():
             third.kill()
             third.communicate()
         finally:
-            for process in (first, second, cluster):
+            for process in (first, second):
                 process.kill()
                 process.wait()
+            cluster.stdin.close()  # Ray ends its own with it
+            cluster.wait(timeout=60)
 
