@@ -242,8 +242,8 @@ def _on_packing_and_k(v: Mapping[str, float]) -> list[str]:
         )
     if "k" in v:
         said.append(
-            f"K = {v['k']:.0f}: {8 * v['k']:.0f} bytes a token from a teacher to the learner, {v['bytes'] / 1e6:.2f} MB a step; twice K doubles that and "
-            "leaves the products with the head as they are."
+            f"K = {v['k']:.0f}: {8 * v['k']:.0f} bytes a token from a teacher to the learner, {v['bytes'] / 1e6:.2f} MB a step; twice K doubles that "
+            "and leaves the products with the head as they are."
         )
     return said
 
