@@ -2,13 +2,22 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import stdtrit
 
 from opd.comparison.results import CurvePoint, RunResult
-from opd.comparison.statistics import Interval, Verdict, holm, two_way_interval, verdict
+from opd.comparison.statistics import (
+    Interval,
+    Verdict,
+    detectable_difference,
+    holm,
+    holm_levels,
+    paired_seeds_to_resolve,
+    two_way_interval,
+    verdict,
+)
 from opd.run.spending import Rates, money
 
 Cost = Callable[[CurvePoint], float]
@@ -38,13 +47,17 @@ def costs_of(runs: Sequence[RunResult], rates: Rates, devices: int) -> dict[str,
 class Matched:
     """An arm's dev accuracy at a cost that all arms reached, linear between evaluations; intervals over seeds, the dev problems being these.
 
-    difference: minus the baseline's, paired by seed; verdict after Holm over the arms. None for the baseline and without shared seeds.
+    difference: minus the baseline's, paired by seed; verdict after Holm over the arms. detectable: the smallest true difference that such an
+    interval would show with a probability of 80 %; seeds_needed: how many would resolve this one, None for more than 100. All None for the
+    baseline and without shared seeds.
     """
 
     cost: float
     accuracy: Interval
     difference: Interval | None
     verdict: Verdict | None
+    detectable: float | None = None
+    seeds_needed: int | None = None
 
 
 def at_equal_cost(arms: Mapping[str, Sequence[RunResult]], take: Cost, baseline: str) -> dict[str, Matched]:
@@ -59,21 +72,20 @@ def at_equal_cost(arms: Mapping[str, Sequence[RunResult]], take: Cost, baseline:
     cost = min(curve[-1][0] for mine in curves.values() for curve in mine.values())
     values = {name: {seed: float(np.interp(cost, *zip(*curve, strict=True))) for seed, curve in mine.items()} for name, mine in curves.items()}
     theirs = values.get(baseline, {})
-    differences = {}
-    for name, ours in values.items():
-        shared = sorted(set(ours) & set(theirs))
-        if name != baseline and shared:
-            differences[name] = _over_seeds([ours[seed] - theirs[seed] for seed in shared])
-    adjusted = dict(zip(differences, holm([found.p_value for found in differences.values()]), strict=True))
-    return {
-        name: Matched(
-            cost=cost,
-            accuracy=_over_seeds(list(ours.values())),
-            difference=differences.get(name),
-            verdict=verdict(differences[name], p_value=adjusted[name]) if name in differences else None,
+    pairs = {name: [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))] for name, ours in values.items() if name != baseline}
+    differences = {name: _over_seeds(found) for name, found in pairs.items() if found}
+    p_values = [found.p_value for found in differences.values()]
+    held = dict(zip(differences, zip(holm(p_values), holm_levels(p_values), strict=True), strict=True))
+    matched = {name: Matched(cost=cost, accuracy=_over_seeds(list(ours.values())), difference=None, verdict=None) for name, ours in values.items()}
+    for name, (p_value, level) in held.items():
+        matched[name] = replace(
+            matched[name],
+            difference=differences[name],
+            verdict=verdict(differences[name], p_value=p_value),
+            detectable=detectable_difference(differences[name], level=level),
+            seeds_needed=paired_seeds_to_resolve(pairs[name], level=level),
         )
-        for name, ours in values.items()
-    }
+    return matched
 
 
 def _over_seeds(values: Sequence[float]) -> Interval:

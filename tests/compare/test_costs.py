@@ -54,6 +54,12 @@ def test_accuracy_at_equal_cost_by_hand(tmp_path):
     half = stats.t.ppf(0.975, 2) * difference.std(ddof=1) / math.sqrt(3)
     assert (found["opd"].difference.mean, found["opd"].difference.low) == pytest.approx((difference.mean(), difference.mean() - half))
     assert found["opd"].verdict == "better" and found["grpo"].difference is None
+    stderr = difference.std(ddof=1) / math.sqrt(3)
+    assert found["opd"].detectable == pytest.approx((stats.t.ppf(0.975, 2) + stats.t.ppf(0.8, 2)) * stderr) and found["grpo"].detectable is None
+    needed = found["opd"].seeds_needed
+    for planned, enough in ((needed, True), (needed - 1, False)):
+        reach = (stats.t.ppf(0.975, planned - 1) + stats.t.ppf(0.8, planned - 1)) * difference.std(ddof=1) / math.sqrt(planned)
+        assert (abs(difference.mean()) >= reach) == enough
     assert at_equal_cost({"sft": arms["sft"]}, COSTS["generated tokens"], "grpo") == {}
 
 
