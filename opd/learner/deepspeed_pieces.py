@@ -91,8 +91,12 @@ def write_pieces(path: Path, pieces: Mapping[str, Piece], extra: Mapping[str, Ma
 
 
 def _compact(tensors: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Copies: a view would be saved with everything that it is a part of."""
-    return {name: [start, {state: tensor.detach().cpu().clone() for state, tensor in states.items()}] for name, (start, states) in tensors.items()}
+    """Copies where it must be: a view would be saved with everything that it is a part of; a whole tensor is written as it is."""
+    return {name: [start, {state: _alone(tensor.detach().cpu()) for state, tensor in states.items()}] for name, (start, states) in tensors.items()}
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() else tensor.clone()
 
 
 class PieceFiles:

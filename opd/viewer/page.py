@@ -24,7 +24,7 @@ LISTED = ("step", "prompt_id", "member", "question", "text", "views", "expected"
 
 
 def write_viewer(folder: Path, *, other: Path | None = None, max_bytes: int = MAX_BYTES) -> Path:
-    """Write folder/inspect.html from samples/step-*.jsonl and return its path.
+    """Write folder/inspect.html, or inspect-with-OTHER.html for two runs, from samples/step-*.jsonl and return its path.
 
     other: a second run to lay beside it; the page then says where the two first differ. Where the files exceed `max_bytes` (a run), middle steps
     are left out and the page says so. Raises ValueError for a run without samples.
@@ -39,8 +39,8 @@ def write_viewer(folder: Path, *, other: Path | None = None, max_bytes: int = MA
         samples += found
         left_out += len(files) - len(kept)
     difference = first_difference(folder, other) if other else None
-    page = folder / "inspect.html"
-    scratch = page.with_name(".inspect.html.tmp")
+    page = folder / (f"inspect-with-{other.name}.html" if other else "inspect.html")
+    scratch = page.with_name(f".{page.name}.tmp")
     scratch.write_text(render([run.name for run in folders], samples, left_out=left_out, difference=difference), encoding="utf-8")
     scratch.replace(page)
     return page
