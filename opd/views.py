@@ -97,11 +97,12 @@ def solution(seen: ViewInput, *, template: str = "") -> View | None:
 def partial_solution(seen: ViewInput, *, share: Share | str, answer: bool = True, template: str = "") -> View | None:
     """The first floor(share x segments) segments of the reference solution, then the final answer unless all are shown or `answer` is false.
 
-    share: a number, or the name of a controller (ATESD, arXiv 2605.11458; AVSD's partial view without the answer, 2605.20643).
+    share: a number, or the name of a controller (ATESD, arXiv 2605.11458; AVSD's partial view without the answer, 2605.20643); all is shown
+    outside of training steps, where controllers give nothing.
     """
     prompt = seen.judged.prompt
     parts = segments(prompt.hints.get("solution", ""))
-    shown = int((seen.controls[share] if isinstance(share, str) else share) * len(parts) + 1e-9)
+    shown = int((seen.controls.get(share, 1.0) if isinstance(share, str) else share) * len(parts) + 1e-9)
     lines = ["".join(parts[:shown]).rstrip(), (prompt.hints.get("answer") or prompt.answer or "") if answer and shown < len(parts) else ""]
     return place(seen, "partial_solution", "\n".join(line for line in lines if line) if parts else "", template)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ class RunGuard:
 
     def vitals(self, samples: Sequence[Sample], s: System) -> Mapping[str, float]:
         """Metrics text/... of the step's answers."""
-        return text_vitals([sample.judged for sample in samples], s.view, answers=self._answers, ngram=self._ngram)
+        prefix = "schedule/controllers/"
+        given = {name.removeprefix(prefix): value for name, value in s.last.items() if name.startswith(prefix)}
+        shown = partial(s.view, controls=given) if given else s.view  # as in this step
+        return text_vitals([sample.judged for sample in samples], shown, answers=self._answers, ngram=self._ngram)
 
     def evaluated(self, row: Mapping[str, Any]) -> None:
         """A dev evaluation; rules see it with the next step."""
