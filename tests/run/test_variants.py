@@ -82,7 +82,7 @@ def test_lora_trains_adapters_only_and_its_frozen_teacher_is_the_adapter_switche
     lora = {"shape": SHAPE, "lora": {"rank": 2, "alpha": 4}}
     opd.train(recipe("sft", method="sft", steps=2), quiet=True)
     opd.train(recipe("same", view="plain", init="runs/sft", model=lora, learner={"kind": kind}, steps=1), quiet=True)
-    assert column("same").abs().max() < 1e-9  # nothing to teach: same weights, same context
+    assert column("same").abs().max() < 1e-7  # nats, in fp32  # nothing to teach: same weights, same context
     opd.train(recipe("lora", init="runs/sft", model=lora, learner={"kind": kind}), quiet=True)
     assert (column("lora") > 1e-6).all() and (column("lora", "gradient_norm") > 0).all()
     before, after = load_file("runs/sft/model/model.safetensors"), load_file("runs/lora/model/model.safetensors")
