@@ -124,12 +124,12 @@ def _saved(config: Any, dtype: torch.dtype, layers: int) -> int:
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
-    def count(tensor: torch.Tensor) -> torch.Tensor:
+    def count(tensor: torch.Tensor) -> None:
+        """Detached and not handed back: a graph that holds its own outputs is never freed, and the weights with it."""
         if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+            kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
 
-    with saved_tensors_hooks(count, lambda tensor: tensor):
+    with saved_tensors_hooks(count, lambda nothing: nothing):
         output = decoder(input_ids=torch.zeros((1, COUNTED_TOKENS), dtype=torch.int64), use_cache=False).last_hidden_state
     del output
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
