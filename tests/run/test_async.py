@@ -1,11 +1,9 @@
 """The asynchronous loop with a real engine process: bounds, versions, resume, kills."""
 
-import contextlib
 import json
 import os
 import random
 import signal
-import threading
 import time
 from signal import SIGKILL, SIGTERM
 
@@ -163,31 +161,24 @@ def test_killed_and_stopped_it_resumes_with_every_prompt_used_once(tmp_path):
 @pytest.mark.slow
 def test_a_generator_killed_at_random_moments_changes_nothing(tmp_path, monkeypatch):
     whole = train(recipe(**ONE, steps=10), folder=tmp_path / "whole", quiet=True)
-    engines, done, killed = [], threading.Event(), []
-    start = process_engine.ProcessEngine._start
+    engines, killed, dice = [], [], random.Random(3)
+    start, record = process_engine.ProcessEngine._start, opd.api.TrainingRun.record
 
     def noted(engine):
         start(engine)
         engines.append(engine)
 
-    def kill():
-        dice = random.Random(3)
-        while len(killed) < 5 and not done.wait(dice.uniform(0.05, 0.4)):
-            if engines:
-                killed.append(engines[-1].pid)
-                with contextlib.suppress(ProcessLookupError):  # it died of the kill before
-                    os.kill(engines[-1].pid, signal.SIGKILL)
-                time.sleep(0.5)
+    def kill(run, report, samples, s):
+        record(run, report, samples, s)
+        if report.step in (1, 4, 7):  # far enough apart that the one before had to be replaced, however slow the machine
+            time.sleep(dice.uniform(0, 0.3))
+            killed.append(engines[-1].pid)
+            os.kill(engines[-1].pid, signal.SIGKILL)
 
     monkeypatch.setattr(process_engine.ProcessEngine, "_start", noted)
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        broken = train(recipe(**ONE, steps=10), folder=tmp_path / "broken", quiet=True)
-    finally:
-        done.set()
-        killer.join()
-    assert len(set(killed)) >= 2 and len(engines) > 1
+    monkeypatch.setattr(opd.api.TrainingRun, "record", kill)
+    broken = train(recipe(**ONE, steps=10), folder=tmp_path / "broken", quiet=True)
+    assert len(set(killed)) == 3 and len(engines) == 4
     assert records(broken)[0] == records(whole)[0] and records(broken)[2] == records(whole)[2] and prompts(broken) == prompts(whole)
     for engine in engines:
         assert not os.path.exists(f"/proc/{engine.pid}") or "Z" in open(f"/proc/{engine.pid}/stat").read().rsplit(")", 1)[1][:3]
