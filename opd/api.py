@@ -54,6 +54,7 @@ from opd.run.training import Plan, TrainingRun
 from opd.stop import StopRequest, stop_signals
 from opd.text import chat
 from opd.timing.ledger import read_ledger, write_ledger
+from opd.timing.profile import Profile
 from opd.types import Prompt
 from opd.verify import final_answer
 from opd.viewer.columns import ShownColumns
@@ -146,10 +147,14 @@ def train_rank(
         ranks.wait()
         if ranks.rank:
             seed_generators(recipe.seed + ranks.rank)  # a verifier's dice fall differently on every rank
+        profile = Profile(folder, recipe, parts, ranks, view.say) if recipe.profile.steps else None
+        if profile:
+            held.callback(profile.close)
+            clock.around = profile.around
         system = make_system(parts, clock)
         if recipe.track.bundle_steps:
             system = replace(system, teachers=Recorder(parts, system.last, weights=True, wanted=lambda: status.coming in recipe.track.bundle_steps))
-        run = make_run(recipe, folder, parts, status, view, ranks, system.teachers)
+        run = make_run(recipe, folder, parts, status, view, ranks, system.teachers, profile)
         clock.stop.at_once = False
         with _recording(folder, run, view, status, ranks):
             reason = train_as_asked(recipe, system, run, clock)
@@ -225,7 +230,9 @@ def make_system(parts: Parts, clock: PhaseClock) -> System:
     )  # fmt: skip
 
 
-def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Reports, view: LiveView, ranks: Ranks, teachers: Any = None) -> TrainingRun:
+def make_run(
+    recipe: Recipe, folder: Path, parts: Parts, status: Reports, view: LiveView, ranks: Ranks, teachers: Any = None, profile: Profile | None = None
+) -> TrainingRun:
     """The run folder's side of the loop. teachers: the system's, which may record steps for bundles."""
     ev, ck, tr = recipe.eval, recipe.checkpoint, recipe.track
     plan = Plan(
@@ -258,6 +265,7 @@ def make_run(recipe: Recipe, folder: Path, parts: Parts, status: Reports, view: 
         save_tokenizer=parts.tokenizer.save_pretrained,
         guard=make_guard(recipe),
         freeze=partial(teachers.write, folder, recipe) if isinstance(teachers, Recorder) else None,
+        measure=profile.step if profile else None,
     )
 
 

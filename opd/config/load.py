@@ -193,7 +193,7 @@ def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 def recipe_hash(recipe: BaseModel) -> str:
     """Eight hex digits of everything that decides the run's result (not its name, nor how it is logged and launched)."""
-    unimportant = dict.fromkeys(("name", "track", "launch", "hardware", "target"), True)
+    unimportant = dict.fromkeys(("name", "track", "launch", "hardware", "target", "profile"), True)
     content = recipe.model_dump(mode="json", exclude={**unimportant, "learner": {"ranks"}})
     if not any(content.get("budget", {}).get(key) for key in ("money", "energy", "device_seconds")):
         content.pop("prices", None)  # then they stop nothing

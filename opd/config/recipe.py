@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from opd.config.model import Model, Target
-from opd.config.spending import Budget, Prices, check_spending
+from opd.config.spending import Budget, Prices, Profile, check_profile, check_spending
 
 SCHEMA_VERSION = 1
 
@@ -311,6 +311,7 @@ class Recipe(_Frozen):
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
     track: Track = Track()
+    profile: Profile = Profile()
 
     @model_validator(mode="before")
     @classmethod
@@ -377,5 +378,6 @@ class Recipe(_Frozen):
 
     @model_validator(mode="after")
     def _spending_fits(self) -> "Recipe":
+        check_profile(self.profile, self.steps)
         check_spending(self.budget, self.prices, has_teacher=bool(self.signals), has_writers=bool(self.writers))
         return self

@@ -36,6 +36,7 @@ SYNONYMS = {
     **dict.fromkeys(("save_steps", "save_freq", "save_every"), "checkpoint.every"),
     **dict.fromkeys(("eval_steps", "test_freq", "eval_every"), "eval.every"),
     **dict.fromkeys(("output_dir", "run_name", "experiment_name", "save_path"), "name"),
+    **dict.fromkeys(("profiler", "profile_steps", "torch_profiler", "tool_config"), "profile.steps"),
     **dict.fromkeys(("report_to", "use_wandb"), "track.wandb"),
     **dict.fromkeys(("num_gpus", "n_gpus", "gpus", "world_size"), "learner.ranks"),
     **dict.fromkeys(("tensor_parallel_size", "tp_size"), "engine.tensor_parallel"),

@@ -1,4 +1,4 @@
-"""What a run may spend and what that costs: the keys `budget` and `prices` of a recipe."""
+"""What a run may spend, what that costs and how its speed is measured: the keys `budget`, `prices` and `profile` of a recipe."""
 
 from typing import Annotated, Literal
 
@@ -56,6 +56,32 @@ class Prices(BaseModel):
     @property
     def priced(self) -> bool:
         return bool(self.device_hour or self.teacher_million or self.kilowatt_hour)
+
+
+class Profile(BaseModel):
+    """A look at speed: tokens/s and MFU by role over some steps, and a trace of the step after them, in the run folder's profile/."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="steps that are measured, after one that warms up; one more is then traced; 0: no profile"
+    )
+    peak_tflops: Amount = Field(
+        default=0.0, description="TFLOP/s of one device, of which MFU is a share; 0: the maker's figure, or measured on a CPU"
+    )
+
+
+def check_profile(profile: Profile, steps: int) -> None:
+    """Raises ValueError for a run that is too short to be measured, or a peak of what is not."""
+    needed = profile.steps + 2
+    if profile.steps and steps < needed:
+        fewer = f", or profile.steps={steps - 2}" if steps > 2 else ""
+        raise ValueError(
+            f"profile.steps is {profile.steps}, and steps is {steps}: one step warms up and one is traced besides, so use "
+            f"steps={needed} or more{fewer}"
+        )
+    if profile.peak_tflops and not profile.steps:
+        raise ValueError(f"profile.peak_tflops={profile.peak_tflops:g} is read by a profile alone: add profile.steps=3, or leave it out")
 
 
 def check_spending(budget: Budget, prices: Prices, *, has_teacher: bool, has_writers: bool) -> None:

@@ -13,6 +13,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
+from opd.build.pretrained import num_experts
+from opd.timing.flops import Products
+
 COUNTED_TOKENS = 16
 
 
@@ -109,6 +112,25 @@ def _parameters(config: Any, dtype: torch.dtype, lora_rank: int) -> tuple[int, i
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     adapters = sum(lora_rank * (m.in_features + m.out_features) for m in linear)
     return sum(p.numel() for p in model.parameters()), adapters
+
+
+def products(config: Any, *, lora_rank: int = 0) -> Products:
+    """Where the weights of a configuration multiply; no weight is made. Raises ValueError for experts, of which a token meets only some."""
+    if experts := num_experts(config):
+        raise ValueError(f"a mixture of {experts} experts: how many weights a token meets is not counted")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text, head = config.get_text_config(), model.get_output_embeddings()
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)} | {id(head.weight)}
+    width = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) * text.num_attention_heads
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    return Products(
+        body=sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in tables),
+        head=head.weight.numel(),
+        heads=(width,) * len(kinds),
+        windows=tuple(text.sliding_window if kind == "sliding_attention" else 0 for kind in kinds),
+        adapters=_parameters(config, torch.float32, lora_rank)[1] if lora_rank else 0,
+    )
 
 
 def _saved(config: Any, dtype: torch.dtype, layers: int) -> int:

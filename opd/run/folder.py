@@ -19,6 +19,7 @@ from opd.run.machine import environment
 MAY_CHANGE = (
     "name",
     "track",
+    "profile",
     "guard",
     "prices",
     "checkpoint.every",

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,11 +40,15 @@ class Reports(Protocol):
 
 @dataclass(slots=True)
 class PhaseClock:
-    """Seconds by phase of the current step; entering a phase publishes it and honours a request to stop, on all ranks alike."""
+    """Seconds by phase of the current step; entering a phase publishes it and honours a request to stop, on all ranks alike.
+
+    around: entered with the name of every phase, for who wants to see them.
+    """
 
     status: Reports
     stop: StopRequest
     ranks: Ranks = ALONE
+    around: Callable[[str], AbstractContextManager[Any]] = nullcontext
     _phase: str = ""
     _seconds: dict[str, float] = field(default_factory=dict)
 
@@ -58,7 +62,7 @@ class PhaseClock:
             raise Preempted(self.stop.reason)
         started = time.perf_counter()
         try:
-            with self.ranks.announcing() if phase in LOCAL else nullcontext():
+            with self.around(phase), self.ranks.announcing() if phase in LOCAL else nullcontext():
                 yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - started

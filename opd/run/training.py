@@ -157,9 +157,10 @@ class TrainingRun:
         save_tokenizer: Callable[[Path], None],
         guard: Guard | None = None,
         freeze: Callable[[StepReport, Sequence[Sample]], Any] | None = None,
+        measure: Callable[[StepReport, Sequence[Sample]], Any] | None = None,
     ) -> None:
         self.folder, self.plan, self.status, self.view = folder, plan, status, view
-        self.guard, self.ranks, self._freeze = guard, ranks, freeze
+        self.guard, self.ranks, self._freeze, self._measure = guard, ranks, freeze, measure
         self.progress, self.sink, self._cut = Progress(), NoSink(), Cut(source={}, last={}, generators={})
         self._open_sink, self._evaluate_dev, self._write_samples, self._save_tokenizer = open_sink, evaluate_dev, write_samples, save_tokenizer
 
@@ -237,6 +238,8 @@ class TrainingRun:
     def record(self, report: StepReport, samples: Sequence[Sample], s: System) -> None:
         """One line of metrics, the live view, and now and then a file of samples."""
         step, totals = report.step + 1, self.progress.totals
+        if self._measure:
+            self._measure(report, samples)
         samples = [sample for sample in samples if not sample.context]  # each answer once
         of_ranks = self.ranks.gather((report.seconds, list(dict.fromkeys(sample.judged.prompt.id for sample in samples))))
         report = replace(report, seconds=of_ranks[0][0])  # budgets are counted by one clock
