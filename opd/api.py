@@ -91,7 +91,7 @@ def train(
     [resolved] = stages
     folder = folder or run_folder(resolved, recipe if isinstance(recipe, str) else "recipe")
     check_run(folder, resolved)
-    if finished(folder):
+    if finished(folder, resolved.steps):
         if not quiet:
             print(f"{folder} is finished: nothing to do", file=sys.stderr)
         return folder

@@ -16,6 +16,7 @@ from opd.build import pretrained
 from opd.config.load import parse_overrides
 from opd.data.presets import PRESETS
 from opd.run.folder import read_lines
+from opd.run.named import find_run
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 OPTIONS = ("out", "repo", "private")
@@ -29,10 +30,10 @@ def publish(run: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> str:
     options = parse_overrides(overrides)
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise ValueError(f"opd publish RUN: unknown option {unknown[0]!r}; options: {', '.join(OPTIONS)}")
-    folder, repo, private = Path(run), str(options.get("repo", "")), options.get("private", True)
+    folder, repo, private = find_run(run), str(options.get("repo", "")), options.get("private", True)
     model, resolved = folder / "model", folder / "resolved.json"
     if not resolved.is_file():
-        raise ValueError(f"{run} is no run folder (no resolved.json); publish what opd train made, e.g. runs/NAME")
+        raise ValueError(f"{folder} has no resolved.json: nothing says how it was trained; publish what opd train made, e.g. runs/NAME")
     if not (model / "config.json").is_file():
         raise ValueError(f"{run} has no model/ yet: finish the run first (opd train with its recipe resumes it)")
     if repo and not _REPO.fullmatch(repo):

@@ -7,6 +7,7 @@ from typing import Any
 from opd.api import evaluate_run, train_run
 from opd.comparison.runner import compare as run_comparison
 from opd.comparison.workers import Functions
+from opd.run.named import find_run
 from opd.viewer.page import write_viewer
 
 
@@ -19,4 +20,4 @@ def inspect(run: str, options: Mapping[str, Any] = {}) -> Path:  # noqa: B006 - 
     """Write the run's token viewer and return its path. options: {"other": RUN} lays a second run beside it. Raises ValueError with the fix."""
     if unknown := sorted(set(options) - {"other"}):
         raise ValueError(f"opd inspect RUN [other=RUN]: unknown option {unknown[0]!r}")
-    return write_viewer(Path(run), other=Path(str(options["other"])) if "other" in options else None)
+    return write_viewer(find_run(run), other=find_run(str(options["other"])) if "other" in options else None)

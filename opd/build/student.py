@@ -1,6 +1,5 @@
 """Models and tokenizers of a recipe: the student, its adapters, other models as teachers."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from opd.build import pretrained, shapes
 from opd.build.problems import Problems
 from opd.config.recipe import Recipe
+from opd.run.named import RUNS, nearest_runs, read_status
 from opd.tasks.tokenizer import character_tokenizer
 from opd.text.bpe import train_byte_bpe
 
@@ -24,11 +24,10 @@ def student_path(recipe: Recipe) -> str:
         )
     if not recipe.init:
         return pretrained.find_model(recipe.model.path) if recipe.model.path else ""
-    folder = Path(recipe.init)
-    status = folder / "status.json"
-    if not status.is_file():
-        raise ValueError(f"init: {folder} is no run folder (no status.json)")
-    if (state := json.loads(status.read_text())["state"]) != "finished":
+    folder = next((place for place in (Path(recipe.init), RUNS / recipe.init) if (place / "status.json").is_file()), Path(recipe.init))
+    if not (status := read_status(folder)):
+        raise ValueError(f"init: {folder} is no run folder (no status.json){nearest_runs(recipe.init)}")
+    if (state := status["state"]) != "finished":
         raise ValueError(f"init: run {folder} is {state}; finish it first (opd train with its recipe resumes it)")
     return pretrained.find_model(str(folder / "model"))
 

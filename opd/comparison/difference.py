@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opd.run.folder import read_lines
+from opd.run.named import find_run
 from opd.viewer.difference import first_difference
 
 Effect = Literal["yes", "exam", "noise", "numerics", "no"]
@@ -101,8 +102,9 @@ class RunDifference:
 
 
 def diff_runs(left: Path, right: Path) -> RunDifference:
-    """Compare two run folders by their manifests, how they ended and what they measured. Raises ValueError with the fix for a folder without one."""
-    manifests = [_manifest(path, other) for path, other in ((left, right), (right, left))]
+    """Two runs' manifests, how they ended, what they measured; by folder or name. Raises ValueError with the fix for one without any."""
+    left, right = find_run(left), find_run(right)
+    manifests = [_manifest(left), _manifest(right)]
     if left.resolve() == right.resolve():
         raise ValueError(f"{left} and {right} are one folder; name two runs")
     ours, theirs = manifests
@@ -125,20 +127,14 @@ def _unrecorded(run: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[Path, 
         yield run, "settings"
 
 
-def _manifest(run: Path, other: Path) -> dict[str, Any]:
+def _manifest(run: Path) -> dict[str, Any]:
     path = run / "resolved.json"
     if path.is_file():
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not valid JSON ({error}): the folder is damaged; give another run") from None
-    if (Path("runs") / run / "resolved.json").is_file():
-        raise ValueError(f"{run} is no run folder; did you mean {Path('runs') / run}?")
-    inside = sorted(found.parent for found in run.glob("runs/*/*/resolved.json"))[:2] if run.is_dir() else []
-    if inside:
-        raise ValueError(f"{run} is a comparison; name two of its runs, e.g. opd diff {' '.join(map(str, inside)) if len(inside) > 1 else inside[0]}")
-    lacks = "has no resolved.json, so it is no run folder" if run.exists() else "does not exist"
-    raise ValueError(f"{run} {lacks}; `opd show` lists the runs of this directory")
+    raise ValueError(f"{run} has no resolved.json: nothing says what was run there; give another run (`opd show` lists them)")
 
 
 def effect_of_key(dotted: str) -> Effect:

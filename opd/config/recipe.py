@@ -215,12 +215,15 @@ class Learner(_Frozen):
 
 
 class Launch(_Frozen):
-    """The processes of a run with several ranks."""
+    """The processes of a run with several ranks, and how a run goes on."""
 
     nodes: Positive = Field(default=1, description="machines; the same command runs on each, with its own node_rank")
     node_rank: NonNegative = Field(default=0, description="number of this machine, from 0; machine 0 writes the run folder")
     master: str = Field(default="", description="HOST:PORT of machine 0 where there are several; a free port that the others reach")
     restarts: NonNegative = Field(default=3, description="restarts after a dead or stalled rank before giving up; a new checkpoint resets the count")
+    extend: bool = Field(
+        default=False, description="a run with a falling learning rate goes on to more steps than it was begun with (with a constant rate it may anyway)"
+    )
     deadline_seconds: float = Field(default=1800.0, gt=0, description="a rank that shows no sign of life for so long has stalled, seconds")
 
 

@@ -18,6 +18,7 @@ from opd.examination.options import Options, parse_options
 from opd.examination.speaker import Speaker, name_of, open_speaker, published_config
 from opd.prompts import check_lengths
 from opd.run.folder import append_line, keep_lines, read_lines
+from opd.run.named import RUNS, find_run, nearest_runs
 from opd.tasks import TASKS
 from opd.text import chat
 from opd.types import Prompt
@@ -29,7 +30,7 @@ BLOCK = 256  # answers between two saves
 def evaluate(model_or_run: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
     """avg@k, pass@k, maj@k with intervals of a run's chosen model, a model folder or hub name, or a model behind `server`; prints and
     returns the rows. On `suite`s, or on a recipe's own problems (`data.task=...`, `data.path=...`; a run's by itself)."""
-    options = parse_options(parse_overrides(overrides))
+    options, model_or_run = parse_options(parse_overrides(overrides)), located(model_or_run)
     recipe = eval_recipe(model_or_run, options)
     exams = exams_of(model_or_run, recipe, options)
     folder, step = results_folder(model_or_run, options), chosen_step(model_or_run)
@@ -51,6 +52,18 @@ def evaluate(model_or_run: str, overrides: Sequence[str] | Mapping[str, Any] = (
         speaker.engine.close()
     say(f"rows and generations: {folder}")
     return rows
+
+
+def located(model_or_run: str) -> str:
+    """A run's folder for its name; a model folder, a hub name or a server's model as it is. Raises ValueError for any other folder here."""
+    if (Path(model_or_run) / "config.json").is_file():
+        return model_or_run
+    try:
+        return str(find_run(model_or_run))
+    except ValueError:
+        if Path(model_or_run).exists() or (RUNS / model_or_run).exists():
+            raise
+        return model_or_run
 
 
 def exams_of(model_or_run: str, recipe: Recipe, options: Options) -> list[Exam]:
@@ -154,7 +167,8 @@ def eval_recipe(model_or_run: str, options: Options) -> Recipe:
     if not resolved.is_file():
         if not options.suite.names and not any(key.startswith("data") for key in changes):
             raise ValueError(
-                f"{model_or_run} is no run folder: say what to examine it on, e.g. suite=math500, data.task=expr or data.path=FILE.jsonl"
+                f"{model_or_run} is no run folder{nearest_runs(model_or_run)}: say what to examine a model on, e.g. suite=math500, data.task=expr or "
+                "data.path=FILE.jsonl"
             )
         return load_recipe("sft", {"model.path": model_or_run, "sampling.max_tokens": 64, "learner.kind": "torch", **changes})
     before = json.loads(resolved.read_text(encoding="utf-8"))["recipe"]

@@ -52,7 +52,7 @@ def train_stages(stages: Sequence[Recipe], reference: str, *, quiet: bool = Fals
     for recipe in stages:
         folder = run_folder(recipe, reference)
         check_run(folder, recipe)
-        if not finished(folder):
+        if not finished(folder, recipe.steps):
             launch(recipe, folder, quiet=quiet)
         elif not quiet:
             print(f"{folder} is finished: nothing to do", file=sys.stderr)

@@ -31,6 +31,7 @@ from opd.replaying.freezing import HIDDEN_MEBIBYTES, Recorder, bundle_path
 from opd.run.folder import INPUTS, checkpoint_step, checkpoints, read_lines
 from opd.run.live import PhaseClock, Status, StopRequest
 from opd.run.machine import environment
+from opd.run.named import find_bundle, find_run
 from opd.run.training import read_checkpoint
 from opd.types import Judged, Meter, Prepared, Sample
 
@@ -57,7 +58,7 @@ def freeze(run: str | Path, step: int, *, weights: bool = True, verifier: Callab
     weights: false leaves weights and optimiser out, and keeps their name. verifier: the one the run was given from Python.
     Raises ValueError for a step the run has not done, and where data, model or verifier are no longer the run's.
     """
-    folder = Path(run)
+    folder = find_run(run)
     recipe, resolved = run_recipe(folder)
     rows = {row["step"]: row for row in read_lines(folder / "metrics.jsonl")}
     if step not in rows:
@@ -140,7 +141,7 @@ def replay(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) 
 
     Raises ValueError for overrides that would change the rollouts, and for an objective that needs scores the bundle does not hold.
     """
-    bundle, changes = read_bundle(Path(path)), parse_overrides(overrides)
+    bundle, changes = read_bundle(find_bundle(path)), parse_overrides(overrides)
     if not bundle.learner:
         raise ValueError(f"{path} was made without weights (weights=false): it can be read, not replayed; make it again with weights=true")
     recipe = replayed_recipe(bundle, changes)

@@ -15,6 +15,7 @@ from typing import Any
 from opd.config.load import differences, recipe_hash
 from opd.config.recipe import Recipe
 from opd.run.machine import environment
+from opd.run.named import process_facts
 
 MAY_CHANGE = (
     "name",
@@ -60,24 +61,41 @@ def run_folder(recipe: Recipe, reference: str) -> Path:
     return Path("runs") / (recipe.name or f"{Path(reference).stem}-{recipe.method or 'method'}-{recipe.seed}-{recipe_hash(recipe)}")
 
 
-def finished(folder: Path) -> bool:
-    """Whether the folder holds a run that reached its end."""
+def finished(folder: Path, steps: int = 0) -> bool:
+    """Whether the folder holds a run that reached its end, which was not meant to come before `steps`."""
     path = folder / "status.json"
-    return path.is_file() and json.loads(path.read_text())["state"] == "finished"
+    status = json.loads(path.read_text()) if path.is_file() else {}
+    return status.get("state") == "finished" and status["steps"] >= steps
 
 
 def check_run(folder: Path, recipe: Recipe) -> None:
-    """Raises ValueError, with the difference, for a folder that holds another recipe's run or no run at all."""
+    """Raises ValueError, with the difference, for a folder that holds another recipe's run or no run at all.
+
+    A run may go on to more steps than it was begun with where its learning rate does not depend on them, or launch.extend says so.
+    """
     resolved = folder / "resolved.json"
     if not resolved.is_file():
         if folder.exists() and (not folder.is_dir() or any(path.name not in LEFTOVERS and not _is_scratch(path) for path in folder.iterdir())):
             raise ValueError(f"{folder} exists and is no run folder (it has no resolved.json). Give this run another name (name=...).")
         return
     changed = [change for change in _changes(resolved, recipe) if not change.startswith(MAY_CHANGE)]
+    if changed and all(change.startswith("steps: ") for change in changed) and recipe.steps > (before := recorded_steps(resolved)):
+        if recipe.optimizer.schedule == "constant" or recipe.launch.extend:
+            return
+        raise ValueError(
+            f"{folder} holds a run of {before} steps whose learning rate falls to 0 at its end (optimizer.schedule={recipe.optimizer.schedule}): "
+            f"with steps={recipe.steps} every step would have had another rate. Add launch.extend=true to go on all the same (it is recorded), or start "
+            f"a new run: name=OTHER, with init={folder} to go on from its model."
+        )
     if changed:
         raise ValueError(
             f"{folder} holds a run of another recipe: {'; '.join(changed)}. Give this one its own name (name=...) or delete that folder."
         )
+
+
+def recorded_steps(resolved: Path) -> int:
+    """The steps of a run's resolved.json."""
+    return json.loads(resolved.read_text(encoding="utf-8"))["recipe"]["steps"]
 
 
 def _changes(resolved: Path, recipe: Recipe) -> list[str]:
@@ -99,6 +117,11 @@ def open_run(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
                 f"{folder} cannot go on: {what} changed since the run began ({key}: {before[key]} -> {facts[key]}). "
                 "Put it back, or give a new run its own name (name=...)."
             )
+    if recipe.steps > before["recipe"]["steps"]:
+        keep_lines(folder / "eval.jsonl", lambda row: row["split"] != "test")  # of the model that it has become by now
+        before["extended"] = [*before.get("extended", []), {"from": before["recipe"]["steps"], "to": recipe.steps}]
+        before["recipe"]["steps"] = recipe.steps
+        write_json(resolved, before)
     if (changed := _changes(resolved, recipe)) != before.get("changed_on_resume", []):
         write_json(resolved, {**before, "changed_on_resume": changed})
 
@@ -133,9 +156,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def status_content(state: str, why: str, *, step: int, steps: int, phase: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What status.json holds; `pid` is this process, `updated` now (UTC)."""
+    """What status.json holds; `pid`, `pid_started` and `host` are this process, `updated` now (UTC)."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"state": state, "step": step, "steps": steps, "phase": phase, "pid": os.getpid(), "why": why, "updated": now, **facts}
+    return {"state": state, "step": step, "steps": steps, "phase": phase, **process_facts(), "why": why, "updated": now, **facts}
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from opd.run.folder import read_lines, write_json
+from opd.run.named import find_run
 from opd.run.spending import ROLE_PHASES
 from opd.timing.simulate import Layout, StepCosts, calibrate, predict
 
@@ -330,7 +331,7 @@ def doctor(run: str, options: Mapping[str, Any]) -> str:
     """`opd doctor RUN`: the text; the figures go to RUN/doctor.json. Raises ValueError with the fix."""
     if options:
         raise ValueError(f"opd doctor RUN takes no options (found {sorted(options)[0]!r})")
-    folder = Path(run)
+    folder = find_run(run)
     if not (folder / "metrics.jsonl").is_file():
         raise ValueError(f"{folder} has no metrics.jsonl: opd doctor reads a run folder; `opd show` lists those here")
     found = examine(folder)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from opd.config.load import explain
 from opd.config.spending import Prices
 from opd.run.folder import read_lines, write_json
+from opd.run.named import find_run
 from opd.run.spending import Rates, Spent, from_totals, kilowatt_hours, money, role_seconds
 from opd.run.training import LEDGER, step_tokens
 
@@ -141,7 +142,7 @@ def describe(name: str, ledger: Ledger) -> str:
 
 def ledger(run: str, overrides: Mapping[str, Any]) -> str:
     """`opd ledger RUN [device_hour=2.5 watts=300 ...]`: the text; the figures go to RUN/ledger.json. Raises ValueError with the fix."""
-    folder = Path(run)
+    folder = find_run(run)
     path = folder / "resolved.json"
     given = json.loads(path.read_text(encoding="utf-8"))["recipe"].get("prices", {}) if path.is_file() else {}
     try:

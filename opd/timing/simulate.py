@@ -15,6 +15,7 @@ from typing import Any
 from opd.config.choices import nearest
 from opd.config.load import parse_overrides
 from opd.run.folder import read_lines
+from opd.run.named import find_run
 
 LEARN = ("views", "prepare", "join", "learn")
 WARM_UP = 3  # first steps of a run that are left out
@@ -157,11 +158,11 @@ DEFAULTS = {"replicas": 1, "staleness": 0, "learner_speed": 1.0, "teacher_apart"
 def simulate(run: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> dict[str, Any]:
     """What a run's steps would take under another layout; see `opd help`. Raises ValueError for a folder without metrics or an unknown key."""
     asked = {**DEFAULTS, **checked_keys(parse_overrides(overrides))}
-    recipe, rows = run_rows(Path(run))
+    recipe, rows = run_rows(find_run(run))
     measured = Layout(replicas=recipe["engine"].get("replicas", 1), max_staleness=recipe.get("asynchrony", {}).get("max_staleness", 0))
     share = asked["fixed_share"]
     if asked["smaller"]:
-        other, other_rows = run_rows(Path(asked["smaller"]))
+        other, other_rows = run_rows(find_run(asked["smaller"]))
         share = fixed_share_of(rows, other_rows, other["rollout"]["prompts"] / recipe["rollout"]["prompts"])
     costs = calibrate(rows, replicas=measured.replicas, fixed_share=share)
     speed = asked["learner_speed"]

@@ -84,7 +84,7 @@ def test_what_cannot_be_published_is_named(run, monkeypatch, tmp_path, capfd):
         ([str(run), "repo=model"], "write repo=OWNER/NAME"),
         ([str(run), "repo=me/model", "private=maybe"], "write private=true or private=false"),
         ([str(run), "rep=me/model"], "unknown option 'rep'; options: out, repo, private"),
-        ([str(tmp_path / "none")], "is no run folder (no resolved.json)"),
+        ([str(tmp_path / "none")], "/none does not exist"),
         ([str(tmp_path / "half")], "has no model/ yet: finish the run first"),
         ([str(run), f"out={tmp_path / 'mine'}"], "exists and was not written by opd publish"),
     ]

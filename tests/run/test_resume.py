@@ -96,3 +96,32 @@ def test_killed_and_stopped_in_every_phase_the_run_ends_bitwise_as_if_it_had_not
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     status, said = opd_process(tmp_path, "train", recipe, SUPPORT, "name=whole")
     assert status == 0 and {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before  # finished: nothing is done
+
+
+def test_a_finished_run_goes_on_to_more_steps_bitwise_as_if_they_had_been_asked_for_at_once(tmp_path):
+    recipe = recipe_file(tmp_path, **{**RECIPE, "optimizer": {"lr": 1e-2, "warmup_steps": 2}, "steps": 5})
+    assert opd_process(tmp_path, "train", recipe, SUPPORT, "name=whole", "steps=5")[0] == 0
+    for steps in (3, 5, 5):
+        status, said = opd_process(tmp_path, "train", recipe, SUPPORT, "name=grown", f"steps={steps}")
+        assert status == 0, said
+    assert "is finished: nothing to do" in said
+    whole, grown = tmp_path / "runs/whole", tmp_path / "runs/grown"
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert without_times(grown / name) == without_times(whole / name)
+    assert same(saved(grown), saved(whole)) and saved(whole)[0] == "step-000005"
+    assert (grown / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    record = json.loads((grown / "resolved.json").read_text())
+    assert record["recipe"]["steps"] == 5 and record["extended"] == [{"from": 3, "to": 5}]
+    status, said = opd_process(tmp_path, "train", recipe, SUPPORT, "name=grown", "steps=4")
+    assert status == 2 and "steps: 5 -> 4" in said
+
+
+def test_a_falling_learning_rate_goes_on_only_where_the_user_says_so(tmp_path):
+    recipe = recipe_file(tmp_path, **{**RECIPE, "optimizer": {"schedule": "linear"}, "steps": 2, "eval": {"every": 0}})
+    assert opd_process(tmp_path, "train", recipe, SUPPORT, "name=falls")[0] == 0
+    status, said = opd_process(tmp_path, "train", recipe, SUPPORT, "name=falls", "steps=4")
+    assert status == 2 and said.count("\n") == 1
+    assert "optimizer.schedule=linear" in said and "launch.extend=true" in said and "init=runs/falls" in said
+    assert opd_process(tmp_path, "train", recipe, SUPPORT, "name=falls", "steps=4", "launch.extend=true")[0] == 0
+    rows = without_times(tmp_path / "runs/falls/metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[2]["learning_rate"] == pytest.approx(0.4375e-4)  # 4/8 and 3/8 of 1e-4
