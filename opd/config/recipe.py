@@ -222,7 +222,7 @@ class Launch(_Frozen):
     master: str = Field(default="", description="HOST:PORT of machine 0 where there are several; a free port that the others reach")
     restarts: NonNegative = Field(default=3, description="restarts after a dead or stalled rank before giving up; a new checkpoint resets the count")
     extend: bool = Field(
-        default=False, description="a run with a falling learning rate goes on to more steps than it was begun with (with a constant rate it may anyway)"
+        default=False, description="a run whose learning rate falls goes on to more steps than it was begun with (with a constant rate any may)"
     )
     deadline_seconds: float = Field(default=1800.0, gt=0, description="a rank that shows no sign of life for so long has stalled, seconds")
 

@@ -84,8 +84,8 @@ def check_run(folder: Path, recipe: Recipe) -> None:
             return
         raise ValueError(
             f"{folder} holds a run of {before} steps whose learning rate falls to 0 at its end (optimizer.schedule={recipe.optimizer.schedule}): "
-            f"with steps={recipe.steps} every step would have had another rate. Add launch.extend=true to go on all the same (it is recorded), or start "
-            f"a new run: name=OTHER, with init={folder} to go on from its model."
+            f"with steps={recipe.steps} every step would have had another rate. Add launch.extend=true to go on all the same (it is recorded), "
+            f"or start a new run: name=OTHER, with init={folder} to go on from its model."
         )
     if changed:
         raise ValueError(
