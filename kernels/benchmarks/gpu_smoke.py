@@ -5,9 +5,6 @@
 
 What is checked: all four operations against fp64 on some rows and against the torch backend on all; tiles of more than 2^31 entries;
 top-k ids on exact ties; peak memory against the formula; bitwise repeats.
-
-NOT RUN YET: no GPU was at hand when this was written. Only --help and --interpret have been run; the kernels have been compiled for
-Hopper (tests/kernels/test_triton_compiles.py), never launched there.
 """
 
 import argparse
@@ -120,15 +117,18 @@ def largest(actual: Tensor, expected: Tensor) -> float:
 def check_sparse(sizes: Sizes) -> Iterator[Finding]:
     inputs, rows = make_inputs(sizes), slice(0, sizes.oracle_rows)
     exact = sparse(inputs, "composable", "reference", rows=rows, dtype=torch.float64)
+    eager = sparse(inputs, "composable", "reference", rows=rows, dtype=torch.float32)  # fp32 logits of fp32 products
     for path in ("composable", "fused"):
         whole = sparse(inputs, path, "triton", chunk_bytes=sizes.chunk_bytes)
         other = sparse(inputs, path, "torch", chunk_bytes=sizes.chunk_bytes)
         for name in OUTPUTS:
             yield Finding(check=f"{path} {name} against fp64", measured=largest(whole[name][rows], exact[name]), limit=3e-5)
+            worse = largest(whole[name][rows], exact[name]) / largest(eager[name], exact[name])
+            yield Finding(check=f"{path} {name}: error over that of eager with fp32 logits", measured=worse, limit=1.5)
             yield Finding(check=f"{path} {name} against torch", measured=largest(whole[name], other[name]), limit=6e-5)
         errors = (whole["d_hidden"][rows].double() - exact["d_hidden"]).norm(dim=1) / exact["d_hidden"].norm(dim=1)
         yield Finding(check=f"{path} d_hidden against fp64, worst row", measured=errors.max().item(), limit=1.6e-2)
-        yield Finding(check=f"{path} d_hidden against fp64, median row", measured=errors.median().item(), limit=5e-3)
+        yield Finding(check=f"{path} d_hidden against fp64, median row", measured=errors.median().item(), limit=3e-3)
         yield Finding(check=f"{path} d_weight against torch", measured=relative(whole["d_weight"], other["d_weight"]), limit=8e-3)
         part = sparse(inputs, path, "triton", rows=rows, chunk_bytes=sizes.chunk_bytes)
         yield Finding(check=f"{path} d_weight against fp64", measured=relative(part["d_weight"], exact["d_weight"]), limit=8e-3)

@@ -113,11 +113,15 @@ def seconds_once(system: System, inputs: Inputs) -> float:
     return time.perf_counter() - begin
 
 
-def interleaved_seconds(systems: dict[str, System], inputs: Sequence[Inputs], *, warmup: int, rounds: int) -> dict[str, list[float]]:
-    """Times by system; each round runs every system once on the round's input set."""
+def interleaved_seconds(
+    systems: dict[str, System], inputs: Sequence[Inputs], *, warmup: int, rounds: int, patience: float = float("inf")
+) -> dict[str, list[float]]:
+    """Times by system; each round runs every system once on the round's input set. A system drops out after 3 rounds and `patience` seconds."""
     times: dict[str, list[float]] = {name: [] for name in systems}
     for turn in range(warmup + rounds):
         for name, system in systems.items():
+            if len(times[name]) >= 3 and sum(times[name]) > patience:
+                continue
             seconds = seconds_once(system, inputs[turn % len(inputs)])
             if turn >= warmup:
                 times[name].append(seconds)
@@ -138,6 +142,9 @@ def gradient_errors(system: System, oracle: System, sizes: Sizes, tokens: int = 
     errors = {"loss": abs(loss.item() - wanted_loss.item()) / abs(wanted_loss.item())}
     for name, got, want in zip(("d_hidden", "d_weight"), actual, wanted, strict=True):
         errors[name] = ((got.double() - want).norm() / want.norm()).item()
+    if actual:
+        by_row = (actual[0].double() - wanted[0]).norm(dim=1) / wanted[0].norm(dim=1)
+        errors |= {"d_hidden_median_row": by_row.median().item(), "d_hidden_worst_row": by_row.max().item()}
     return errors
 
 
@@ -182,7 +189,9 @@ def print_extra_bytes(task: Task, name: str, sizes: Sizes) -> None:
     print(extra_bytes(task.systems[name], make_inputs(sizes)))
 
 
-def measure(task: Task, sizes: Sizes, memory_of: Callable[[str, Sizes], int] | None, *, warmup: int, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    task: Task, sizes: Sizes, memory_of: Callable[[str, Sizes], int] | None, *, warmup: int, rounds: int, patience: float = float("inf")
+) -> list[dict[str, Any]]:
     """A row a system: seconds, ratio to the baseline, extra memory, errors; or why it did not run.
 
     `memory_of` measures a system by name; None measures in this process.
@@ -197,12 +206,12 @@ def measure(task: Task, sizes: Sizes, memory_of: Callable[[str, Sizes], int] | N
             rows.append({"system": name, "did_not_run": f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"})
         else:
             usable[name] = errors
-    times = interleaved_seconds({name: task.systems[name] for name in usable}, sets, warmup=warmup, rounds=rounds)
+    times = interleaved_seconds({name: task.systems[name] for name in usable}, sets, warmup=warmup, rounds=rounds, patience=patience)
     for name, errors in usable.items():
         memory = memory_of(name, sizes) if memory_of else extra_bytes(task.systems[name], sets[0])
         median, ratios = statistics.median(times[name]), None
         if task.baseline in times:
-            ratios = statistics.median(own / base for own, base in zip(times[name], times[task.baseline], strict=True))
+            ratios = statistics.median(own / base for own, base in zip(times[name], times[task.baseline], strict=False))
         rows.append({"system": name, "seconds": median, "ratio": ratios, "extra_bytes": memory, "errors": errors, "all_seconds": times[name]})
     baseline = next((row["extra_bytes"] for row in rows if row["system"] == task.baseline and "seconds" in row), None)
     for row in rows:
@@ -230,20 +239,34 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(name: str, tables: list[dict[str, Any]], folder: Path) -> Path:
-    """Prints the tables and writes them as JSON; returns the file."""
+def write(name: str, tables: list[dict[str, Any]], folder: Path) -> Path:
+    """Writes tables as JSON; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), "tables": tables}, indent=1) + "\n")
+    return path
+
+
+def report(name: str, tables: list[dict[str, Any]], folder: Path) -> Path:
+    """Prints the tables and writes them as JSON; returns the file."""
+    path = write(name, tables, folder)
+    show(tables)
+    print(f"\nwritten to {path}")
+    return path
+
+
+def show(tables: Sequence[dict[str, Any]]) -> None:
+    """Prints tables; one that was left out says why."""
     for table in tables:
+        if "skipped" in table:
+            print(f"\n{table['task']}: skipped, {table['skipped']}")
+            continue
         print(f"\n{table['task']}  " + "  ".join(f"{key}={value}" for key, value in table["sizes"].items()))
         print(f"{'system':28}{'ms':>10}{'ratio':>8}{'MiB':>10}{'ratio':>8}{'loss':>10}{'d_hidden':>10}{'d_weight':>10}")
         for row in table["rows"]:
             print(_line(row))
         for key, value in table.get("floors", {}).items():
             print(f"{key:28}{value * 1e3:10.2f}")
-    print(f"\nwritten to {path}")
-    return path
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -166,16 +166,24 @@ def row_sums_kernel(
     z_row = z_ptr + row_offset(row, z_stride)
     inverse_temperature = tl.load(inverse_temperature_ptr + row)
     m = float("-inf")
-    total = 0.0
-    centred = 0.0
+    totals = tl.zeros([BLOCK], tl.float32)  # a lane's own sums, added up once at the end: a reduction a block costs more than its loads
+    centreds = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         z = tl.load(z_row + column, mask=column < z_stride, other=0.0)
         x, _ = to_logits(z, column, column < num_columns, bias_ptr, inverse_temperature, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
-        m, total, centred = fold(m, total, centred, x)
+        new_m = tl.maximum(m, tl.max(x, axis=0))
+        base = tl.where(new_m == float("-inf"), 0.0, new_m)
+        shift = tl.where(m == float("-inf"), 0.0, m - base)
+        scale = tl.exp(shift)
+        weight = tl.exp(x - base)
+        spread = tl.where(x == float("-inf"), 0.0, x - base)
+        centreds = scale * (centreds + shift * totals) + weight * spread
+        totals = totals * scale + weight
+        m = new_m
     tl.store(m_ptr + row, m)
-    tl.store(total_ptr + row, total)
-    tl.store(centred_ptr + row, centred)
+    tl.store(total_ptr + row, tl.sum(totals, axis=0))
+    tl.store(centred_ptr + row, tl.sum(centreds, axis=0))
 
 
 def row_sums(z: Tensor, constants: TileConstants, tiles: Tiles = TILES) -> RunningSums:

@@ -1,8 +1,15 @@
 """What torch finds to compute on."""
 
+import os
 from typing import Any
 
 import torch
+
+
+def compute_device() -> torch.device:
+    """Where a process's models live: its current GPU, or the CPU where there is none or DeepSpeed is told to stay there."""
+    has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
 
 
 def device_facts() -> dict[str, Any]:

@@ -91,9 +91,12 @@ def generation_config(path: str) -> GenerationConfig | None:
         return None
 
 
-def new_model(config: Any, seed: int, **options: Any) -> torch.nn.Module:
-    """A model of this configuration with weights drawn from the seed. Raises ValueError for one that transformers cannot build."""
-    with torch.random.fork_rng():
+def new_model(config: Any, seed: int, *, device: torch.device | str = "cpu", **options: Any) -> torch.nn.Module:
+    """A model of this configuration on `device`, its weights drawn there from the seed (another device draws others).
+
+    Raises ValueError for one that transformers cannot build.
+    """
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
         try:
             return AutoModelForCausalLM.from_config(config, **options)

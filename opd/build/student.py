@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from opd.build import pretrained, shapes
+from opd.build.devices import compute_device
 from opd.build.problems import Problems
 from opd.config.recipe import Recipe
 from opd.run.named import RUNS, nearest_runs, read_status
@@ -73,13 +74,13 @@ def load_tokenizer(recipe: Recipe, problems: Problems) -> PreTrainedTokenizerBas
 
 
 def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
-    """The student in its dtype; random weights are drawn from the recipe's seed."""
-    path, m = student_path(recipe), recipe.model
+    """The student in its dtype, where this process computes; random weights are drawn there from the recipe's seed."""
+    path, m, device = student_path(recipe), recipe.model, compute_device()
     options: dict[str, Any] = {"dtype": getattr(torch, m.dtype), "attn_implementation": m.attention}
     if path and m.init == "pretrained":
-        model = pretrained.load_model(path, **options)
+        model = pretrained.load_model(path, **options).to(device)
     else:
-        model = pretrained.new_model(student_config(recipe, path, tokenizer), recipe.seed, **options)
+        model = pretrained.new_model(student_config(recipe, path, tokenizer), recipe.seed, device=device, **options)
     if path and stands_in(recipe, path):
         model.generation_config = shapes.shape_generation(path, m.scale)
     elif not path:
@@ -103,9 +104,9 @@ def external_model(path: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
     pretrained.check_same_tokens(tokenizer.get_vocab(), theirs.get_vocab(), path)
     options: dict[str, Any] = {"dtype": getattr(torch, recipe.model.dtype), "attn_implementation": recipe.model.attention}
     if stands_in(recipe, found):
-        model = pretrained.new_model(config_at(recipe, found), recipe.seed + 1, **options)
+        model = pretrained.new_model(config_at(recipe, found), recipe.seed + 1, device=compute_device(), **options)
     else:
-        model = pretrained.load_model(found, **options)
+        model = pretrained.load_model(found, **options).to(compute_device())
     pretrained.check_rows(model, len(tokenizer), f"signals.{name}: teacher {path!r}")
     return model
 

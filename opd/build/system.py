@@ -153,6 +153,7 @@ def make_engine(recipe: Recipe, model: torch.nn.Module, pad: int, vocab_size: in
         pad_id=pad, token_budget=e.token_budget, chunk_bytes=chunk_bytes, vocab_size=vocab_size, in_flight=recipe.asynchrony.in_flight
     )
     options = {"stall_seconds": e.stall_seconds} | ({} if check is None else {"check": check})
+    model = model.cpu()  # its own copy; a child of the fork server shares the host's memory
     engines = [ProcessEngine(model, settings, **options) for _ in range(e.replicas)]
     return engines[0] if len(engines) == 1 else Replicas(engines)
 

@@ -30,7 +30,7 @@ def score_tokens(
     chunk_bytes: int | None = None,
     packed: bool = False,
 ) -> list[TokenScores]:
-    """Scores in the order of the requests, on the model's device; no gradient, evaluation mode.
+    """Scores in the order of the requests, on the CPU but for hidden states; no gradient, evaluation mode.
 
     token_budget bounds the padded tokens of one forward pass and chunk_bytes the head's scratch. `k` = 0 without support_ids gives one
     column: the completion's own token. Raises ValueError for a request that asks for both, or whose sequence exceeds the model.
@@ -98,7 +98,7 @@ def _score_batch(
     else:
         found = head(hidden_ND, partial(_at_token, token_N=layout.token, options=options))
     counts = [len(request.completion_ids) for request in requests]
-    split = {name: tensor.split(counts) for name, tensor in found.items()}
+    split = {name: tensor.cpu().split(counts) for name, tensor in found.items()}
     hidden = hidden_ND.split(counts)
     return [
         {name: parts[index] for name, parts in split.items()} | {"hidden": hidden[index] if request.hidden else None}

@@ -233,7 +233,7 @@ class TorchEngine:
 def _completions(tokens_BT: Tensor, logprobs_BT: Tensor, sampling: Sampling, versions_T: Sequence[int]) -> list[Completion]:
     stops = set(sampling.stop_ids)
     completions = []
-    for row, logprobs in zip(tokens_BT.tolist(), logprobs_BT, strict=True):
+    for row, logprobs in zip(tokens_BT.tolist(), logprobs_BT.cpu(), strict=True):
         end = next((index for index, token in enumerate(row) if token in stops), None)
         length = sampling.max_tokens if end is None else end + 1
         completions.append(

@@ -28,16 +28,17 @@ def test_the_table_of_tests_names_tests_that_exist():
 
 def test_every_table_runs_and_agrees_with_fp64(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(KERNELS / "benchmarks")
-    gpu, harness = importlib.import_module("gpu"), importlib.import_module("harness")
-    tables = gpu.tables(quick=True, device="cpu", rounds=1)
+    gpu = importlib.import_module("gpu")
+    tables = gpu.tables(gpu.plan(True, "cpu"), 1, name="check", folder=tmp_path)
     assert [table["task"] for table in tables] == [
-        "sparse forward KL with tail", "one label a token", "dense JSD between two heads", "top-k scoring with tail and entropy"
+        "sparse forward KL with tail", "top-k scoring with tail and entropy", "dense JSD between two heads", "one label a token"
     ]  # fmt: skip
     rows = {(table["task"], row["system"]): row for table in tables for row in table["rows"]}
     ours = {key: row for key, row in rows.items() if key[1] in ("composable", "fused", "ours_recompute", "ours_in_forward", "topk_logprobs")}
     assert len(ours) == 7 and all("seconds" in row for row in ours.values()), ours
-    assert all(error < 1e-5 for row in ours.values() for error in row["errors"].values())
+    assert all(row["errors"][key] < 1e-5 for row in ours.values() if row["errors"] for key in ("loss", "d_hidden", "d_weight"))
     measured = [row for row in rows.values() if row.get("errors")]
     assert all(row["errors"]["d_hidden"] < 1e-3 for row in measured)  # every system computes the same task
-    path = harness.report("check", tables, tmp_path)
-    assert '"machine"' in path.read_text()
+    assert '"machine"' in (tmp_path / "check.json").read_text()
+    late = gpu.tables(gpu.plan(True, "cpu"), 1, minutes=-1.0)
+    assert all("skipped" in table for table in late)  # a run that is out of time says what it left out
