@@ -13,7 +13,6 @@ every table, so that a run that is cut off loses one. Systems that take long to 
 
 import argparse
 import functools
-import statistics
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
