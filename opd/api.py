@@ -31,6 +31,7 @@ from opd.guard.action import RunGuard
 from opd.guard.rules import parse_rules
 from opd.launcher.driver import refuse_other_launchers, train_stages, wants_launcher
 from opd.launcher.ranks import ALONE, Ranks
+from opd.launcher.script import refuse_unguarded_script
 from opd.learner.memory import is_out_of_memory
 from opd.loop import System
 from opd.loop import train as train_loop
@@ -78,6 +79,8 @@ def train(
     if isinstance(recipe, str):
         refuse_method(recipe, overrides)
     stages = [recipe] if isinstance(recipe, Recipe) else read_stages(recipe, overrides)
+    if any(stage.engine.kind == "process" for stage in stages):
+        refuse_unguarded_script("engine=process")
     if any(wants_launcher(stage) for stage in stages):
         if verifier is not None or folder is not None:
             raise ValueError(

@@ -7,12 +7,14 @@ from typing import Any
 from opd.api import evaluate_run, train_run
 from opd.comparison.runner import compare as run_comparison
 from opd.comparison.workers import Functions
+from opd.launcher.script import refuse_unguarded_script
 from opd.run.named import find_run
 from opd.viewer.page import write_viewer
 
 
 def compare(comparison: str, overrides: Sequence[str] | Mapping[str, Any] = (), *, quiet: bool = False) -> Path:
     """Run what is missing of a comparison and write its report; returns the report's path."""
+    refuse_unguarded_script("opd.compare")
     return run_comparison(comparison, overrides, functions=Functions(train=train_run, evaluate=evaluate_run), quiet=quiet)
 
 

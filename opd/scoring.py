@@ -10,7 +10,7 @@ from opd_rollout.types import ScoreRequest
 
 from opd.build.stored import check_storable, teacher_name
 from opd.build.system import Parts, build_parts, parse_weights, sampling_of
-from opd.config.load import load_recipe, parse_overrides
+from opd.config.load import load_recipe, parse_overrides, refuse_method
 from opd.config.recipe import Recipe
 from opd.source import dataset_completion, parse_source
 from opd.teacher.score import SignalScorer
@@ -30,6 +30,7 @@ def score(reference: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> 
     changes = parse_overrides(overrides)
     out = Path(str(changes.pop("out", f"scores/{Path(reference).stem}.sqlite"))).expanduser()
     problems, check = (_count(changes.pop(name, default), name) for name, default in (("problems", 0), ("check", 8)))
+    refuse_method(reference, changes)
     recipe = load_recipe(reference, {"learner.kind": "torch", **changes})
     recipe = recipe.model_copy(update={"signals": {name: signal.model_copy(update={"scores": ""}) for name, signal in recipe.signals.items()}})
     mixture = parse_source(recipe.rollout.source)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from opd.config.choices import nearest
-from opd.config.load import PACKAGED, explain, find_recipe, load_recipe, merge, parse_overrides, read_yaml
+from opd.config.load import KINDS, PACKAGED, explain, find_recipe, kind_of, load_recipe, merge, parse_overrides, read_yaml
 from opd.config.recipe import Recipe
 from opd.config.spending import Prices
 from opd.run.spending import QUANTITIES, Rates, from_totals
@@ -172,7 +172,7 @@ def load_comparison(reference: str, overrides: Sequence[str] | Mapping[str, Any]
     """Read a comparison file and validate it with the recipes of all its arms. Raises ValueError with the fix, before any work."""
     path = find_comparison(reference)
     raw = read_yaml(path)
-    if "arms" not in raw and {"method", "model", "objective", "stages", "steps"} & set(raw):
+    if "arms" not in raw and {"method", "model", "objective", "stages", "steps", "recipe", "view"} & set(raw):
         raise ValueError(_not_a_comparison(reference))
     raw.setdefault("name", path.stem)
     for key, value in parse_overrides(overrides).items():
@@ -213,6 +213,8 @@ def find_comparison(reference: str) -> Path:
 
 
 def _not_a_comparison(origin: str) -> str:
+    if (noun := kind_of(origin)) in (KINDS["methods"], KINDS["hardware"]):
+        return f"{origin} is {noun}, not a comparison: `opd show` lists the comparisons"
     return f"{origin} is a recipe of one run, not a comparison: use opd train {origin} (or opd check {origin})"
 
 

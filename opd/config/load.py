@@ -51,6 +51,8 @@ def parse_recipe(
     check_schema(raw, origin)
     if "arms" in raw:
         raise ValueError(f"{origin} is a comparison of several runs: use opd compare {origin}")
+    if "stages" in raw:
+        raise ValueError(f"{origin} holds several runs (stages), and one is wanted here: opd train, check and show read such a file")
     method = changes.get("method", stem if is_method else raw.get("method", ""))
     hardware = changes.get("hardware", raw.get("hardware", ""))
     merged = dict(raw)
@@ -93,6 +95,8 @@ def find_recipe(reference: str, kind: str = "") -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    if mistaken := _mistaken(reference, kind):
+        raise ValueError(mistaken)
     known = {folder: {p.stem for root in (Path("recipes"), *PACKAGED) for p in (root / folder).glob("*.yaml")} for folder in kinds}
     listed = ", ".join(sorted(known[kinds[0]])) or "none"
     close = nearest(Path(reference).stem, set().union(*known.values()))
@@ -100,11 +104,39 @@ def find_recipe(reference: str, kind: str = "") -> Path:
 
 
 NOUNS = {"compare": "comparison"}
+KINDS = {"methods": "a method", "runs": "a recipe", "compare": "a comparison", "hardware": "a hardware file"}
+
+
+def kind_of(reference: str) -> str:
+    """Which of KINDS a file or a bare name is, or ""."""
+    path = Path(reference)
+    if path.parent.name in KINDS and path.is_file():
+        return KINDS[path.parent.name]
+    if path.is_file() and path.suffix in (".yaml", ".yml"):
+        return KINDS["compare"] if "arms" in read_yaml(path) else KINDS["runs"]
+    bare = path.name == reference or path.parent.name in KINDS
+    found = [noun for kind, noun in KINDS.items() if bare and any((r / kind / f"{path.stem}.yaml").is_file() for r in (Path("recipes"), *PACKAGED))]
+    return found[0] if found and path.suffix in ("", ".yaml") else ""
+
+
+def _mistaken(reference: str, kind: str) -> str:
+    """A sentence for something else that exists where a recipe or a comparison is wanted, or ""."""
+    for place in (Path(reference), Path("runs") / reference):
+        if (place / "resolved.json").is_file():
+            return f"{place} is a run, not a {NOUNS.get(kind, 'recipe')}: its record is its recipe again, {place}/resolved.json with name=OTHER"
+        if (place / "config.json").is_file():
+            return f"{place} is a model's folder, not a {NOUNS.get(kind, 'recipe')}: a recipe takes it with model.path={place}"
+    noun = kind_of(reference)
+    if noun == KINDS["hardware"]:
+        return f"{reference} is a hardware file: add it to a recipe with hardware={Path(reference).stem}"
+    return f"{reference} is {noun}, not a comparison: `opd show` lists the comparisons" if kind == "compare" and noun else ""
 
 
 def refuse_method(reference: str, overrides: Sequence[str] | Mapping[str, Any]) -> None:
-    """Raises ValueError for a method's file where a run is wanted, unless the overrides say what it shall learn from."""
+    """Raises ValueError for a hardware file, and for a method's where a run is wanted, unless the overrides say what it shall learn from."""
     path = find_recipe(reference)
+    if path.parent.name == "hardware":
+        raise ValueError(f"{reference} is a hardware file: add it to a recipe with hardware={path.stem}")
     if path.parent.name != "methods" or any(key.partition(".")[0] == "data" for key in parse_overrides(overrides)):
         return
     runs = sorted({p.stem for root in (Path("recipes"), *PACKAGED) for p in (root / "runs").glob(f"{path.stem}_*.yaml")})

@@ -7,7 +7,7 @@ from typing import Any
 
 from opd.build.problems import load_problems
 from opd.build.system import build_parts
-from opd.config.load import load_recipe, parse_recipe, recipe_hash
+from opd.config.load import load_recipe, parse_recipe, recipe_hash, refuse_method
 from opd.diagnosis.config import default_candidates, measured_recipe, split_overrides
 from opd.diagnosis.measure import measure
 from opd.diagnosis.report import figures, write
@@ -21,6 +21,7 @@ def diagnose(reference: str, overrides: Sequence[str] | Mapping[str, Any] = ()) 
     The page and its JSON lie in runs/diagnose-RECIPE-HASH/. Raises ValueError for what could not work, before anything is generated.
     """
     settings, changes = split_overrides(overrides)
+    refuse_method(reference, changes)
     recipe = load_recipe(reference, changes)
     candidates = settings.candidates or default_candidates(recipe, list(load_problems(recipe, None).train[:32]))
     measured = parse_recipe(measured_recipe(recipe, settings, candidates), origin="diagnose", resolved=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.accuracy import EvalResult, decoding_name, write_evaluation
-from opd.config.load import load_recipe, parse_overrides, parse_recipe
+from opd.config.load import kind_of, load_recipe, parse_overrides, parse_recipe
 from opd.config.recipe import Recipe
 from opd.eval import Codec, EvalSettings, evaluation_row, judged_answers
 from opd.examination.exams import Decoding, Exam, recipe_exam, suite_exam
@@ -30,7 +30,8 @@ BLOCK = 256  # answers between two saves
 def evaluate(model_or_run: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
     """avg@k, pass@k, maj@k with intervals of a run's chosen model, a model folder or hub name, or a model behind `server`; prints and
     returns the rows. On `suite`s, or on a recipe's own problems (`data.task=...`, `data.path=...`; a run's by itself)."""
-    options, model_or_run = parse_options(parse_overrides(overrides)), located(model_or_run)
+    options = parse_options(parse_overrides(overrides))
+    model_or_run = model_or_run if options.server else located(model_or_run)
     recipe = eval_recipe(model_or_run, options)
     exams = exams_of(model_or_run, recipe, options)
     folder, step = results_folder(model_or_run, options), chosen_step(model_or_run)
@@ -61,7 +62,7 @@ def located(model_or_run: str) -> str:
     try:
         return str(find_run(model_or_run))
     except ValueError:
-        if Path(model_or_run).exists() or (RUNS / model_or_run).exists():
+        if Path(model_or_run).exists() or (RUNS / model_or_run).exists() or kind_of(model_or_run):
             raise
         return model_or_run
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from opd.config.load import KINDS, kind_of
+
 RUNS = Path("runs")
 EVIDENCE = ("resolved.json", "metrics.jsonl", "eval.jsonl", "samples")  # any of them makes a folder a run's
 SHOWN = 6  # names in a sentence
@@ -29,6 +31,10 @@ def find_run(reference: str | Path) -> Path:
             return found[0]
         if inside := found or sorted(runs_in(place)):
             raise ValueError(_several(place, inside))
+    if noun := kind_of(str(reference)):
+        makes = f"opd {'compare' if noun == KINDS['compare'] else 'train'} {reference} makes " + ("runs" if noun == KINDS["compare"] else "one")
+        made = "name a run that used it" if noun in (KINDS["methods"], KINDS["hardware"]) else makes
+        raise ValueError(f"{reference} is {noun}, and a run folder is wanted: {made}{_known()}")
     for place in places:
         if place.is_file():
             raise ValueError(f"{place} is a file; a run folder is wanted, such as opd train makes under runs/")
@@ -41,8 +47,10 @@ def find_run(reference: str | Path) -> Path:
 def find_bundle(reference: str | Path) -> Path:
     """The file of a recorded step: as given, or the only one of a run. Raises ValueError for a run with none or several, or no such thing."""
     given = Path(reference)
-    if given.is_file() or given.suffix:
+    if given.suffix == ".safetensors":
         return given
+    if given.is_file():
+        raise ValueError(f"{given} is no bundle: opd bundle RUN step=N writes one, RUN/bundles/step-N.safetensors")
     folder = find_run(reference)
     found = sorted(folder.glob("bundles/*.safetensors"))
     if len(found) != 1:

@@ -111,7 +111,7 @@ CASES = [
     ("eval nowhere", ["nowhere is no run folder", "data.task=expr"]),
     ("eval nowhere data.task=expr", ["'nowhere'", "no such folder here"]),
     ("eval models/nowhere data.task=expr", ["no model folder 'models/nowhere'"]),
-    ("inspect nowhere", ["nowhere has no samples"]),
+    ("inspect nowhere", ["neither nowhere nor runs/nowhere exists", "opd train RECIPE makes one"]),
     ("compare nowhere.yaml", ["nowhere.yaml"]),
     ("show grpoo", ["no recipe 'grpoo' (did you mean 'grpo'?)"]),
     # keys, methods, types
