@@ -129,8 +129,8 @@ def test_old_samples_without_the_new_columns_open(run):
     ("words", "message"),
     [
         (["inspect"], "a name is missing"),
-        (["inspect", "EMPTY"], "no samples"),
-        (["inspect", "RUN", "other=EMPTY"], "EMPTY has no samples"),
+        (["inspect", "EMPTY"], "EMPTY is no run folder"),
+        (["inspect", "RUN", "other=EMPTY"], "EMPTY is no run folder"),
         (["inspect", "RUN", "step=3"], "unknown option 'step'"),
     ],
 )

@@ -123,7 +123,7 @@ def test_slow_steps_and_drift(tmp_path):
     ("words", "message"),
     [
         (["doctor"], "a name is missing"),
-        (["doctor", "nowhere"], "no metrics.jsonl"),
+        (["doctor", "nowhere"], "neither nowhere nor runs/nowhere exists"),
         (["doctor", "SHORT"], "at least 2"),
         (["doctor", "SHORT", "step=3"], "takes no options"),
     ],

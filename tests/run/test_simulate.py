@@ -123,7 +123,7 @@ def test_the_command(tmp_path, capsys):
         (["learner_speed=0"], "above 0"),
         (["teacher_apart=maybe"], "true or false"),
         (["fixed_share=2"], "from 0"),
-        (["smaller=nowhere"], "nowhere is no run"),
+        (["smaller=nowhere"], "neither nowhere nor runs/nowhere exists"),
         (["smaller=RUN"], "fewer prompts"),
     ],
 )
