@@ -1,19 +1,15 @@
 """Answers for coming steps, collected in a thread while the learner works on the present one."""
 
-import base64
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from opd.errors import Preempted
 from opd.launcher.ranks import ALONE, Ranks
 from opd.loop import RolloutSource
-from opd.replaying.bundle import decode, encode
+from opd.replaying.bundle import pack, unpack
 from opd.types import Judged, Meter
 
 POLL_SECONDS = 0.2
@@ -165,24 +161,10 @@ def staleness_meters(judged: Sequence[Judged], version: int) -> dict[str, Meter]
 
 def to_plain(batch: Batch) -> dict[str, Any]:
     """JSON values, bit for bit."""
-    tensors: dict[str, Tensor] = {}
-    content = encode([batch.judged, batch.meters], tensors)
-    packed = {
-        name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), base64.b64encode(_bytes(tensor)).decode()]
-        for name, tensor in tensors.items()
-    }
-    return {"content": content, "tensors": packed, "after": batch.after, "seconds": batch.seconds}
+    return {**pack([batch.judged, batch.meters]), "after": batch.after, "seconds": batch.seconds}
 
 
 def from_plain(plain: Mapping[str, Any]) -> Batch:
     """What `to_plain` was given."""
-    tensors = {}
-    for name, (dtype, shape, data) in plain["tensors"].items():
-        raw = torch.frombuffer(bytearray(base64.b64decode(data)), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
-        tensors[name] = raw.view(getattr(torch, dtype)).reshape(shape)
-    judged, meters = decode(plain["content"], tensors)
+    judged, meters = unpack(plain)
     return Batch(judged=judged, meters=meters, after=plain["after"], seconds=plain["seconds"])
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()

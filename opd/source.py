@@ -19,10 +19,9 @@ from opd.config.choices import nearest, resolve
 from opd.launcher.ranks import ALONE, Ranks, dealt
 from opd.objective.schedules import SCHEDULES
 from opd.objective.terms import Schedule, scheduled_value
+from opd.replay_buffer import DATASET, VIEW, ReplayBuffer, ReplaySettings, check_replay
 from opd.types import Judged, Meter, Prompt, Verdict, Verifier
 from opd.verify import judge_all
-
-DATASET, VIEW = "dataset", "view"
 
 
 class Stream(Protocol):
@@ -56,7 +55,8 @@ class SourceSettings:
     named `dataset_hint` is the (only) answer, or the student answers while it reads the view of the signal `view`; schedule gives it anew
     at every step. paired: every prompt gets the student's answers and the dataset's as the last of its group. filter "mixed_groups" drops
     groups whose scored rewards are all equal and draws others, at most `max_refill` times. overlong "mask": completions cut at max_tokens
-    leave the loss. max_error_share: at this share of verifier errors in a step the run stops.
+    leave the loss. max_error_share: at this share of verifier errors in a step the run stops. replay: answers of earlier steps, kept per rank,
+    that take the place of some new ones.
     """
 
     num_prompts: int
@@ -72,6 +72,7 @@ class SourceSettings:
     overlong: Literal["keep", "mask"] = "keep"
     max_prompt_tokens: int = 1 << 20
     max_error_share: float = 1.0
+    replay: ReplaySettings | None = None
 
 
 class RolloutSource:
@@ -95,6 +96,8 @@ class RolloutSource:
         assert settings.num_prompts % ranks.count == 0, "every rank owns as many whole groups"
         self._engine, self._stream, self._verify, self._codec, self._sampling = engine, stream, verify, codec, sampling
         self.settings, self._ranks, self._share = settings, ranks, settings.num_prompts // ranks.count
+        self._replay = None if settings.replay is None else ReplayBuffer(settings.replay, seed=settings.seed, rank=ranks.rank)
+        self._student_share = settings.student_share
         self._meters: dict[str, Meter] = {}
         self._totals = {"generated_tokens": 0, "discarded_tokens": 0, "verifier_errors": 0}
 
@@ -103,29 +106,43 @@ class RolloutSource:
 
         All ranks draw from one stream, each takes its part, so the step's prompts do not depend on how many there are. With a filter the
         batch may hold fewer groups than asked for; when no group of any rank passes, the unfiltered groups of the last round come back.
+        Groups of earlier steps come last; no prompts are drawn for them.
         Raises ValueError for a prompt that is too long or lacks the dataset's answer, and when the verifier fails on too large a share.
         """
         found: dict[str, float] = {}
+        share = self._student_share
         if self.settings.schedule is not None:
-            share = scheduled_value(self.settings.schedule, "rollout.source", step, metrics or {}, found)
-            self.settings = replace(self.settings, student_share=min(max(share, 0.0), 1.0))
+            share = min(max(scheduled_value(self.settings.schedule, "rollout.source", step, metrics or {}, found), 0.0), 1.0)
+        again: list[list[Judged]] = []
+        if self._replay is not None:
+            again, share = self._replay.draw(step, self._share, share, metrics or {})
+        self.settings = replace(self.settings, student_share=share)
+        kept, dropped, rounds = self._new_groups(step, self._share - len(again))
+        self._account(kept, dropped, rounds)
+        self._meters |= {name: Meter(sum=value, count=1.0) for name, value in found.items()}
+        if self._replay is not None:
+            self._replay.add(step, kept)
+            self._meters |= self._replay.meters()
+        return [replace(item, group=group) for group, members in enumerate([*kept, *again]) for item in members]
+
+    def _new_groups(self, step: int, wanted: int) -> tuple[list[list[Judged]], list[list[Judged]], int]:
+        """(kept groups, dropped ones, rounds of generation) of the `wanted` that this rank has to fill."""
         kept: list[list[Judged]] = []
         dropped: list[list[Judged]] = []
         answered: list[list[Judged]] = []
         drawn: Counter[str] = Counter()
         filtered = self.settings.filter != "none"
-        missing, rounds = [self._share] * self._ranks.count, 0
+        missing = [wanted] * self._ranks.count if self._replay is None else self._ranks.gather(wanted)
+        everything, rounds = sum(missing), 0
         while sum(missing) and rounds <= (self.settings.max_refill if filtered else 0):
             rounds += 1
             answered = self._answer(self._draw(missing, drawn), step)
             for members in answered:
                 (kept if not filtered or is_mixed(members) else dropped).append(members)
-            missing = self._ranks.gather(self._share - len(kept)) if filtered else [0]
-        if filtered and sum(missing) == self.settings.num_prompts:
+            missing = self._ranks.gather(wanted - len(kept)) if filtered else [0]
+        if filtered and rounds and sum(missing) == everything:
             kept, dropped = dropped[len(dropped) - len(answered) :], dropped[: len(dropped) - len(answered)]
-        self._account(kept, dropped, rounds)
-        self._meters |= {name: Meter(sum=value, count=1.0) for name, value in found.items()}
-        return [replace(item, group=group) for group, members in enumerate(kept) for item in members]
+        return kept, dropped, rounds
 
     def meters(self) -> Mapping[str, Meter]:
         """What the last step's answers were like; discarded ones included, the dataset's not."""
@@ -137,12 +154,15 @@ class RolloutSource:
 
     def state(self) -> dict[str, Any]:
         """Plain values from which `load_state` continues exactly."""
-        return {"stream": self._stream.state(), "totals": dict(self._totals)}
+        kept = {} if self._replay is None else {"replay": self._replay.state()}
+        return {"stream": self._stream.state(), "totals": dict(self._totals), **kept}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken."""
         self._stream.load_state(state["stream"])
         self._totals.update(state["totals"])
+        if self._replay is not None:
+            self._replay.load_state(state.get("replay", []))
 
     def _draw(self, missing: Sequence[int], drawn: Counter[str]) -> list[tuple[Prompt, int]]:
         """This rank's part of the prompts that the ranks miss, each with the number of its first sample in this step."""
@@ -290,6 +310,8 @@ def check_settings(settings: SourceSettings) -> None:
         raise ValueError(f"the student's share must lie between 0 and 1, found {settings.student_share}")
     if settings.student_share < 1 and not settings.dataset_hint and not settings.view:
         raise ValueError("rollout.source mixes in the dataset but names no hint to learn from, e.g. {dataset: solution}")
+    if settings.replay is not None:
+        check_replay(settings.replay, student=settings.student_share > 0 or settings.schedule is not None)
     if settings.filter == "mixed_groups" and (settings.group < 2 or settings.paired or (settings.student_share < 1 and not settings.view)):
         raise ValueError(
             "rollout.filter mixed_groups compares the student's answers to one prompt: it needs group 2 or more and source student"
@@ -354,7 +376,7 @@ def rollout_meters(judged: Sequence[Judged], discarded: Sequence[Judged]) -> dic
         meters["length/mean"] = _mean([float(len(item.completion.token_ids)) for item in ours])
         meters["length/truncated"] = _mean([float(item.completion.finish == "length") for item in ours])
         meters["tokens/discarded"] = Meter(sum=float(generated_tokens(discarded)), count=1.0)
-    for status in ("abstain", "error"):
+    for status in ("abstain", "error") if judged else ():
         meters[f"verdict/{status}"] = _mean([float(item.verdict.status == status) for item in judged])
     if scored:
         meters["reward/mean"] = _mean([verdict.reward for verdict in scored])

@@ -33,6 +33,7 @@ from opd.learner.torch_learner import torch_learner
 from opd.learner.types import Learner, LearnerSettings, OptimizerSettings
 from opd.objective import Objective, Setting, build_objective
 from opd.prompts import check_dataset_hint, check_lengths
+from opd.replay_buffer import parse_replay
 from opd.run.training import NoSink, Sink
 from opd.sampler import Sampler, parse_sampler
 from opd.source import Codec, RolloutSource, SourceSettings, parse_source
@@ -180,6 +181,7 @@ def setting_of(recipe: Recipe) -> Setting:
     return Setting(
         signals=tuple(recipe.signals), group=recipe.group, source=mixture.kind, max_tokens=recipe.sampling.max_tokens, sampled_in=sampled_in,
         sampler=recipe.rollout.sampler != "student", max_staleness=recipe.asynchrony.max_staleness,
+        max_age=recipe.rollout.replay.max_age if recipe.rollout.replay else 0,
     )  # fmt: skip
 
 
@@ -360,6 +362,7 @@ def source_settings(recipe: Recipe, room: int) -> SourceSettings:
         num_prompts=r.prompts, group=recipe.group, seed=recipe.seed, student_share=mixture.student, dataset_hint=mixture.hint,
         view=mixture.view, paired=mixture.paired, schedule=mixture.schedule, filter=r.filter,
         max_refill=r.max_refill, overlong=r.overlong, max_prompt_tokens=min(recipe.data.max_prompt_tokens, room),
+        replay=parse_replay(**r.replay.model_dump()) if r.replay else None,
     )  # fmt: skip
 
 

@@ -78,6 +78,15 @@ class Sampling(_Frozen):
     max_tokens: Positive = Field(default=64, description="longest completion, tokens")
 
 
+class Replay(_Frozen):
+    """Answers of earlier steps, whole groups with their verdicts, that take the place of new ones."""
+
+    size: Positive = Field(default=256, description="groups kept (a rank), the oldest leave first; a checkpoint holds them")
+    max_age: Positive = Field(default=4, description="rollout steps after which a group is not used any more")
+    fresh: float | Choice = Field(default=0.5, description="share of the student's answers that are written anew: a number or a schedule")
+    least: Positive = Field(default=1, description="groups that must be there before any is used again")
+
+
 class Rollout(_Frozen):
     """Who answers and which groups are kept."""
 
@@ -91,6 +100,7 @@ class Rollout(_Frozen):
         description="who draws the student's tokens: student | {mixture: {share: s}} | {interleave: {k: n}} | teacher, with signal: main",
     )
     filter: Literal["none", "mixed_groups"] = Field(default="none", description="mixed_groups drops groups whose rewards are all equal and refills")
+    replay: Replay | None = Field(default=None, description="a buffer of the student's earlier answers: {size, max_age, fresh, least}")
     max_refill: NonNegative = Field(default=4, description="extra rounds of generation to refill a filtered batch")
     overlong: Literal["keep", "mask"] = Field(default="keep", description="mask: completions cut at max_tokens leave the loss")
 
@@ -350,6 +360,11 @@ class Recipe(_Frozen):
             raise ValueError(
                 f"asynchrony.max_staleness is {self.asynchrony.max_staleness}: the student answers while the learner works, so it needs a process "
                 "of its own: use engine.kind=process, or asynchrony.max_staleness=0"
+            )
+        if self.asynchrony.max_staleness and self.rollout.replay:
+            raise ValueError(
+                f"rollout.replay gives out answers up to {self.rollout.replay.max_age} steps old, and asynchrony.max_staleness="
+                f"{self.asynchrony.max_staleness} drops older ones: use asynchrony.max_staleness=0, or leave out rollout.replay"
             )
         if self.asynchrony.in_flight and not self.asynchrony.max_staleness:
             raise ValueError("asynchrony.in_flight: nothing is in flight with max_staleness 0: use asynchrony.max_staleness=1 or more")

@@ -22,7 +22,7 @@ def text_vitals(judged: Sequence[Judged], views: Callable[[Sequence[Judged]], Co
 
     views: the signals' contexts, as the step made them. ngram: tokens in a row that make a leak.
     """
-    chosen = [one for one in whole_groups(judged, answers) if one.completion.token_ids and one.completion.source != "dataset"]
+    chosen = [one for one in whole_groups(judged, answers) if one.completion.token_ids and one.completion.source not in ("dataset", "replay")]
     if not chosen:
         return {}
     ids = [one.completion.token_ids for one in chosen]

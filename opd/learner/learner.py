@@ -64,11 +64,14 @@ class PolicyLearner:
     def prepare(self, judged: Sequence[Judged], needs: Needs) -> list[Prepared | None]:
         """One pass of the student as it is now over its own answers, or None for each where nothing needs it.
 
-        Old log-probs alone are left out with one update a batch: the weights of the update are then those of the rollout.
+        Old log-probs alone are left out with one update a batch: the weights of the update are then those of the rollout, unless answers are
+        older or were sampled in another context.
         """
         several = self.settings.minibatches * self.settings.epochs > 1
-        elsewhere = any(self._updater.gather(any(one.completion.source == "view" for one in judged)))  # sampled in another context than here
-        if not (needs.student_topk or needs.entropy or needs.own_logp or (needs.old_logp and several) or elsewhere):
+        where = self._updater.gather((any(one.completion.source == "view" for one in judged), any(self._is_older(one) for one in judged)))
+        elsewhere, older = any(view for view, _ in where), any(old for _, old in where)
+        compared = (needs.old_logp and several) or ((needs.old_logp or needs.drawn_logp) and older)
+        if not (needs.student_topk or needs.entropy or needs.own_logp or compared or elsewhere):
             return [None] * len(judged)
         requests = [
             ScoreRequest(context_ids=one.prompt_ids, completion_ids=one.completion.token_ids, k=needs.student_topk) for one in judged
@@ -83,6 +86,10 @@ class PolicyLearner:
             )
             for scores in self._score(requests, self.version)
         ]
+
+    def _is_older(self, one: Judged) -> bool:
+        """Whether other weights than the present ones drew some of its tokens."""
+        return one.completion.source == "replay" or any(drawn != self.version for drawn, _, _ in one.completion.versions)
 
     def teacher_pass(self, requests: Sequence[ScoreRequest], weights: Weights) -> list[TokenScores]:
         """Scores under the student's own weights: as they are, without their adapters (version 0 for ever), or averaged over time.

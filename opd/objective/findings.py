@@ -24,6 +24,8 @@ class Setting:
     """Whether a teacher helps to draw the tokens."""
     max_staleness: int = 0
     """Versions that an answer may be older than the learner that reads it."""
+    max_age: int = 0
+    """Steps that an answer from the replay buffer may be old."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,15 +73,18 @@ def drawn_with_a_teacher(term: Term, setting: Setting) -> Finding | None:
 
 def stale_answers_are_corrected(term: Term, setting: Setting) -> Finding | None:
     sampled = term.kind == "surrogate" or (term.support is not None and term.support.kind == "sampled")
-    if not setting.max_staleness or not sampled or "behaviour_logp" in term.reads:
+    corrected = any("behaviour_logp" in what_it_reads(function) for function in (*term.weights, *term.fields))
+    if not (setting.max_staleness or setting.max_age) or not sampled or corrected:
         return None
+    age, key, off = (
+        (f"{setting.max_age} steps", "rollout.replay", "no rollout.replay")
+        if setting.max_age
+        else (f"{setting.max_staleness} versions", "asynchrony.max_staleness", "asynchrony.max_staleness=0")
+    )
     return Finding(
-        reason=(
-            f"answers are up to {setting.max_staleness} versions old (asynchrony.max_staleness), and an estimate over sampled tokens takes them for "
-            "the present student's"
-        ),
+        reason=f"answers are up to {age} old ({key}), and an estimate over sampled tokens takes them for the present student's",
         legal="weight: {engine_ratio: {high: 2.0}} | span_ratio | sampler_ratio on the term; a divergence on full | student_topk | teacher_topk; "
-        "or asynchrony.max_staleness=0",
+        f"or {off}",
         allow="stale_answers",
     )
 

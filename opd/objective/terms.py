@@ -127,12 +127,14 @@ class Needs:
     """What an objective asks of the steps before it.
 
     old_logp: a term compares with the weights of the rollout; with one update a batch the learner may leave it out (the ratio is then 1).
+    drawn_logp: a function reads the log-probs of what drew the tokens, which are not the student's where answers are older than its weights.
     own_logp: a function made before the step reads the student's log-probs of answers that it did not sample.
     entropy: a weight reads the student's. student_topk: k of the ids that `prepare` must choose, 0 for none.
     separable: no term needs whole rows of the vocabulary or a whole answer, so the loss can run chunk by chunk.
     """
 
     old_logp: bool
+    drawn_logp: bool
     own_logp: bool
     entropy: bool
     student_topk: int
@@ -176,6 +178,7 @@ class Objective:
         full_terms = tuple(term for term in self.terms if term.support and term.support.kind in ("full", "hidden"))
         return Needs(
             old_logp="old_logp" in reads,
+            drawn_logp="behaviour_logp" in reads,
             own_logp="own_logp" in reads,
             entropy="entropy" in reads or any(term.kind == "entropy" for term in self.terms),
             student_topk=max((t.support.k for t in self.terms if t.support and t.support.kind == "student_topk"), default=0),

@@ -3,6 +3,7 @@
 Legend: B answers, T completion tokens of one, D hidden size, V vocabulary.
 """
 
+import base64
 import hashlib
 import json
 import math
@@ -144,3 +145,27 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "float" in value:
         return float(value["float"])
     return RECORDS[value["record"]](**{name: decode(item, tensors) for name, item in value["fields"].items()})
+
+
+def pack(value: Any) -> dict[str, Any]:
+    """JSON values from which `unpack` makes the same again, bit for bit."""
+    tensors: dict[str, Tensor] = {}
+    content = encode(value, tensors)
+    packed = {
+        name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), base64.b64encode(_bytes(tensor)).decode()]
+        for name, tensor in tensors.items()
+    }
+    return {"content": content, "tensors": packed}
+
+
+def unpack(plain: Mapping[str, Any]) -> Any:
+    """What `pack` was given; sequences come back as tuples."""
+    tensors = {}
+    for name, (dtype, shape, data) in plain["tensors"].items():
+        raw = torch.frombuffer(bytearray(base64.b64decode(data)), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+        tensors[name] = raw.view(getattr(torch, dtype)).reshape(shape)
+    return decode(plain["content"], tensors)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -213,6 +213,23 @@ def test_old_log_probs_are_those_before_the_first_of_several_updates(make, kind)
     assert abs(report.meters["ratio/policy"].mean - 1.0) > 1e-4
 
 
+@mark.parametrize("kind", FEW)
+def test_older_answers_are_read_with_the_present_weights(make, kind):
+    """From the replay buffer or an asynchronous engine: with one update a batch, too, p_old is not what drew the tokens."""
+    learner = make(kind)
+    teacher_logratio = [{"policy": "reinforce", "advantage": "teacher_logratio", "weight": "sampler_ratio"}]
+    whole, sampled = build_objective(cases.REVERSE_KL_FULL).needs, build_objective(teacher_logratio).needs
+    plain = answers()
+    kept = [replace(one, completion=replace(one.completion, source="replay")) for one in plain]
+    late = [replace(one, completion=replace(one.completion, versions=((-1, 0, len(one.completion.token_ids)),))) for one in plain]
+    for older in (kept, late):
+        assert learner.prepare(older, whole) == [None] * 8, "nothing compares with what drew the tokens"
+        for needs in (sampled, build_objective(cases.GRPO).needs):
+            found = learner.prepare(older, needs)
+            assert all((one.old_logp - judged.completion.logprobs).abs().max() > 0.1 for one, judged in zip(found, older) if one.old_logp.numel())
+    assert learner.prepare(plain, sampled) == [None] * 8
+
+
 def test_student_topk_ids_start_with_the_sampled_token(make):
     learner = make("torch")
     judged = answers()

@@ -150,3 +150,21 @@ def test_a_teacher_with_another_tokenizer(here, method):
     assert len(rows) == 2 and all(row["views/main"] == 1.0 and row["loss/distill"] > 0 for row in rows)
     first, second = (load_file(f"{name}/model.safetensors") for name in ("base", folder / "model"))
     assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_replay_buffer_trains_and_resumes_bitwise(here):
+    """Earlier answers come back with the log-probs of what drew them; the ratio to the present student is then far from 1."""
+    changes = {"rollout.replay": {"max_age": 3, "fresh": 0.3}, "rollout.prompts": 4, "steps": 4, "group": 2, "learner.kind": "torch"}
+    JUDGED.clear()
+    by_text.stop_after = 0
+    whole = train("opd", "whole", **changes)
+    by_text.stop_after = len(JUDGED) + len(JUDGED) // 2 + 1
+    with pytest.raises(Preempted, match="SIGTERM"):
+        train("opd", "broken", **changes)
+    by_text.stop_after = 0
+    rows = metrics(train("opd", "broken", **changes))
+    assert rows == metrics(whole)
+    assert rows[0]["replay/share"] == 0.0 and sum(row["replay/share"] for row in rows) > 0.5
+    for row in rows:
+        older = row.get("replay/age_steps", 0.0) > 0
+        assert (row["engine_gap_nats"] > 1e-3) == older and 0 <= row.get("replay/age_steps", 0.0) <= 3
