@@ -225,8 +225,8 @@ def test_older_answers_are_read_with_the_present_weights(make, kind):
     for older in (kept, late):
         assert learner.prepare(older, whole) == [None] * 8, "nothing compares with what drew the tokens"
         for needs in (sampled, build_objective(cases.GRPO).needs):
-            found = learner.prepare(older, needs)
-            assert all((one.old_logp - judged.completion.logprobs).abs().max() > 0.1 for one, judged in zip(found, older) if one.old_logp.numel())
+            pairs = [(one.old_logp, judged.completion.logprobs) for one, judged in zip(learner.prepare(older, needs), older, strict=True)]
+            assert all((now - then).abs().max() > 0.1 for now, then in pairs if now.numel())
     assert learner.prepare(plain, sampled) == [None] * 8
 
 

@@ -36,6 +36,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below; a modul
         "opd.guard.action",
         "opd.loop",
         "opd.loop_async",
+        "opd.replay_buffer",
         "opd.replaying",
         "opd.run.training",
         "opd.sampler",
