@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from opd.config.model import Model, Target
+from opd.config.rollout import Rollout
 from opd.config.spending import Budget, Prices, Profile, check_profile, check_spending
 
 SCHEMA_VERSION = 1
@@ -76,33 +77,6 @@ class Sampling(_Frozen):
     top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus mass")
     top_k: NonNegative = Field(default=0, description="keep the k most likely tokens; 0 keeps all")
     max_tokens: Positive = Field(default=64, description="longest completion, tokens")
-
-
-class Replay(_Frozen):
-    """Answers of earlier steps, whole groups with their verdicts, that take the place of new ones."""
-
-    size: Positive = Field(default=256, description="groups kept (a rank), the oldest leave first; a checkpoint holds them")
-    max_age: Positive = Field(default=4, description="rollout steps after which a group is not used any more")
-    fresh: float | Choice = Field(default=0.5, description="share of the student's answers that are written anew: a number or a schedule")
-    least: Positive = Field(default=1, description="groups that must be there before any is used again")
-
-
-class Rollout(_Frozen):
-    """Who answers and which groups are kept."""
-
-    prompts: Positive = Field(default=32, description="prompts a step")
-    source: Choice = Field(
-        default="student",
-        description="student | {dataset: HINT} | {view: SIGNAL} | {paired: {dataset: HINT}} | {mixed: {student: share, dataset or view: NAME}}",
-    )
-    sampler: Choice = Field(
-        default="student",
-        description="who draws the student's tokens: student | {mixture: {share: s}} | {interleave: {k: n}} | teacher, with signal: main",
-    )
-    filter: Literal["none", "mixed_groups"] = Field(default="none", description="mixed_groups drops groups whose rewards are all equal and refills")
-    replay: Replay | None = Field(default=None, description="a buffer of the student's earlier answers: {size, max_age, fresh, least}")
-    max_refill: NonNegative = Field(default=4, description="extra rounds of generation to refill a filtered batch")
-    overlong: Literal["keep", "mask"] = Field(default="keep", description="mask: completions cut at max_tokens leave the loss")
 
 
 class Engine(_Frozen):
