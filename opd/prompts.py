@@ -13,7 +13,7 @@ from typing import Any
 
 from opd.config.choices import nearest
 from opd.tasks import TASKS, Task
-from opd.types import Message, Prompt, Verifier
+from opd.types import Message, Meter, Prompt, Verifier
 from opd.verify import gold_problem
 
 HINTS = ("solution", "demonstration", "facts")
@@ -37,6 +37,10 @@ class PromptStream:
         assert len(taken) == number, "the stream ended"
         self._cursor += number
         return taken
+
+    def meters(self) -> dict[str, Meter]:
+        """Nothing: what was left out is known before the run."""
+        return {}
 
     def state(self) -> dict[str, int]:
         """Plain values for a checkpoint."""
@@ -92,7 +96,7 @@ def read_prompts(
     place, ungradable, number = "", [], 0
     for place, record in records:
         number += 1
-        problem, prompt = _judged_record(record, columns or {}, system, place, first_place, verify)
+        problem, prompt = judged_record(record, columns or {}, system, place, first_place, verify)
         if problem and problem[0] not in repair:
             if problem[0] != "ungradable":
                 raise ValueError(f"{place}: {problem[1]}")
@@ -123,7 +127,7 @@ def _listed(ungradable: Sequence[str], number: int) -> str:
     )
 
 
-def _judged_record(
+def judged_record(
     record: Mapping[str, Any],
     columns: Mapping[str, str],
     system: str,
@@ -131,7 +135,7 @@ def _judged_record(
     first_place: Mapping[tuple[str, str], str],
     verify: Verifier | None,
 ) -> tuple[tuple[str, str] | None, Prompt | None]:
-    """((kind, sentence) of what is wrong with a record, or None; its prompt)."""
+    """((kind, sentence) of what is wrong with a record, or None; its prompt). first_place: where earlier records' keys stood, for duplicates."""
     source, _, number = re.sub(r"[\[\]]", ":", place).rstrip(":").rpartition(":")
     try:
         prompt = _prompt(record, columns, system, f"{Path(source).stem}-{number}")

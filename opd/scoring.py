@@ -93,7 +93,7 @@ def _stores(recipe: Recipe, parts: Parts, out: Path) -> dict[str, ScoreStore]:
 
 def _prompts(parts: Parts, recipe: Recipe, problems: int) -> list[Prompt]:
     """Each prompt once, in the order in which the run draws them."""
-    drawn = recipe.steps * recipe.rollout.prompts if recipe.data.task else len(parts.problems.train)
+    drawn = recipe.steps * recipe.rollout.prompts if recipe.data.task or recipe.data.stream else len(parts.problems.train)
     unique = {prompt.id: prompt for prompt in parts.problems.stream.take(drawn)}
     return list(islice(unique.values(), problems or None))
 

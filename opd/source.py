@@ -29,7 +29,9 @@ class Stream(Protocol):
 
     def take(self, number: int) -> list[Prompt]: ...
 
-    def state(self) -> dict[str, int]: ...
+    def meters(self) -> Mapping[str, Meter]: ...
+
+    def state(self) -> dict[str, Any]: ...
 
     def load_state(self, state: Mapping[str, Any]) -> None: ...
 
@@ -119,7 +121,7 @@ class RolloutSource:
         self.settings = replace(self.settings, student_share=share)
         kept, dropped, rounds = self._new_groups(step, self._share - len(again))
         self._account(kept, dropped, rounds)
-        self._meters |= {name: Meter(sum=value, count=1.0) for name, value in found.items()}
+        self._meters |= {name: Meter(sum=value, count=1.0) for name, value in found.items()} | dict(self._stream.meters())
         if self._replay is not None:
             self._replay.add(step, kept)
             self._meters |= self._replay.meters()

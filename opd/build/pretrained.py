@@ -149,20 +149,26 @@ def fingerprint(folders: Collection[str]) -> str:
     """Names weights on disk by the sizes, beginnings and ends of their files: enough to tell one training from another."""
     digest = hashlib.blake2b(digest_size=8)
     for path in [path for folder in folders for path in sorted(Path(folder).glob("*.safetensors"))]:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {size} ".encode() + file.read(SAMPLED_BYTES))
-            file.seek(max(0, size - SAMPLED_BYTES))
-            digest.update(file.read())
+        digest.update(_ends(path))
     return digest.hexdigest()
 
 
-def content_hash(text: str, paths: Sequence[str]) -> str:
-    """Names a text and the contents of files."""
+def content_hash(text: str, paths: Sequence[str], sampled: Sequence[str] = ()) -> str:
+    """Names a text and the contents of files; of those that are sampled (larger than memory) size, beginning and end. A hub name has none."""
     digest = hashlib.blake2b(text.encode(), digest_size=8)
     for path in paths:
-        digest.update(Path(path).expanduser().read_bytes())
+        file = Path(path).expanduser()
+        if file.is_file():
+            digest.update(_ends(file) if path in sampled else file.read_bytes())
     return digest.hexdigest()
+
+
+def _ends(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        beginning = file.read(SAMPLED_BYTES)
+        file.seek(max(0, size - SAMPLED_BYTES))
+        return f"{path.name} {size} ".encode() + beginning + file.read()
 
 
 def _from_pretrained(loader: Any, path: str, **options: Any) -> Any:

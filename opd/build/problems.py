@@ -1,5 +1,6 @@
 """Prompts and verifier of a recipe: an embedded task, or a file with held-out lines."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,9 +13,10 @@ from opd.config.recipe import Recipe
 from opd.data.presets import PRESETS, Preset, find_preset
 from opd.data.records import Records, existing_file, on_hub, read_records
 from opd.data.sample import sample_records
-from opd.data.selection import between, contaminated, pass_rates
+from opd.data.selection import between, contaminated, overlap, pass_rates
+from opd.data.stream import LazyStream, first_prompts
 from opd.data.suites import SUITES, suite_records
-from opd.prompts import PromptStream, read_prompts, shuffled_stream, split_prompts, task_prompts, task_stream
+from opd.prompts import PromptStream, judged_record, read_prompts, shuffled_stream, split_prompts, task_prompts, task_stream
 from opd.tasks import HINT_TEMPLATES, TASKS
 from opd.types import Prompt, Verifier
 from opd.verify import adapted, gold_choice, make_verifier, reads_of, version_of
@@ -22,16 +24,17 @@ from opd.verify.cache import VerdictCache, cached
 from opd.views import TEMPLATES
 
 CHECKED_PROMPTS = 32  # of an endless stream, before the run starts; a file is checked whole
+CHECKED_RECORDS = 256  # of data.stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problems:
     """What the student trains on and is examined on, and who judges.
 
-    train: all of a file, the first ones of an endless stream. notes: what was left out, for the user to see.
+    train: all of a file, the first ones of an endless or lazy stream. notes: what was left out, for the user to see.
     """
 
-    stream: PromptStream
+    stream: PromptStream | LazyStream
     train: Sequence[Prompt]
     dev: Sequence[Prompt]
     test: Sequence[Prompt]
@@ -49,7 +52,11 @@ def load_problems(recipe: Recipe, verifier: Callable[..., Any] | None) -> Proble
         raise ValueError(
             "data: give either task (embedded: " + ", ".join(sorted(TASKS)) + ") or path (a file, or owner/name on the hub) or preset"
         )
-    return _embedded(recipe, verifier) if data.task else _from_records(recipe, verifier)
+    if data.stream and data.task:
+        raise ValueError("data.stream: an embedded task is made as it is read; leave data.stream out, or give data.path")
+    if data.task:
+        return _embedded(recipe, verifier)
+    return _streamed(recipe, verifier) if data.stream and not tries_out(recipe, source_of(recipe)) else _from_records(recipe, verifier)
 
 
 def _embedded(recipe: Recipe, verifier: Callable[..., Any] | None) -> Problems:
@@ -70,14 +77,12 @@ def _embedded(recipe: Recipe, verifier: Callable[..., Any] | None) -> Problems:
 
 def _from_records(recipe: Recipe, verifier: Callable[..., Any] | None) -> Problems:
     data, ev = recipe.data, recipe.eval
-    preset = find_preset(data.preset) if data.preset else None
-    choice = verifier_name(recipe)
-    verify = _verifier(recipe, choice, verifier)
-    graded = None if verifier else gold_choice(choice)
-    gold = None if graded is None else make_verifier(graded)
+    if not data.limit:
+        check_fits_memory(source_of(recipe), machine_memory())
+    verify, gold = _judges(recipe, verifier)
     prompts, dropped = _read(recipe, data.path, data.split, gold)
     notes = [f"{count} {kind} records left out" for kind, count in dropped.items() if count]
-    if tries_out(recipe, data.path or (preset.path if preset else "")):
+    if tries_out(recipe, source_of(recipe)):
         notes.append(f"model.init=random: {len(prompts)} made-up problems stand in for {data.preset or data.path}")
     if data.pass_rate:
         before = len(prompts)
@@ -107,6 +112,104 @@ def _from_records(recipe: Recipe, verifier: Callable[..., Any] | None) -> Proble
         suite=data.preset or Path(data.path).stem,
         notes=tuple(notes),
     )
+
+
+def _streamed(recipe: Recipe, verifier: Callable[..., Any] | None) -> Problems:
+    """Prompts that are read while the run goes on; only the first ones are looked at before it. Raises ValueError for what needs all of them."""
+    data, ev, source = recipe.data, recipe.eval, source_of(recipe)
+    check_streamable(recipe, source)
+    verify, gold = _judges(recipe, verifier)
+    repair = frozenset(data.repair) - {"too_long"}
+
+    def read(start: int) -> Records:
+        preset = find_preset(data.preset) if data.preset else None
+        subset = data.subset or (preset.subset if preset and not data.path else "")
+        records = read_records(source, subset=subset, split=data.split, limit=data.limit, start=start, lazy=True)
+        return _under_our_names(records, preset) if preset and not data.columns else records
+
+    def judge(place: str, record: Mapping[str, Any]) -> tuple[tuple[str, str] | None, Prompt | None]:
+        return judged_record(record, data.columns, data.system, place, {}, gold)
+
+    held_out, used = ev.num_problems + ev.final_problems, 0
+    exam = _read(recipe, data.eval_path, data.eval_split, gold)[0][:held_out] if data.eval_path else []
+    if not data.eval_path:
+        exam, used = first_prompts(read(0), judge, repair, held_out)
+    stream = LazyStream(read, judge, buffer=data.buffer, seed=recipe.seed, repair=repair, first=used)
+    notes = [
+        f"streamed: the next prompt is one of {data.buffer} (data.buffer), no shuffle over all; duplicates are not looked for; the first "
+        f"{CHECKED_RECORDS} records for training are checked now, the others when they are read"
+    ]
+    notes += [f"the first {used} records of the data are held out for dev and test"] if used else []
+    notes += _only_some(recipe, stream, exam)
+    first = first_prompts(read(used), judge, repair, CHECKED_RECORDS)[0]
+    if not first:
+        raise ValueError(f"{source} holds no record to train on after the {used} that are held out: lower eval.num_problems, or give data.eval_path")
+    num_dev = min(ev.num_problems, len(exam) // 2 if ev.final_problems else len(exam))
+    return Problems(
+        stream=stream,
+        train=first,
+        dev=exam[:num_dev],
+        test=exam[num_dev : num_dev + ev.final_problems],
+        verify=verify,
+        templates=TEMPLATES,
+        corpus=lambda: [m["content"] for p in first for m in p.messages] + [h for p in first for h in p.hints.values()],
+        suite=data.preset or Path(data.path).stem,
+        notes=tuple(notes),
+    )
+
+
+def check_streamable(recipe: Recipe, source: str) -> None:
+    """Raises ValueError for wishes that need all records at once, and for files that are one value."""
+    if "duplicate" in recipe.data.repair:
+        raise ValueError(
+            "data.repair=[duplicate] compares every record with all before it, which a stream does not keep: remove duplicates from the file "
+            "beforehand, or data.stream=false"
+        )
+    if Path(source).suffix.lower() == ".json" and not on_hub(source):
+        raise ValueError(f"data.stream: {source} is one JSON value, which is read whole: convert it to JSONL (an object a line) or Parquet")
+
+
+def _only_some(recipe: Recipe, stream: LazyStream, exam: Sequence[Prompt]) -> list[str]:
+    """Put the recipe's filters on a stream; what they are, for the user."""
+    data, notes = recipe.data, []
+    if data.decontaminate:
+        n = data.decontaminate.ngram
+        shared = [overlap(problems, ngram=n) for problems in (exam, *map(_exam, data.decontaminate.against))]
+        stream.only("contaminated", lambda prompt: all(shares(prompt) is None for shares in shared))
+        notes.append(f"prompts that share {n} words in a row with an exam are left out as they come (data/left_out/contaminated)")
+    if data.pass_rate:
+        rates, low, high = pass_rates(existing_file(data.pass_rate.file)), data.pass_rate.low, data.pass_rate.high
+        stream.only("pass_rate", lambda prompt: bool(between([prompt], rates, 0, 1)) and low <= rates[prompt.id] <= high)
+        notes.append(f"prompts whose pass rate is not from {low:g} to {high:g} are left out as they come (data/left_out/pass_rate)")
+    return notes
+
+
+def machine_memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_fits_memory(source: str, memory: int) -> None:
+    """Raises ValueError for a file that would take more than half of the machine's memory when it is read whole."""
+    file = Path(source).expanduser()
+    if file.is_file() and file.stat().st_size > memory // 2:
+        size, room = file.stat().st_size / 2**30, memory / 2**30
+        raise ValueError(
+            f"{file} has {size:.1f} GiB and would be read whole into {room:.1f} GiB of memory: data.stream=true reads it as it is needed, "
+            "data.limit=N only its first records"
+        )
+
+
+def source_of(recipe: Recipe) -> str:
+    """The file or hub name of the training data."""
+    return recipe.data.path or find_preset(recipe.data.preset).path
+
+
+def _judges(recipe: Recipe, own: Callable[..., Any] | None) -> tuple[Verifier, Verifier | None]:
+    """(who judges answers, who judges gold answers or None)."""
+    choice = verifier_name(recipe)
+    verify, graded = _verifier(recipe, choice, own), None if own else gold_choice(choice)
+    return verify, None if graded is None else make_verifier(graded)
 
 
 def verifier_name(recipe: Recipe) -> Any:
@@ -187,3 +290,11 @@ def without_long(problems: Problems, lengths: Mapping[str, int], max_tokens: int
     dropped = len(problems.train) - len(kept)
     note = (f"{dropped} of {len(problems.train)} prompts are longer than {max_tokens} tokens: left out",) if dropped else ()
     return replace(problems, train=kept, stream=shuffled_stream(kept, seed), notes=problems.notes + note)
+
+
+def without_long_ones(problems: Problems, encode: Callable[[Prompt], Sequence[int]], max_tokens: int) -> Problems:
+    """The problems of a lazy stream less the training prompts above max_tokens, which are counted as they are read; encode is the stream's alone."""
+    assert isinstance(problems.stream, LazyStream)
+    problems.stream.only("too_long", lambda prompt: len(encode(prompt)) <= max_tokens)
+    note = f"prompts above {max_tokens} tokens are left out as they come (data/left_out/too_long)"
+    return replace(problems, train=[p for p in problems.train if len(encode(p)) <= max_tokens], notes=(*problems.notes, note))

@@ -20,13 +20,14 @@ from opd_rollout.types import Sampling
 from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
-from opd.build.problems import Problems, load_problems, without_long
+from opd.build.problems import Problems, load_problems, without_long, without_long_ones
 from opd.build.stored import open_stores
 from opd.build.student import external_model, load_model, load_tokenizer, pad_id, room_for_prompts, served_paths, smallest_room, student_path
 from opd.build.views import FOREIGN, OTHERS, aligned, checked_views, with_writers
 from opd.config.load import recipe_hash
 from opd.config.recipe import EMA, Recipe
 from opd.contexts import SignalViews, prompt_context
+from opd.data.stream import LazyStream
 from opd.guard.rules import parse_rules
 from opd.launcher.ranks import ALONE, Ranks
 from opd.learner.torch_learner import torch_learner
@@ -46,7 +47,6 @@ from opd.verify.adapt import checked
 from opd.writing import AnnotatedSource
 
 CANARY_PROMPTS = 2
-CHECKED_PROMPTS = 32  # of an endless stream, before the run starts; a file is checked whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,9 @@ def build_parts(
 
 def fitting(recipe: Recipe, problems: Problems, encode: Callable[[Prompt], tuple[int, ...]], longest: int) -> Problems:
     """The problems whose prompts fit. Raises ValueError for longer ones, unless the recipe leaves such training prompts out."""
-    if "too_long" in recipe.data.repair:
+    if "too_long" in recipe.data.repair and isinstance(problems.stream, LazyStream):
+        problems = without_long_ones(problems, copy.deepcopy(encode), longest)
+    elif "too_long" in recipe.data.repair:
         problems = without_long(problems, {prompt.id: len(encode(prompt)) for prompt in problems.train}, longest, recipe.seed)
     check_lengths([*problems.dev, *problems.test, *problems.train], encode, longest)
     return problems
@@ -298,7 +300,7 @@ def input_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     return {
         "learner": learner_kind(recipe),
         "template_hash": template_hash(tokenizer),
-        "data_hash": pretrained.content_hash(recipe_hash(recipe.data), files),
+        "data_hash": pretrained.content_hash(recipe_hash(recipe.data), files, [recipe.data.path] * recipe.data.stream),
         "model_hash": pretrained.fingerprint([folder for folder in folders if folder]),
     }
 

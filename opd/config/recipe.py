@@ -51,6 +51,8 @@ class Data(_Frozen):
     preset: str = Field(default="", description="a public data set by name (gsm8k, math, dapo_math ...); `path` then replaces its source")
     subset: str = Field(default="", description="configuration of the hub data set")
     limit: NonNegative = Field(default=0, description="read only the first records (a hub data set is then streamed); 0: all")
+    stream: bool = Field(default=False, description="records are read as they are needed, for data larger than memory")
+    buffer: Positive = Field(default=2048, description="with stream: prompts held at once, among which the next one is drawn at random")
     repair: list[Literal["duplicate", "ungradable", "incomplete", "too_long"]] = Field(
         default=[], description="records that are left out and counted; kinds that are not named stop the run before it starts"
     )

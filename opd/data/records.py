@@ -20,14 +20,18 @@ class Unreachable(ValueError):
     """A data set of the hub that cannot be read here."""
 
 
-def read_records(source: str, *, subset: str = "", split: str = "train", limit: int = 0) -> Records:
-    """(place, record) pairs of a file or hub data set, in order; the first `limit` of them, 0 for all.
+def read_records(source: str, *, subset: str = "", split: str = "train", limit: int = 0, start: int = 0, lazy: bool = False) -> Records:
+    """(place, record) pairs of a file or hub data set, in order; the first `limit` of them, 0 for all. start: records that are passed over.
 
     A name of the form owner/name that is no file is looked for on the hub (subset and split choose there; with a limit it is streamed, so
-    that no more is downloaded than is read). Raises ValueError with the place and the fix.
+    that no more is downloaded than is read). lazy: of a hub data set too, nothing is held but what is being read. Raises ValueError with the
+    place and the fix.
     """
-    records = _tables().hub(source, subset, split, limit) if on_hub(source) else _file(existing_file(source))
-    return islice(records, limit or None)
+    if on_hub(source):
+        records = _tables().hub(source, subset, split, lazy or bool(limit), start)
+    else:
+        records = _file(existing_file(source), start)
+    return islice(records, max(0, limit - start) if limit else None)
 
 
 def on_hub(source: str) -> bool:
@@ -59,24 +63,28 @@ def _tables() -> Any:
         raise ValueError(f'Parquet files and the hub need {error.name}: pip install "opd-train[train]"') from None
 
 
-def _file(file: Path) -> Records:
+def _file(file: Path, start: int = 0) -> Records:
     match file.suffix.lower():
         case ".parquet":
-            return _tables().parquet(file)
+            return _tables().parquet(file, start)
         case ".csv":
-            return _csv(file, ",")
+            return islice(_csv(file, ","), start, None)
         case ".tsv":
-            return _csv(file, "\t")
+            return islice(_csv(file, "\t"), start, None)
         case ".json":
-            return _json(file)
+            return islice(_json(file), start, None)
         case _:
-            return _jsonl(file)
+            return _jsonl(file, start)
 
 
-def _jsonl(file: Path) -> Records:
+def _jsonl(file: Path, start: int = 0) -> Records:
     with file.open("rb") as lines:
+        records = 0
         for number, raw in enumerate(lines, 1):
             if not raw.strip():
+                continue
+            records += 1
+            if records <= start:
                 continue
             try:
                 record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))

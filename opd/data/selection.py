@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from opd.types import Prompt
@@ -15,20 +15,21 @@ def contaminated(prompts: Sequence[Prompt], exam: Iterable[Prompt], *, ngram: in
 
     Case and punctuation do not count. 13 words: the length that GPT-3's authors took (arXiv 2005.14165, appendix C).
     """
+    shares = overlap(exam, ngram=ngram)
+    return {prompt.id: theirs for prompt in prompts if (theirs := shares(prompt)) is not None}
+
+
+def overlap(exam: Iterable[Prompt], *, ngram: int = 13) -> Callable[[Prompt], str | None]:
+    """A function that gives the id of the exam's problem whose text a prompt shares (see `contaminated`), or None."""
     grams: dict[tuple[str, ...], str] = {}
-    lengths = set()
     for problem in exam:
         for gram in _grams(_words(problem), ngram):
             grams.setdefault(gram, problem.id)
-            lengths.add(len(gram))
-    found = {}
-    for prompt in prompts:
-        words = _words(prompt)
-        short = [tuple(words)] if len(words) < ngram else []
-        shared = next((gram for gram in (*_grams(words, ngram), *short) if gram in grams), None)
-        if shared is not None:
-            found[prompt.id] = grams[shared]
-    return found
+
+    def shares(prompt: Prompt) -> str | None:
+        return next((grams[gram] for gram in _grams(_words(prompt), ngram) if gram in grams), None)
+
+    return shares
 
 
 def pass_rates(generations: str | Path) -> dict[str, float]:

@@ -12,23 +12,29 @@ from opd.data.records import Unreachable
 Records = Iterator[tuple[str, dict[str, Any]]]
 
 
-def parquet(file: Path) -> Records:
-    """Rows of a Parquet file. Raises ValueError for any other file."""
+def parquet(file: Path, start: int = 0) -> Records:
+    """Rows of a Parquet file from row `start` on. Raises ValueError for any other file."""
     try:
         table = pyarrow.parquet.ParquetFile(file)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{file}: not a Parquet file ({str(error).splitlines()[0]})") from None
     with table:
-        rows = (record for batch in table.iter_batches(1024) for record in batch.to_pylist())
-        for number, record in enumerate(rows):
-            yield f"{file}[{number}]", record
+        number = 0
+        for group in range(table.num_row_groups):
+            count = table.metadata.row_group(group).num_rows
+            if number + count > start:
+                rows = (record for batch in table.iter_batches(1024, row_groups=[group]) for record in batch.to_pylist())
+                for row, record in enumerate(rows, number):
+                    if row >= start:
+                        yield f"{file}[{row}]", record
+            number += count
 
 
-def hub(name: str, subset: str, split: str, limit: int) -> Records:
-    """Rows of a split; streamed when limited. Raises ValueError with the library's reason where it cannot be read."""
+def hub(name: str, subset: str, split: str, streaming: bool, start: int = 0) -> Records:
+    """Rows of a split from row `start` on. streaming: downloaded as they are read. Raises ValueError with the library's reason where that fails."""
     try:
-        rows = datasets.load_dataset(name, subset or None, split=split, streaming=bool(limit))
-        for number, record in enumerate(rows):
+        rows = datasets.load_dataset(name, subset or None, split=split, streaming=streaming)
+        for number, record in enumerate(rows.skip(start) if start else rows, start):
             yield f"{name}/{split}[{number}]", record
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -102,9 +102,9 @@ def batch(facts: Facts) -> Iterator[Finding]:
         yield warning(f"learner.token_budget={r.learner.token_budget} is less than the longest sequence ({longest}): such sequences go alone")
     if r.engine.token_budget < longest:
         yield warning(f"engine.token_budget={r.engine.token_budget} is less than one sequence ({longest}): answers are drawn one at a time")
-    if facts.problems and r.data.path and len(facts.problems.train) < r.rollout.prompts:
+    if facts.problems and r.data.path and not r.data.stream and len(facts.problems.train) < r.rollout.prompts:
         yield warning(f"the data has {len(facts.problems.train)} prompts, fewer than rollout.prompts={r.rollout.prompts}: a step repeats some")
-    if facts.problems and r.data.path and r.steps * r.rollout.prompts > 20 * len(facts.problems.train):
+    if facts.problems and r.data.path and not r.data.stream and r.steps * r.rollout.prompts > 20 * len(facts.problems.train):
         epochs = r.steps * r.rollout.prompts / len(facts.problems.train)
         yield warning(f"steps={r.steps} read the {len(facts.problems.train)} prompts {epochs:.0f} times over")
 
@@ -172,7 +172,8 @@ def evaluation(facts: Facts) -> Iterator[Finding]:
         yield warning(
             f"eval.final_problems={ev.final_problems}: the standard error of an accuracy near one half is {50 / ev.final_problems**0.5:.0f} points"
         )
-    if facts.problems and facts.recipe.data.path and not facts.recipe.data.eval_path and len(facts.problems.train) < 200:
+    data = facts.recipe.data
+    if facts.problems and data.path and not (data.eval_path or data.stream) and len(facts.problems.train) < 200:
         yield note("few records: dev and test problems are held out from them; data.eval_path names a file of its own")
 
 

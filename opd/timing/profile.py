@@ -108,8 +108,11 @@ class Profile:
             lengths = [(len(one.judged.prompt_ids), len(one.judged.completion.token_ids)) for one in samples]
             own["flops/learner"] = self._recipe.updates.epochs * sum(training(student, prompt + answer, answer) for prompt, answer in lengths)
             own["flops/student"] = sum(generation(student, *group) for group in answered(samples))
+            own["seen"] = sum(sum(answers) for _, answers in answered(samples))
         for other in self._ranks.gather(own):
             found.update(other)
+        if seen := found.pop("seen", 0):  # answers that a filter dropped were written too, those of earlier steps were not
+            found["flops/student"] *= found["tokens/student"] / seen
         return found
 
     def _finish(self, report: StepReport) -> None:
