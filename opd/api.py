@@ -38,6 +38,7 @@ from opd.loop import train as train_loop
 from opd.randomness import seed_generators
 from opd.replaying.freezing import Recorder
 from opd.run.folder import (
+    check_chain,
     check_run,
     checkpoint_step,
     checkpoints,
@@ -90,6 +91,7 @@ def train(
     if len(stages) > 1:
         if folder:
             raise ValueError(f"{recipe} has stages, each with a folder of its own: train it without `folder`")
+        check_chain(stages, str(recipe))
         return [train(stage, verifier=verifier, quiet=quiet) for stage in stages][-1]
     [resolved] = stages
     folder = folder or run_folder(resolved, recipe if isinstance(recipe, str) else "recipe")

@@ -146,6 +146,12 @@ def check_asking_view(name: str, specs: Mapping[str, ViewSpec]) -> None:
         )
 
 
+WITHOUT_SOLUTIONS = (
+    "Without it: view=answer (the teacher sees the final answer alone), or a method that needs no texts of the data's: "
+    "grpo or rloo (rewards), sdpo (the group's own right answers), opd (a stronger teacher)"
+)
+
+
 def check_hints(name: str, spec: ViewSpec, prompts: Sequence[Prompt]) -> None:
     """Raises ValueError when a view that reads hints finds none in any of these prompts: its teacher would never see anything."""
     function = getattr(spec.view, "func", spec.view)
@@ -159,7 +165,8 @@ def check_hints(name: str, spec: ViewSpec, prompts: Sequence[Prompt]) -> None:
     raise ValueError(
         f"signals.{name}.view: no prompt of the data has what the view {function.__name__!r} shows; hints in the data: {', '.join(known)}. "
         + (f"Choose a view of one of them (view={known[0]}), or name" if known != ["none"] else "Name")
-        + " the column with data.columns, e.g. {solution: COLUMN}; GSM8K's form is question, and answer with a solution before ####"
+        + " the column with data.columns, e.g. {solution: COLUMN}; GSM8K's form is question, and answer with a solution before ####. "
+        + WITHOUT_SOLUTIONS
     )
 
 

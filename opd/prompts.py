@@ -190,7 +190,8 @@ def check_dataset_hint(prompts: Sequence[Prompt], hint: str) -> None:
         have = ", ".join(sorted({name for prompt in prompts for name in prompt.hints})) or "none"
         raise ValueError(
             f"rollout.source learns from {hint!r}, which {len(lacking)} of {len(prompts)} records lack (first: {lacking[0].id!r}); texts in the "
-            f"data: {have}. Name the column with data.columns, e.g. {{{hint}: COLUMN}}, or choose another text"
+            f"data: {have}. Name the column with data.columns, e.g. {{{hint}: COLUMN}}, or choose another text. A method whose "
+            "student answers itself needs none: grpo or rloo (rewards), sdpo (the group's own right answers), opd (a stronger teacher)"
         )
 
 

@@ -38,6 +38,7 @@ KEYS: Mapping[str, Effect] = {  # the longest dotted prefix decides; a key that 
     "engine": "numerics",
     "ray": "no",
     "launch": "no",
+    "launch.extend": "yes",  # the learning rate fell and rose again
     "learner": "numerics",
     "learner.max_skipped": "yes",
     "model.attention": "numerics",
@@ -69,6 +70,7 @@ FACTS: Mapping[str, tuple[str, Effect]] = {  # key of resolved.json -> what it i
     "devices": ("devices held", "no"),  # what is paid for
     "created": ("started", "no"),
     "changed_on_resume": ("changed on a resume", "numerics"),
+    "extended": ("begun with fewer steps", "numerics"),
 }
 DERIVED = ("allow", "schema_version", "recipe")  # said by the recipe
 SUGAR = ("teacher", "view")  # said by signals.main

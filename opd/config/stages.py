@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opd.config.choices import nearest
 from opd.config.load import find_recipe, load_recipe, merge, parse_overrides, parse_recipe, read_yaml
 from opd.config.recipe import Recipe
 
@@ -18,7 +19,8 @@ from opd.config.recipe import Recipe
 def read_stages(reference: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> list[Recipe]:
     """The runs that a recipe file describes, in order; one for a file without `stages`.
 
-    Overrides hold for every stage, `stages.0.steps=10` for the first. The runs are runs/<name>/<stage>. Raises ValueError with the fix.
+    Overrides hold for every stage, `stages.0.steps=10` or `stages.sft.steps=10` for one. The runs are runs/<name>/<stage>. Raises ValueError
+    with the fix.
     """
     path = find_recipe(reference)
     raw = read_yaml(path)
@@ -26,8 +28,12 @@ def read_stages(reference: str, overrides: Sequence[str] | Mapping[str, Any] = (
         return [load_recipe(reference, overrides)]
     changes = parse_overrides(overrides)
     stages = _checked(changes.pop("stages", raw["stages"]), str(reference))
-    own = [{key.split(".", 2)[2]: value for key, value in changes.items() if key.startswith(f"stages.{n}.")} for n in range(len(stages))]
-    shared = {key: value for key, value in changes.items() if not key.startswith(tuple(f"stages.{n}." for n in range(len(stages))))}
+    own: list[dict[str, Any]] = [{} for _ in stages]
+    for key, value in changes.items():
+        if key.startswith("stages."):
+            number, inner = _place(key, [stage["name"] for stage in stages])
+            own[number][inner] = value
+    shared = {key: value for key, value in changes.items() if not key.startswith("stages.")}
     root = shared.pop("name", "") or raw.get("name") or _default_name(path.stem, raw, changes)
     common = {key: value for key, value in raw.items() if key not in ("stages", "name")}
     recipes: list[Recipe] = []
@@ -44,6 +50,16 @@ def _checked(stages: Any, origin: str) -> list[dict[str, Any]]:
     if not shaped or len({stage["name"] for stage in stages}) < len(stages) or any("/" in stage["name"] or not stage["name"] for stage in stages):
         raise ValueError(f"{origin}: stages is {form}")
     return stages
+
+
+def _place(key: str, names: Sequence[str]) -> tuple[int, str]:
+    """(number of the stage, its own key) of stages.NUMBER.KEY or stages.NAME.KEY."""
+    _, stage, *inner = key.split(".", 2)
+    number = names.index(stage) if stage in names else int(stage) if stage.isdigit() else len(names)
+    if number >= len(names) or not inner:
+        listed = ", ".join(f"stages.{name}" for name in names)
+        raise ValueError(f"{key}: no such stage{nearest(stage, names)}; write one of {listed} (or stages.0 ... stages.{len(names) - 1}) and a key")
+    return number, inner[0]
 
 
 def _default_name(stem: str, raw: Mapping[str, Any], changes: Mapping[str, Any]) -> str:

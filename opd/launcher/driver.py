@@ -24,7 +24,7 @@ from opd.config.recipe import Recipe
 from opd.errors import Paused, Preempted, RunFailed, TooManySkipped
 from opd.launcher.sweep import marked_processes
 from opd.launcher.watch import Board, Child, End, behind, read_messages, verdict
-from opd.run.folder import check_run, finished, run_folder
+from opd.run.folder import check_chain, finished, run_folder
 from opd.stop import stop_signals
 
 GRACE_SECONDS = 10.0  # for the others to say how they ended, once one rank is gone
@@ -49,9 +49,9 @@ def refuse_other_launchers() -> None:
 def train_stages(stages: Sequence[Recipe], reference: str, *, quiet: bool = False) -> Path:
     """Run recipes one after the other, each with its ranks; returns the last run's folder. Raises as `opd.api.train`, and RunFailed."""
     folder = Path()
+    check_chain(stages, reference)
     for recipe in stages:
         folder = run_folder(recipe, reference)
-        check_run(folder, recipe)
         if not finished(folder, recipe.steps):
             launch(recipe, folder, quiet=quiet)
         elif not quiet:

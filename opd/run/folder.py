@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,19 @@ def finished(folder: Path, steps: int = 0) -> bool:
     path = folder / "status.json"
     status = json.loads(path.read_text()) if path.is_file() else {}
     return status.get("state") == "finished" and status["steps"] >= steps
+
+
+def check_chain(stages: Sequence[Recipe], reference: str) -> None:
+    """`check_run` for every stage before the first one trains; a stage that a later one started from may not go on. Raises ValueError."""
+    folders = [run_folder(recipe, reference) for recipe in stages]
+    for number, (folder, recipe) in enumerate(zip(folders, stages, strict=True)):
+        check_run(folder, recipe)
+        begun = [later for later in folders[number + 1 :] if (later / "resolved.json").is_file()]
+        if begun and finished(folder) and not finished(folder, recipe.steps):
+            raise ValueError(
+                f"{folder} cannot go on to {recipe.steps} steps: {begun[0]} has started from its model. Train the chain under another name (name=...), "
+                f"or delete {begun[0]}{' and the stages after it' if len(begun) > 1 else ''}."
+            )
 
 
 def check_run(folder: Path, recipe: Recipe) -> None:

@@ -178,8 +178,11 @@ CASES = [
     (["train", "tiny.yaml", data("good", eval_path="nowhere.jsonl")], ["nowhere.jsonl does not exist"]),
     (["train", "tiny.yaml", data("good", columns={"solution": "proof"})], ["no column 'proof'"]),
     (["train", "tiny.yaml", data("long")], ["1 of 13 prompts are longer than", "data.max_prompt_tokens"]),
-    (["train", "tiny.yaml", data("no_solution")], ["no prompt of the data has what the view 'solution' shows", "data.columns"]),
-    (["train", "tiny.yaml", data("no_solution"), "method=sft", "teacher=", "view=", "objective=[{nll: {}}]"], ["learns from 'solution'", "10 of 10"]),
+    (["train", "tiny.yaml", data("no_solution")], ["what the view 'solution' shows", "data.columns", "view=answer", "grpo or rloo", "sdpo"]),
+    (
+        ["train", "tiny.yaml", data("no_solution"), "method=sft", "teacher=", "view=", "objective=[{nll: {}}]"],
+        ["learns from 'solution'", "10 of 10", "sdpo", "opd (a stronger"],
+    ),
     (["train", "tiny.yaml", data("good"), "model.vocabulary=100"], ["vocabulary of 100 is too small"]),
     # models
     ("train tiny.yaml model.path=models/nowhere", ["no model folder 'models/nowhere'"]),
@@ -219,3 +222,22 @@ def test_a_mistake_is_one_sentence_with_the_fix_and_nothing_is_created(workplace
     for part in expected:
         assert part in said.err, said.err
     assert everything(workplace) == before
+
+
+OWN = {  # what the sentences on missing solutions name -> its keys
+    "an answer": ["view=answer"],
+    "grpo": ["method=grpo", "teacher=", "view=", "group=2"],
+    "rloo": ["method=rloo", "teacher=", "view=", "group=2"],
+    "sdpo": ["method=sdpo", "group=2", "view={feedback: {solution: peer_success, own: false}}"],
+    "opd": ["method=opd", "teacher={external: {path: teacher}}", "view=plain", "model.path=teacher"],
+}
+
+
+@pytest.mark.parametrize("named", OWN)
+def test_what_is_named_for_data_without_solutions_runs_on_it(workplace, named):
+    bare = {key: value for key, value in TINY.items() if key != "data"}
+    (workplace / "own.yaml").write_text(yaml.safe_dump({**bare, "sampling": {"max_tokens": 4}}))
+    if named == "opd":
+        save_model(workplace / "teacher", train_byte_bpe(["What is 1 + 1? 23456789#"], 300))
+    short = ["steps=1", "model.vocabulary=300", "eval.num_problems=0", "eval.final_problems=0"]
+    assert main(["train", "own.yaml", data("no_solution"), *OWN[named], *short]) == 0

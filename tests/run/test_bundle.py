@@ -173,10 +173,11 @@ def test_a_bundle_without_weights_keeps_their_name(runs):
         (["bundle", "RUN", "step=1", "full=1"], "unknown option 'full'"),
         (["bundle", "RUN", "step=1", "weights=3"], "weights=true"),
         (["bundle", "nowhere", "step=1"], "neither nowhere nor runs/nowhere exists"),
-        (["replay", "nowhere"], "is no file"),
+        (["replay", "nowhere"], "neither nowhere nor runs/nowhere exists"),
+        (["replay", "nowhere.safetensors"], "is no file"),
         (["replay", "BUNDLE", "seed=3"], "keeps the rollouts"),
         (["replay", "BUNDLE", "objective=[{distill: reverse_kl, signal: other}]"], "other"),
-        (["replay", "METRICS"], "cannot be read as a bundle"),
+        (["replay", "METRICS"], "metrics.jsonl is no bundle: opd bundle RUN step=N writes one"),
         (["replay", "MODEL"], "but no bundle"),
     ],
 )

@@ -100,7 +100,7 @@ def test_the_command(runs, capsys):
     assert main(["ledger", str(runs / "whole"), "device_hours=2"]) == 2
     assert "device_hour" in capsys.readouterr().err
     assert main(["ledger", str(runs / "nothing")]) == 2
-    assert "holds no steps" in capsys.readouterr().err
+    assert "nothing does not exist" in capsys.readouterr().err
 
 
 def test_money_and_energy_by_hand():

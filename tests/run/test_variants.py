@@ -141,8 +141,21 @@ def test_stages_of_one_file_follow_each_other_and_the_second_starts_from_the_fir
     assert main(["show", "chain.yaml"]) == 0
     shown = capfd.readouterr().out
     assert shown.count("with every default filled in") == 2 and "max_position" not in shown and "zero_stage: 0" in shown
-    assert main(["train", "chain.yaml", "stages=[{name: a}, {name: a}]"]) == 2
-    assert "a name of its own" in capfd.readouterr().err
+    for words, said in {
+        "stages=[{name: a}, {name: a}]": "a name of its own",
+        "name=both stages.sft.steps=3": "runs/both/sft cannot go on to 3 steps: runs/both/opsd has started from its model",
+        "name=both stages.sft.steps=1 stages.opsd.group=3": "runs/both/opsd holds a run of another recipe: group: ",
+        "name=new stages.rl.steps=3": "stages.rl.steps: no such stage; write one of stages.sft, stages.opsd (or stages.0 ... stages.1) and a key",
+        "name=new stages.2.steps=3": "stages.2.steps: no such stage",
+        "name=new stages.sfd.steps=3": "no such stage (did you mean 'sft'?)",
+        "name=new stages.sft=3": "no such stage",
+    }.items():
+        assert main(["train", "chain.yaml", *([words] if "[" in words else words.split())]) == 2, words
+        err = capfd.readouterr().err
+        assert said in err and err.count("\n") == 1, err
+    assert not os.path.exists("runs/new")
+    assert main(["train", "chain.yaml", "name=both", "stages.sft.steps=1", "stages.opsd.steps=3"]) == 0  # the last one may grow
+    assert [row["step"] for row in lines("runs/both/opsd/metrics.jsonl")] == [1, 2, 3]
 
 
 def test_a_teacher_with_a_padded_vocabulary_teaches(here):
