@@ -76,8 +76,8 @@ def check_chain(stages: Sequence[Recipe], reference: str) -> None:
         begun = [later for later in folders[number + 1 :] if (later / "resolved.json").is_file()]
         if begun and finished(folder) and not finished(folder, recipe.steps):
             raise ValueError(
-                f"{folder} cannot go on to {recipe.steps} steps: {begun[0]} has started from its model. Train the chain under another name (name=...), "
-                f"or delete {begun[0]}{' and the stages after it' if len(begun) > 1 else ''}."
+                f"{folder} cannot go on to {recipe.steps} steps: {begun[0]} has started from its model. Train the chain under another name "
+                f"(name=...), or delete {begun[0]}{' and the stages after it' if len(begun) > 1 else ''}."
             )
 
 
