@@ -1,6 +1,6 @@
 """What is generated, so that it cannot drift: the recipe reference, and the table inside the page on methods.
 
-python -m opd.reference      # writes docs/recipe_reference.md, recipes.md and guard_rails.md, and the table of docs/methods.md
+python -m opd.reference      # writes recipe_reference, comparison_reference, building_blocks, recipes and guard_rails, and the table of methods
 """
 
 import inspect
@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from opd.building_blocks import building_blocks
+from opd.comparison.config import Comparison
 from opd.config.load import find_recipe, load_recipe, read_yaml
 from opd.config.recipe import Recipe
 from opd.guard.rules import RULES
@@ -52,18 +54,55 @@ for small tasks, not constants of nature: a model that learns to reason at lengt
 |---|---|---|"""
 
 
+RECIPE = """# Recipe reference
+
+Generated from the types in `opd/config/recipe.py` by `python -m opd.reference`.
+`opd show RECIPE` prints a recipe with every default filled in; what the choices may be is in [building blocks](building_blocks.md).
+
+"""
+COMPARISON = """# Comparison reference
+
+Generated from the types in `opd/comparison/config.py` by `python -m opd.reference`. A comparison is a YAML file of
+these keys ([what it does with them](comparing.md)); every key can be given on the command line, dotted, over the file's:
+`opd compare recipes/compare/demo.yaml seeds=[0] budget.generated_tokens=300`. A small one:
+
+```yaml
+# small.yaml
+arms:
+  base: {recipe: recipes/runs/opsd_expr.yaml, train: false}
+  rewards: {recipe: recipes/runs/grpo_expr.yaml}
+  teacher: {recipe: recipes/runs/opsd_expr.yaml, set: {teacher: live}}
+seeds: [0, 1]
+budget: {generated_tokens: 4000}
+eval: {every: 10, num_problems: 64, final_problems: 64}
+```
+
+```bash
+opd compare small.yaml
+```
+
+"""
+
+
 def recipe_reference() -> str:
     """Every key of a recipe with type, default and meaning, as Markdown."""
-    lines = [
-        "# Recipe reference",
-        "",
-        "Generated from the types in `opd/config/recipe.py` by `python -m opd.reference`.",
-        "`opd show RECIPE` prints a recipe with every default filled in.",
-        "",
-    ]
-    pending: list[tuple[str, type[BaseModel]]] = [("", Recipe)]
+    return RECIPE + _keys(Recipe)
+
+
+def comparison_reference() -> str:
+    """Every key of a comparison with type, default and meaning, as Markdown."""
+    return COMPARISON + _keys(Comparison)
+
+
+def _keys(root: type[BaseModel]) -> str:
+    """A table a type, the root's first, then those inside it; each type once."""
+    lines, pending, seen = [], [("", root)], set[type[BaseModel]]()
     while pending:
         prefix, model = pending.pop(0)
+        if model in seen and root is not Recipe:
+            lines += [f"## `{prefix.rstrip('.')}`", "", f"The keys of `{_first_place(root, model)}`.", ""]
+            continue
+        seen.add(model)
         lines += [
             f"## `{prefix.rstrip('.') or 'top level'}`",
             "",
@@ -80,6 +119,10 @@ def recipe_reference() -> str:
             lines.append(f"| `{prefix}{name}` | {_type_name(field)} | {shown} | {_cell(field.description or '')} |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _first_place(root: type[BaseModel], model: type[BaseModel]) -> str:
+    return next(name for name, field in root.model_fields.items() if model in _models(field.annotation))
 
 
 def methods_table() -> str:
@@ -203,6 +246,8 @@ def _cell(text: str) -> str:
 def main(folder: Path = Path("docs")) -> None:
     """Write the generated pages."""
     (folder / "recipe_reference.md").write_text(recipe_reference(), encoding="utf-8")
+    (folder / "comparison_reference.md").write_text(comparison_reference(), encoding="utf-8")
+    (folder / "building_blocks.md").write_text(building_blocks(), encoding="utf-8")
     page = folder / "methods.md"
     page.write_text(with_table(page.read_text(encoding="utf-8")), encoding="utf-8")
     (folder / "recipes.md").write_text(shipped_recipes(), encoding="utf-8")

@@ -109,12 +109,12 @@ class Tune(_Frozen):
 class Comparison(_Frozen):
     """Arms x seeds under one budget, reported together."""
 
-    name: str = Field(description="folder under runs/")
+    name: str = Field(description="folder under runs/; the file's name where it says none")
     title: str = Field("", description="headline of the report; empty: the name")
     description: str = Field("", description="a sentence or two put under the headline")
-    arms: dict[str, Arm] = Field(min_length=1)
+    arms: dict[str, Arm] = Field(min_length=1, description="what is compared, by name; a recipe, or runs that exist")
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds of the reported runs")
-    budget: Budget
+    budget: Budget = Field(description="what every run may spend, the same for all")
     prices: Prices = Field(Prices(), description="what spending costs, the same for all arms; they train nothing anew unless the budget is money")
     eval: dict[str, Any] = Field({}, description="keys of the recipes' `eval`, the same for all arms")
     base_temperatures: list[float] = Field(

@@ -169,7 +169,7 @@ def _check_value(value: Any, hint: Any, where: str) -> None:
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if any(_fits(value, option) for option in options):
         return
-    expected = " or ".join(_describe(option) for option in options)
+    expected = " or ".join(spelled(option) for option in options)
     raise ValueError(f"{where} is {value!r}; it must be {expected}")
 
 
@@ -186,10 +186,11 @@ def _fits(value: Any, hint: Any) -> bool:
     return not isinstance(hint, type) or isinstance(value, hint)
 
 
-def _describe(hint: Any) -> str:
+def spelled(hint: Any) -> str:
+    """A parameter's type and limits in words."""
     if get_origin(hint) is Annotated:
         kind, *limits = get_args(hint)
-        return " ".join([_describe(kind), *map(str, limits)])
+        return " ".join([spelled(kind), *map(str, limits)])
     if get_origin(hint) is Literal:
         return " | ".join(map(str, get_args(hint)))
     return {float: "a number", int: "a whole number", bool: "true or false", str: "a text", list: "a list", type(None): "null"}.get(hint, str(hint))

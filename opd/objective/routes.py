@@ -30,18 +30,22 @@ class RouteInput:
 
 
 def everything(answer: RouteInput) -> float:
+    """Every answer."""
     return 1.0
 
 
 def has_view(answer: RouteInput) -> float:
+    """Answers for which the term's signal had something to show."""
     return float(answer.has_view)
 
 
 def correct(answer: RouteInput) -> float:
+    """Answers that the verifier scored as correct."""
     return float(answer.verdict.status == "score" and answer.verdict.correct)
 
 
 def wrong(answer: RouteInput) -> float:
+    """Answers that the verifier scored as wrong; abstentions and errors are neither."""
     return float(answer.verdict.status == "score" and not answer.verdict.correct)
 
 

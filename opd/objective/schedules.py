@@ -16,6 +16,7 @@ Step = Annotated[int, Range(0)]
 
 
 def constant(step: int, metrics: Mapping[str, float], *, value: float) -> float:
+    """Always `value`."""
     return value
 
 

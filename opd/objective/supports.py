@@ -47,22 +47,27 @@ class Categories:
 
 
 def full() -> Support:
+    """Every entry, computed from hidden states chunk by chunk; not for a teacher behind vLLM or on file."""
     return Support(kind="full")
 
 
 def sampled() -> Support:
+    """The sampled token alone: one unbiased sample of the reverse KL's gradient a token."""
     return Support(kind="sampled")
 
 
 def spans() -> Support:
+    """Runs of tokens with the same bytes under two tokenizers, for `span_likelihood`."""
     return Support(kind="spans")
 
 
 def student_topk(*, k: Count, tail: Tail = "bucket", sampled: bool = False) -> Support:
+    """The student's k likeliest entries at rollout weights; sampled: the sampled token too."""
     return Support(kind="student_topk", k=k, tail=tail, sampled=sampled)
 
 
 def teacher_topk(*, k: Count, tail: Tail = "bucket", sampled: bool = False) -> Support:
+    """The teacher's k likeliest entries; sampled: the sampled token too."""
     return Support(kind="teacher_topk", k=k, tail=tail, sampled=sampled)
 
 

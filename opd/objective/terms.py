@@ -38,14 +38,17 @@ class Reduction:
 
 
 def token_mean(*, over: Over = "routed") -> Reduction:
+    """The number of tokens: long answers weigh more."""
     return Reduction(kind="token_mean", over=over)
 
 
 def sequence_mean(*, over: Over = "routed") -> Reduction:
+    """Each answer's own tokens, then the number of answers: all answers weigh the same."""
     return Reduction(kind="sequence_mean", over=over)
 
 
 def constant(*, length: Positive, over: Over = "routed") -> Reduction:
+    """Answers times `length` tokens, whatever they have (Dr. GRPO, arXiv 2503.20783)."""
     return Reduction(kind="constant", over=over, length=length)
 
 

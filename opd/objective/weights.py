@@ -29,6 +29,7 @@ class TokenStatistics:
 
 
 def ones(now: TokenStatistics) -> Tensor:
+    """No weight."""
     return torch.ones_like(now.student_logp)
 
 

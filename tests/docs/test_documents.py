@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from opd.reference import guard_rails, recipe_reference, shipped_recipes, with_table
+from opd.building_blocks import PLACES, building_blocks
+from opd.reference import comparison_reference, guard_rails, recipe_reference, shipped_recipes, with_table
 from opd.timing.scaling import with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,10 +77,22 @@ def test_the_python_example_of_the_readme_runs(workplace: Path, monkeypatch):
 
 def test_generated_pages_are_up_to_date():
     assert (ROOT / "docs/recipe_reference.md").read_text() == recipe_reference(), "run: python -m opd.reference"
+    assert (ROOT / "docs/comparison_reference.md").read_text() == comparison_reference(), "run: python -m opd.reference"
+    assert (ROOT / "docs/building_blocks.md").read_text() == building_blocks(), "run: python -m opd.reference"
     assert (ROOT / "docs/recipes.md").read_text() == shipped_recipes(), "run: python -m opd.reference"
     page = (ROOT / "docs/methods.md").read_text()
     assert page == with_table(page), "run: python -m opd.reference"
     assert (ROOT / "docs/guard_rails.md").read_text() == guard_rails(), "run: python -m opd.reference"
+
+
+def test_every_building_block_says_what_it_does_and_its_parameters_are_known():
+    for heading, (_, table, _) in PLACES.items():
+        for name, function in table.items():
+            assert (function.__doc__ or "").strip(), f"{heading}: {name} has no docstring"
+    page = building_blocks()
+    assert "| `ppo_clip` | `low=0.2` a number at least 0 and at most 1<br>`high=0.2` a number above 0<br>" in page
+    assert "| `student_topk` | `k` a whole number at least 1<br>`tail=bucket` bucket \\| renormalise \\| drop<br>`sampled=false` true or" in page
+    assert "<class" not in page and "typing" not in page and "collections.abc" not in page
 
 
 def test_every_method_has_a_paragraph_and_every_paragraph_a_method():

@@ -52,6 +52,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below; a modul
         "opd.build.audit",
         "opd.build.system",
         "opd.build.views",
+        "opd.building_blocks",
         "opd.cli",
         "opd.comparison",
         "opd.diagnosis",
