@@ -105,8 +105,9 @@ def check_served(recipe: Recipe, name: str, path: str, need: SignalNeeds) -> Non
             f"{where} is served by vLLM, which scores {size} ids at temperature 1, and sampling.temperature is {temperature}: use "
             f"sampling.temperature=1, {here}"
         )
-    if need.k > SUPPORT_LIMIT:
-        raise ValueError(f"{where} is served by vLLM, which hands out {SUPPORT_LIMIT} log-probs a token at most, not k={need.k}: lower k, {here}")
+    k = max(need.k, need.union)
+    if k > SUPPORT_LIMIT:
+        raise ValueError(f"{where} is served by vLLM, which hands out {SUPPORT_LIMIT} log-probs a token at most, not k={k}: lower k, {here}")
 
 
 def student_engine(

@@ -346,7 +346,7 @@ def actors_of(recipe: Recipe) -> AbstractContextManager[Any]:
 def check_support_sizes(objective: Objective, vocab_size: int) -> None:
     """Raises ValueError for a support larger than the vocabulary."""
     for term in objective.terms:
-        if term.support and term.support.kind.endswith("topk") and term.support.k > vocab_size:
+        if term.support and (term.support.by_student or term.support.kind == "teacher_topk") and term.support.k > vocab_size:
             raise ValueError(
                 f"term {term.name!r}: support k is {term.support.k} but the vocabulary has {vocab_size} tokens; "
                 f"lower objective support k to at most {vocab_size}, or use support: full"

@@ -48,7 +48,7 @@ def _opens(answer: SequenceSignals, share: float) -> Tensor:
     return answer.loss_mask & (before < share * entropy.sum())
 
 
-@reads("entropy", "shared_ids")
+@reads("entropy", "shared_ids", "student_ids")
 def soft_or(
     answers: Sequence[SequenceSignals], pool: Pool, *, share: TopShare = 0.5, signal: str = "main", outliers: TopShare = 0.02
 ) -> list[Tensor]:
@@ -63,7 +63,7 @@ def soft_or(
     return largest([a + b - a * b for a, b in zip(h, d, strict=True)], masks, share, pool)
 
 
-@reads("shared_ids")
+@reads("shared_ids", "student_ids")
 def peak_divergence(
     answers: Sequence[SequenceSignals], pool: Pool, *, tokens: Count = 20, factor: Positive = 2.0, decay: Share = 1.0, signal: str = "main"
 ) -> list[Tensor]:
@@ -129,7 +129,7 @@ def extrapolation_budget(
 
 
 def _step_size(one: TokenScores, other: TokenScores, scale: float) -> Tensor:
-    assert torch.equal(one.ids, other.ids), "legality asks for support student_topk on both"
+    assert torch.equal(one.ids, other.ids), "legality asks for support student_topk or union on both"
     inside = torch.where(one.ids >= 0, (one.logp.double().exp() - other.logp.double().exp()).abs(), 0.0).sum(-1)
     return scale * (inside + (one.tail_logp.double().exp() - other.tail_logp.double().exp()).abs()) + MINIMUM_STEP
 

@@ -72,7 +72,7 @@ def check_objective(terms: Sequence[Term]) -> None:
                 "and a signal is scored at one set of ids. "
                 "Legal: the same support and k, or a second entry of signals: with the same weights and view"
             )
-        if term.support.kind == "student_topk":
+        if term.support.by_student:
             by_student = by_student or term
             assert by_student.support
             if by_student.support.k != term.support.k:
@@ -106,7 +106,7 @@ def context_is_declared(term: Term, setting: Setting) -> Finding | None:
 
 
 def context_has_its_own_ids(term: Term, setting: Setting) -> Finding | None:
-    if not term.context or not term.support or term.support.kind != "student_topk":
+    if not term.context or not term.support or not term.support.by_student:
         return None
     return Finding(
         reason="the student's top-k ids are chosen in its own context, and this term learns in another",
@@ -248,13 +248,17 @@ def linear_needs_an_advantage(term: Term, setting: Setting) -> Finding | None:
 
 
 def one_set_of_ids(term: Term, setting: Setting) -> Finding | None:
-    """What compares two scorings token by token needs them at the same ids, and only the student's top-k is the same for all."""
+    """What compares two scorings token by token needs them at the same ids: the student's top-k, or the union of everybody's."""
     shared = "shared_ids" in term.reads or len(term.supported_signals) > 1
-    if not shared or (term.support is not None and term.support.kind == "student_topk"):
+    own = "student_ids" in term.reads
+    if not shared or (term.support is not None and (term.support.kind == "student_topk" or (term.support.kind == "union" and not own))):
         return None
+    union = "" if own else " | {union: {k: 64, tail: bucket}}"
     return Finding(
-        reason="compares several scorings at the same vocabulary entries, which only the student's top-k offers to all signals",
-        legal="support: {student_topk: {k: 64, tail: bucket}}",
+        reason="compares several scorings at the same vocabulary entries, which only the student's top-k offers to all signals"
+        if own
+        else "compares several scorings at the same vocabulary entries, which only the student's top-k and the union offer to all signals",
+        legal="support: {student_topk: {k: 64, tail: bucket}}" + union,
     )
 
 

@@ -18,7 +18,8 @@ Tail = Literal["bucket", "renormalise", "drop"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """kind: the whole vocabulary, the sampled token, the k likeliest tokens of one side (`sampled` adds the sampled token), or k draws.
+    """kind: the whole vocabulary, the sampled token, the k likeliest tokens of one side (`sampled` adds the sampled token) or of all sides, or
+    k draws.
 
     "hidden" is no support: both sides' last hidden states are compared, before any vocabulary. "spans": no vocabulary either, but the
     log-probs of runs of tokens that two tokenizers have in common.
@@ -26,14 +27,19 @@ class Support:
     tail: "bucket" keeps the outside mass as one more category, "renormalise" makes both sides sum to one inside, "drop" does neither.
     """
 
-    kind: Literal["full", "hidden", "spans", "sampled", "student_topk", "teacher_topk", "teacher_sample"]
+    kind: Literal["full", "hidden", "spans", "sampled", "student_topk", "teacher_topk", "union", "teacher_sample"]
     k: int = 0
     tail: Tail = "bucket"
     sampled: bool = False
 
     @property
     def sparse(self) -> bool:
-        return self.kind in ("student_topk", "teacher_topk", "teacher_sample")
+        return self.kind in ("student_topk", "teacher_topk", "union", "teacher_sample")
+
+    @property
+    def by_student(self) -> bool:
+        """Whether the student's likeliest tokens, chosen before the step, belong to it."""
+        return self.kind in ("student_topk", "union")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +75,11 @@ def student_topk(*, k: Count, tail: Tail = "bucket", sampled: bool = False) -> S
 def teacher_topk(*, k: Count, tail: Tail = "bucket", sampled: bool = False) -> Support:
     """The teacher's k likeliest entries; sampled: the sampled token too."""
     return Support(kind="teacher_topk", k=k, tail=tail, sampled=sampled)
+
+
+def union(*, k: Count, tail: Tail = "bucket") -> Support:
+    """The k likeliest tokens of the student and of every signal that has this support, and the sampled token, for all of them the same ids."""
+    return Support(kind="union", k=k, tail=tail, sampled=True)
 
 
 def teacher_sample(*, draws: Count) -> Support:
@@ -135,5 +146,6 @@ SUPPORTS = {
     "sampled": sampled,
     "student_topk": student_topk,
     "teacher_topk": teacher_topk,
+    "union": union,
     "teacher_sample": teacher_sample,
 }

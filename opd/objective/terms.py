@@ -114,12 +114,14 @@ class Term:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignalNeeds:
-    """What a scorer must deliver: its own top `k`, ids in `draws`, log-probs at the student's top-k ids, final hidden states, the sampled tokens,
+    """What a scorer must deliver: its own top `k`, ids in `draws`, log-probs at the student's top-k ids or (`union` > 0) at these and the top
+    `union` of every signal that has one, final hidden states, the sampled tokens,
     the entropy over its whole vocabulary (without `entropy`, one that does not know it gives NaN, and only a meter goes empty)."""
 
     k: int = 0
     draws: int = 0
     student_support: bool = False
+    union: int = 0
     hidden: bool = False
     sampled: bool = True
     entropy: bool = False
@@ -184,7 +186,7 @@ class Objective:
             drawn_logp="behaviour_logp" in reads,
             own_logp="own_logp" in reads,
             entropy="entropy" in reads or any(term.kind == "entropy" for term in self.terms),
-            student_topk=max((t.support.k for t in self.terms if t.support and t.support.kind == "student_topk"), default=0),
+            student_topk=max((t.support.k for t in self.terms if t.support and t.support.by_student), default=0),
             signals={name: self._signal_needs(name) for name in sorted(set().union(*(term.signals for term in self.terms)))},
             separable=not full_terms and all(term.scope == "token" for term in self.terms),
             full_terms=full_terms,
@@ -198,6 +200,7 @@ class Objective:
             k=max([s.k for s in supports if s.kind == "teacher_topk"] + asked, default=0),
             draws=max((s.k for s in supports if s.kind == "teacher_sample"), default=0),
             student_support=any(s.kind == "student_topk" for s in supports),
+            union=max((s.k for s in supports if s.kind == "union"), default=0),
             hidden=any(s.kind in ("full", "hidden") for s in supports),
             entropy=any(
                 parameters_of(function).get("signal", term.signal) == signal

@@ -33,6 +33,7 @@ from opd.run.live import PhaseClock, Status, StopRequest
 from opd.run.machine import environment
 from opd.run.named import find_bundle, find_run
 from opd.run.training import read_checkpoint
+from opd.teacher.score import joined_ids
 from opd.types import Judged, Meter, Prepared, Sample
 
 MAY_CHANGE = ("method", "objective", "updates", "optimizer.lr", "optimizer.clip", "learner.token_budget", "learner.packed", "learner.chunk_bytes")
@@ -201,6 +202,7 @@ def rescored(bundle: Bundle, objective: Objective, learner: Learner) -> list[Sam
     prepared = learner.prepare(judged, objective.needs)
     scores: list[dict[str, TokenScores]] = [{} for _ in judged]
     temperature = float(bundle.recipe["sampling"]["temperature"])
+    joint = [_joint(bundle, objective, n, prepared[n], temperature) for n in range(len(judged))]
     for name, need in objective.needs.signals.items():
         known = any(name in sample.scores for sample in bundle.samples)
         if not known and name not in bundle.hidden:
@@ -209,15 +211,29 @@ def rescored(bundle: Bundle, objective: Objective, learner: Learner) -> list[Sam
         for n, sample in enumerate(bundle.samples):
             hidden = bundle.hidden[name][n] if name in bundle.hidden else None
             if hidden is not None:
-                scores[n][name] = scores_from(hidden, bundle.heads[name], sample.judged, need, prepared[n], temperature)
+                asked = replace(need, union=0, student_support=True) if need.union else need
+                ready = replace(prepared[n], topk_ids=joint[n]) if need.union and prepared[n] else prepared[n]
+                scores[n][name] = scores_from(hidden, bundle.heads[name], sample.judged, asked, ready, temperature)
             elif name in sample.scores:
-                if need.k or need.student_support or need.hidden:
+                if need.k or need.student_support or need.union or need.hidden:
                     raise ValueError(
                         f"the objective needs more of signal {name!r} than its sampled tokens, and the bundle was made without the teachers' "
                         f"hidden states (they exceed {HIDDEN_MEBIBYTES} MiB): replay objectives on support sampled"
                     )
                 scores[n][name] = sample.scores[name]
     return join(judged, prepared, scores, objective, views=bundle.views)
+
+
+def _joint(bundle: Bundle, objective: Objective, n: int, prepared: Prepared | None, temperature: float) -> Tensor | None:
+    """The ids of the support "union" of an answer [T, K], None where no term has one."""
+    asked = {name: need.union for name, need in objective.needs.signals.items() if need.union and bundle.hidden.get(name)}
+    if not asked or prepared is None or prepared.topk_ids is None:
+        return None
+    parts, judged = [prepared.topk_ids], bundle.samples[n].judged
+    for name, k in asked.items():
+        if (hidden := bundle.hidden[name][n]) is not None:
+            parts.append(scores_from(hidden, bundle.heads[name], judged, SignalNeeds(k=k), None, temperature).ids[:, 1:])
+    return joined_ids(parts)
 
 
 def scores_from(

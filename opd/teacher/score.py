@@ -6,9 +6,12 @@ Legend: T completion tokens, K support size.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from opd_kernels import HeadView
 from opd_rollout.types import ScoreRequest, TokenScores
+from torch import Tensor
 
+from opd.objective.supports import first_occurrence
 from opd.objective.terms import SignalNeeds
 from opd.types import Judged, Meter, Prepared
 
@@ -32,9 +35,9 @@ class SignalScorer:
             if name not in weights:
                 known = ", ".join(sorted(weights)) or "none"
                 raise ValueError(f"the objective reads signal {name!r}; declared: {known}. Add signals.{name}")
-            if need.k and need.student_support:
+            if (need.k > 0) + need.student_support + (need.union > 0) > 1:
                 raise ValueError(
-                    f"signal {name!r} serves both a student_topk and a teacher_topk support; declare a second signal with the same weights"
+                    f"signal {name!r} serves two of the supports student_topk, teacher_topk and union; declare a second signal with the same weights"
                 )
             if need.hidden and weights[name].head is None:
                 raise ValueError(
@@ -49,11 +52,14 @@ class SignalScorer:
         """Signal -> scores for each answer, without the signals that have nothing to show it (context None in `views`)."""
         found: list[dict[str, TokenScores]] = [{} for _ in judged]
         self._meters, num_tokens = {}, 0
+        joint: list[Tensor | None] = [None] * len(judged)
+        if any(need.union for need in self._needs.values()):
+            joint, num_tokens = self._joint_ids(judged, views, prepared)
         for name, need in self._needs.items():
             contexts = views[name]
             assert len(contexts) == len(judged) == len(prepared), "one context and one preparation an answer"
             chosen = [index for index, context in enumerate(contexts) if context is not None]
-            requests = [_request(judged[index], contexts[index], prepared[index], need) for index in chosen]
+            requests = [_request(judged[index], contexts[index], prepared[index], joint[index], need) for index in chosen]
             scores = self.weights[name].scores(requests)  # also without requests: the passes of a sharded student are collective
             for index, request, one in zip(chosen, requests, scores, strict=True):
                 _check_coverage(name, request, one)
@@ -62,6 +68,25 @@ class SignalScorer:
             self._meters[f"views/{name}"] = Meter(sum=float(len(chosen)), count=float(len(judged)))
         self._meters["tokens/teacher"] = Meter(sum=float(num_tokens), count=1.0)
         return found
+
+    def _joint_ids(
+        self, judged: Sequence[Judged], views: Views, prepared: Sequence[Prepared | None]
+    ) -> tuple[list[Tensor | None], int]:
+        """The ids of the support "union" of each answer [T, K], and how many tokens passed through teachers for them.
+
+        A pass of every signal for its own likeliest ids, before the one that scores all of them: exact on all sides, at twice the price.
+        """
+        parts = [[_students_ids(one)] for one in prepared]
+        num_tokens = 0
+        for name, need in self._needs.items():
+            if not need.union:
+                continue
+            chosen = [index for index, context in enumerate(views[name]) if context is not None]
+            asked = [_request(judged[index], views[name][index], None, None, SignalNeeds(k=need.union)) for index in chosen]
+            for index, scores in zip(chosen, self.weights[name].scores(asked), strict=True):
+                parts[index].append(scores.ids[:, 1:].cpu())
+            num_tokens += sum(len(request.context_ids) + len(request.completion_ids) for request in asked)
+        return [joined_ids(ids) for ids in parts], num_tokens
 
     def heads(self) -> Mapping[str, HeadView]:
         """Heads of the signals with hidden states, good for the coming learner step."""
@@ -77,12 +102,22 @@ class SignalScorer:
         return self._meters
 
 
-def _request(judged: Judged, context: tuple[int, ...] | None, prepared: Prepared | None, need: SignalNeeds) -> ScoreRequest:
+def joined_ids(parts: Sequence[Tensor]) -> Tensor:
+    """Columns of ids [T, .] side by side [T, K], every id of a row once: -1 in the place of pads and of those that stood before."""
+    ids = torch.cat([part.long() for part in parts], dim=-1)
+    return torch.where(first_occurrence(ids), ids, -1)
+
+
+def _students_ids(prepared: Prepared | None) -> Tensor:
+    assert prepared is not None and prepared.topk_ids is not None, "the learner prepares the ids of the supports student_topk and union"
+    return prepared.topk_ids.cpu()
+
+
+def _request(
+    judged: Judged, context: tuple[int, ...] | None, prepared: Prepared | None, joint: Tensor | None, need: SignalNeeds
+) -> ScoreRequest:
     assert context is not None
-    support_ids = None
-    if need.student_support:
-        assert prepared is not None and prepared.topk_ids is not None, "the learner prepares the ids of a student_topk support"
-        support_ids = prepared.topk_ids
+    support_ids = joint if need.union else _students_ids(prepared) if need.student_support else None
     return ScoreRequest(
         context_ids=context, completion_ids=judged.completion.token_ids, support_ids=support_ids, k=need.k, draws=need.draws, hidden=need.hidden
     )

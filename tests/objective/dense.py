@@ -97,7 +97,8 @@ class Batch:
                 )
             )
             needs = objective.needs.signals
-            scores.append({name: scored(a, z, needs[name], ids) for name, z in a.teachers.items() if name in needs})
+            joint = union_ids(ids, {name: (a.teachers[name], need.union) for name, need in needs.items() if need.union and name in a.teachers})
+            scores.append({name: scored(a, z, needs[name], joint if needs[name].union else ids) for name, z in a.teachers.items() if name in needs})
         views = {name: [(9, 1, 2)] * len(judged) for name in objective.contexts}
         return join(judged, prepared, scores, objective, *([pool] if pool else []), views=views)
 
@@ -181,9 +182,21 @@ def one_batch(objective, shared, logits, rows):
     return loss.detach(), torch.zeros_like(logits) if logits.grad is None else logits.grad
 
 
+def union_ids(student_ids, others):
+    """[T, K]: the student's ids and every other's likeliest, once each, padded."""
+    rows = []
+    for t, row in enumerate(student_ids.tolist()):
+        chosen = [i for i in row if i >= 0]
+        for logits, k in others.values():
+            chosen += [i for i in logits[t].topk(k).indices.tolist() if i not in chosen]
+        rows.append(chosen)
+    width = max(map(len, rows), default=0)
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows]).reshape(len(rows), width)
+
+
 def scored(answer, logits, need, student_ids):
     logp, token = log(logits), answer.tokens[:, None]
-    if need.student_support:
+    if need.student_support or need.union:
         ids = student_ids
     elif need.k:
         top = logp.topk(need.k, dim=-1).indices

@@ -12,6 +12,8 @@ SUPPORTS = {
     "student_topk_bucket": {"student_topk": {"k": K, "tail": "bucket"}},
     "student_topk_renormalise": {"student_topk": {"k": K, "tail": "renormalise"}},
     "student_topk_all": {"student_topk": {"k": V, "tail": "bucket"}},
+    "union_bucket": {"union": {"k": K, "tail": "bucket"}},
+    "union_renormalise": {"union": {"k": K, "tail": "renormalise"}},
     "teacher_topk_bucket": {"teacher_topk": {"k": K, "tail": "bucket"}},
     "teacher_topk_renormalise": {"teacher_topk": {"k": K, "tail": "renormalise"}},
     "teacher_topk_with_sampled": {"teacher_topk": {"k": K, "tail": "bucket", "sampled": True}},
@@ -44,11 +46,11 @@ def test_gradient_identity_on_every_support(small, divergence, support):
     if choice == "full":
         ids, chosen = token[:, None], torch.ones(N, V, dtype=torch.bool)
     else:
-        owner = student if "student_topk" in choice else teacher
-        top = owner.topk(parameters["k"], dim=-1).indices
+        owners = (student, teacher) if "union" in choice else (student,) if "student_topk" in choice else (teacher,)
+        top = torch.cat([owner.topk(parameters["k"], dim=-1).indices for owner in owners], -1)
         ids = torch.cat([token[:, None], torch.where(top == token[:, None], -1, top)], -1)
         chosen = torch.zeros(N, V, dtype=torch.bool).scatter(-1, top, True)
-        if parameters.get("sampled"):
+        if parameters.get("sampled") or "union" in choice:
             chosen = chosen.scatter(-1, token[:, None], True)
     spec = {"distill": {divergence: PARAMETERS.get(divergence, {})}, "support": choice, "reduce": {"constant": {"length": 1}}}
     if support == "teacher_topk_renormalise" and divergence.endswith("reverse_kl"):

@@ -17,6 +17,7 @@ def topk(side, k, tail="bucket"):
     return {f"{side}_topk": {"k": k, "tail": tail}}
 
 
+UNION = {"union": {"k": 8, "tail": "bucket"}}
 GROUPED = {"policy": "ppo_clip", "advantage": "group_centered"}
 RATIO = {"policy": "reinforce", "advantage": "teacher_logratio", "weight": "sampler_ratio"}
 ALONE = Setting(signals=(), group=8, source="student")
@@ -37,6 +38,8 @@ LEGAL = [
     (distill("forward_kl", topk("teacher", 50)), TEACHER, ()),
     (distill("jsd", topk("teacher", 2, "renormalise")), TEACHER, ()),
     (distill("jsd", topk("student", 1)), TEACHER, ()),
+    (distill("reverse_kl", UNION, target="extrapolate", weight="extrapolation_budget"), BOTH, ()),
+    (distill("reverse_kl", {"union": {"k": 8, "tail": "renormalise"}}), TEACHER, ()),
     (distill("stop_gradient_reverse_kl", topk("student", 8, "drop")), TEACHER, ()),
     (distill("stop_gradient_reverse_kl"), TEACHER, ()),
     (distill("reverse_kl", "sampled"), TEACHER, ()),
@@ -143,7 +146,11 @@ ILLEGAL = [
     (distill("plackett_luce", topk("student", 8)), TEACHER, "orders candidate tokens", "tail: drop", None),
     (distill("plackett_luce"), TEACHER, "named divergences only", "student_topk", None),
     (distill("reverse_kl", topk("teacher", 8), weight="soft_or"), TEACHER, "same vocabulary entries", "student_topk", None),
-    (distill("reverse_kl", topk("teacher", 8), target="extrapolate"), BOTH, "same vocabulary entries", "student_topk", None),
+    (distill("reverse_kl", topk("teacher", 8), target="extrapolate"), BOTH, "same vocabulary entries", "{union:", None),
+    (distill("reverse_kl", UNION, weight="soft_or"), TEACHER, "only the student's top-k offers", "student_topk", None),
+    (distill("forward_kl", {"union": {"k": 8, "tail": "drop"}}), TEACHER, "no divergence", "tail: bucket", "truncated_forward_kl"),
+    (distill("forward_kl", {"union": {"k": 51}}), TEACHER, "the vocabulary has 50", "at most 50", None),
+    (distill("forward_kl", UNION, context="main"), TEACHER, "chosen in its own context", "support: full", None),
     (distill("reverse_kl", topk("student", 8), target="extrapolate"), TEACHER, "does not declare the signal 'reference'", "signals:", None),
     (distill("reverse_kl", topk("student", 8), target="log_ratio"), BOTH, "linear in the student's probabilities", "expected_advantage", None),
     (distill("expected_advantage", topk("student", 8, "drop")), TEACHER, "linear in the student's probabilities", "log_ratio", None),
@@ -207,3 +214,9 @@ def test_the_students_top_k_is_chosen_once():
     terms = [distill("jsd", topk("student", 8)), distill("jsd", topk("student", 4), signal="second")]
     with pytest.raises(ValueError, match="top 8 and 4.*Legal: one k"):
         build_objective(terms, Setting(signals=("main", "second")))
+    terms[0] = distill("jsd", UNION)
+    with pytest.raises(ValueError, match="top 8 and 4.*Legal: one k"):
+        build_objective(terms, Setting(signals=("main", "second")))
+    terms[1] = distill("jsd", topk("student", 8), signal="second")
+    needs = build_objective(terms, Setting(signals=("main", "second"))).needs
+    assert (needs.student_topk, needs.signals["main"].union, needs.signals["second"].union) == (8, 8, 0)

@@ -112,7 +112,7 @@ def test_other_objectives_run_on_the_same_rollouts(runs):
     assert reverse.outcome.meters["entropy/student"] == base.outcome.meters["entropy/student"]
 
 
-@pytest.mark.parametrize("kind", ["student_topk", "teacher_topk"])
+@pytest.mark.parametrize("kind", ["student_topk", "teacher_topk", "union"])
 def test_a_support_as_large_as_the_vocabulary_is_the_whole_vocabulary(runs, kind):
     path = freeze(runs("frozen"), 4)
     size = read_bundle(path).vocab_size

@@ -61,6 +61,42 @@ def test_student_ids_are_scored_as_they_were_prepared():
         assert torch.allclose(found["main"].logp, logp.gather(1, ready.topk_ids), atol=1e-5)
 
 
+def test_a_union_holds_everybodys_likeliest_ids_and_is_exact_on_all_sides():
+    """Two teachers and the student: the same ids for both, each once; an answer without a view for one teacher has the union of the others."""
+    models = {"main": tiny_model(5), "reference": tiny_model(6)}
+    judged, k = answers(4), 3
+    prepared = []
+    for one in judged:
+        top = by_hand(tiny_model(0), one.prompt_ids, one.completion.token_ids).topk(k).indices
+        token = torch.tensor(one.completion.token_ids, dtype=torch.int64)[:, None]
+        ids = torch.cat([token, torch.where(top == token, -1, top)], 1)
+        prepared.append(Prepared(old_logp=torch.zeros(len(ids)), entropy=torch.zeros(len(ids)), topk_ids=ids))
+    needs = {"main": SignalNeeds(union=k), "reference": SignalNeeds(union=k), "third": SignalNeeds(student_support=True)}
+    scorer = SignalScorer({name: weights(teacher(models.get(name, models["main"]))) for name in needs}, needs)
+    plain = [one.prompt_ids for one in judged]
+    views = {"main": plain, "reference": [None, *plain[1:]], "third": plain}
+    found = scorer.score(judged, views, prepared)
+    for index, (one, ready) in enumerate(zip(judged, prepared, strict=True)):
+        tokens = one.completion.token_ids
+        logp = {name: by_hand(model, one.prompt_ids, tokens) for name, model in models.items() if name in found[index]}
+        assert set(logp) == {"main"} if index == 0 else set(logp) == {"main", "reference"}
+        assert torch.equal(found[index]["third"].ids, ready.topk_ids), "a student_topk support beside it keeps its own ids"
+        for name, exact in logp.items():
+            scores = found[index][name]
+            assert torch.equal(scores.ids, found[index]["main"].ids)
+            for t in range(len(tokens)):
+                row = [i for i in scores.ids[t].tolist() if i >= 0]
+                expected = {i for i in ready.topk_ids[t].tolist() if i >= 0}.union(*(z[t].topk(k).indices.tolist() for z in logp.values()))
+                assert set(row) == expected and len(row) == len(set(row))
+                assert torch.allclose(scores.logp[t][scores.ids[t] >= 0], exact[t, row], atol=1e-5)
+                outside = [i for i in range(VOCABULARY) if i not in row]
+                assert torch.allclose(scores.tail_logp[t], exact[t, outside].logsumexp(0), atol=1e-5)
+    passed = [sum(len(one.prompt_ids) + len(one.completion.token_ids) for one in some) for some in (judged, judged[1:])]
+    assert scorer.meters()["tokens/teacher"].sum == 2 * passed[0] + 2 * passed[1] + passed[0], "two passes for a union"
+    with raises(ValueError, match="serves two of the supports"):
+        SignalScorer({"main": weights(teacher())}, {"main": SignalNeeds(union=3, k=2)})
+
+
 def test_hidden_states_and_their_head_give_the_whole_distribution():
     model, judged = tiny_model(5), answers(4)
     scorer = SignalScorer({"main": weights(teacher(model))}, {"main": SignalNeeds(hidden=True)})
