@@ -128,6 +128,7 @@ def student_engine(
     runner = _runner_settings(recipe, served_positions(recipe, config), -1 if vocab_size <= WHOLE_VOCABULARY else 20, transfer=TRANSFER)
     settings = EngineSettings(
         vocab_size=vocab_size, manifest=shapes, chunk=e.chunk, load_seconds=e.deadline_seconds, leads=ranks.leads, limits=_limits(recipe),
+        in_flight=recipe.asynchrony.in_flight,
         tied="lm_head.weight" if getattr(config.get_text_config(), "tie_word_embeddings", False) else "", sleeps=e.placement == "colocated",
     )  # fmt: skip
     found = connect(where, STUDENT)
@@ -168,7 +169,7 @@ def served_teachers(
 
 def _runner_settings(recipe: Recipe, positions: int, max_logprobs: int, transfer: str = "") -> RunnerSettings:
     e, has_gpus = recipe.engine, torch.cuda.is_available()
-    mode = e.mode if e.mode != "auto" else "async" if has_gpus else "offline"
+    mode = e.mode if e.mode != "auto" else "async" if has_gpus or recipe.asynchrony.max_staleness else "offline"
     return RunnerSettings(
         mode=mode, dtype=recipe.model.dtype, positions=positions, max_logprobs=max_logprobs, tensor_parallel=e.tensor_parallel, kv_bytes=e.kv_bytes,
         memory_share=e.memory_share, transfer=transfer, sleeps=e.placement == "colocated",

@@ -94,7 +94,7 @@ class Engine(_Frozen):
     replicas: Positive = Field(default=1, description="engines that share out a step's prompts (kinds process and vllm)")
     tensor_parallel: Positive = Field(default=1, description="GPUs that share one actor's model")
     mode: Literal["auto", "async", "offline"] = Field(
-        default="auto", description="async: vLLM in a process of its own, can pause in mid-answer; offline: inside the actor; auto: async on GPUs"
+        default="auto", description="async: vLLM in its own process, can pause in mid-answer; offline: in the actor; auto: async on GPUs or ahead"
     )
     placement: Literal["separate", "colocated"] = Field(
         default="separate", description="separate: actors have GPUs of their own; colocated: they share the learner's and sleep while it learns"
@@ -332,10 +332,19 @@ class Recipe(_Frozen):
     def _engine_fits(self) -> "Recipe":
         if self.engine.kind == "torch" and self.engine.replicas > 1:
             raise ValueError(f"engine.replicas is {self.engine.replicas}, and engine.kind torch is this process: use engine.kind=process")
-        if self.engine.kind != "process" and self.asynchrony.max_staleness:
+        if self.engine.kind == "torch" and self.asynchrony.max_staleness:
             raise ValueError(
                 f"asynchrony.max_staleness is {self.asynchrony.max_staleness}: the student answers while the learner works, so it needs a process "
-                "of its own: use engine.kind=process, or asynchrony.max_staleness=0"
+                "of its own: use engine.kind=process or engine.kind=vllm, or asynchrony.max_staleness=0"
+            )
+        if self.engine.placement == "colocated" and self.asynchrony.max_staleness:
+            raise ValueError(
+                f"engine.placement=colocated: actors sleep while the learner works, so they cannot answer ahead of it "
+                f"(asynchrony.max_staleness={self.asynchrony.max_staleness}): use engine.placement=separate, or asynchrony.max_staleness=0"
+            )
+        if self.engine.kind == "vllm" and self.engine.mode == "offline" and self.asynchrony.in_flight:
+            raise ValueError(
+                "asynchrony.in_flight: vLLM's offline engine cannot pause in mid-answer: use engine.mode=async, or asynchrony.in_flight=false"
             )
         if self.asynchrony.max_staleness and self.rollout.replay:
             raise ValueError(

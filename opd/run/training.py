@@ -262,7 +262,8 @@ class TrainingRun:
             row["seconds/guard"] = time.perf_counter() - started
         if self.ranks.leads:
             append_line(self.folder / "metrics.jsonl", {"step": step, "version": report.version, "skipped": report.skipped, **row})
-            drawn = s.source.state().get("stream", {}).get("cursor")
+            state = s.source.state()
+            drawn = state.get("taken", state).get("stream", {}).get("cursor")  # ahead of the learner: as it was after these answers
             prompts = [name for _, names in of_ranks for name in names]
             append_line(self.folder / LEDGER, {"step": step, "drawn": drawn, "prompts": prompts, "tokens": step_tokens(tokens)})
         self.sink.log(row, step)

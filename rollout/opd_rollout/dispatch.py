@@ -1,9 +1,11 @@
 """Work on a pool of Ray actors: leased in chunks, re-issued when an actor dies or is late, every wait with a deadline."""
 
 import logging
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -18,7 +20,7 @@ MAX_TRIES = 4
 
 
 class ActorsLost(RuntimeError):
-    """No actor is left that could do the work."""
+    """No actor is left that could do the work, or the engine was closed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +43,25 @@ class Replica:
     state: str = "lost"  # ready | reviving | lost | dead
     since: float = field(default_factory=time.monotonic)
     retry_at: float = 0.0
+    trouble: str = "starting"  # what a replica that is not ready is in: starting | restarting | poisoned
+    called: str = ""  # the method that Pool.call waits for
+    shown: str = ""  # its role for people, and since when
+    shown_since: float = 0.0
 
-    def becomes(self, state: str) -> None:
+    def becomes(self, state: str, trouble: str = "restarting") -> None:
         if self.state == "ready" or state == "ready":
-            self.since = time.monotonic()
+            self.since, self.trouble = time.monotonic(), trouble
         self.state = state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStatus:
+    """state: starting | generating | idle | updating | poisoned | restarting | gone, for `seconds`; in_flight: requests that it has."""
+
+    name: str
+    state: str
+    seconds: float
+    in_flight: int
 
 
 @dataclass(slots=True)
@@ -58,43 +74,76 @@ class _Flight:
 class Pool:
     """Runs leases on replicas. revive(handle) brings an actor, new or restarted, to where it can work; None: it has to wait for weights.
 
-    check: called while waiting; may raise. counts: leases, reissued, stragglers, revived.
+    check: called while waiting; may raise. counts: leases, reissued, stragglers, revived. Every method may be called by several threads at
+    a time (one generates, one updates): what they share are the replicas' states, which change only under `lock`; nobody waits for work with it.
     """
 
     def __init__(self, replicas: Sequence[Replica], limits: Limits, revive: Callable[[Any], Any], check: Callable[[], None] | None = None) -> None:
         self.replicas, self.limits, self._revive, self._check = list(replicas), limits, revive, check or (lambda: None)
         self.counts = dict.fromkeys(("leases", "reissued", "stragglers", "revived"), 0)
         self.facts: dict[str, Any] = {}
+        self.lock, self._batches, self._closed = threading.RLock(), list[_Batch](), False
 
-    def run(self, number: int, send: Callable[[Any, int], Any]) -> list[Any]:
-        """Results of `send(handle, lease)` for lease 0 to number - 1, in order. Raises ValueError as the actor did, ActorsLost for none left."""
-        batch = _Batch(self, number, send)
-        while not batch.is_done():
-            self._check()
-            batch.step()
-        return batch.in_order()
+    def run(self, sizes: Sequence[int], send: Callable[[Any, int], Any], at: Replica | None = None) -> list[Any]:
+        """Results of `send(handle, lease)` for a lease of every size (in requests), in order; all from one replica if `at` names it.
+
+        Raises ValueError as the actor did, ActorsLost for none left.
+        """
+        with self._batch(sizes, send, [at] if at else self.replicas) as batch:
+            while not batch.is_done():
+                self._go_on(batch)
+            return batch.in_order()
 
     def bring_up(self) -> None:
         """Every replica ready, or dead. Raises ActorsLost where all are, ValueError for a model that cannot be loaded."""
-        batch = _Batch(self, 0, lambda handle, lease: None)
-        while any(replica.state in ("lost", "reviving") for replica in self.replicas):
-            self._check()
-            batch.step()
-        batch.check_alive()
+        with self._batch((), lambda handle, lease: None, self.replicas) as batch:
+            while any(replica.state in ("lost", "reviving") for replica in self.replicas):
+                self._go_on(batch)
+            batch.check_alive()
 
-    def restart(self, replica: Replica, why: str) -> None:
+    def close(self) -> None:
+        """Whoever waits in another thread raises ActorsLost."""
+        self._closed = True
+
+    def status(self) -> tuple[int, list[ReplicaStatus]]:
+        """Requests that wait for an actor, and what every actor does."""
+        with self.lock:
+            self.note()
+            now = time.monotonic()
+            shown = [
+                ReplicaStatus(name=r.name, state=r.shown, seconds=round(now - r.shown_since, 1), in_flight=self._requests_at(r))
+                for r in self.replicas
+            ]
+            return sum(batch.requests_waiting() for batch in self._batches), shown
+
+    def note(self) -> None:
+        """Takes down what the replicas do from now on."""
+        for replica in self.replicas:
+            role = _role(replica, self._requests_at(replica))
+            if role != replica.shown:
+                replica.shown, replica.shown_since = role, time.monotonic()
+
+    def _requests_at(self, replica: Replica) -> int:
+        return sum(batch.requests_at(replica) for batch in self._batches)
+
+    def restart(self, replica: Replica, why: str, trouble: str = "restarting") -> None:
         """Kill an actor that is late or holds half-loaded weights; Ray starts it anew, empty."""
         LOG.warning("actor %s: %s; it is started anew", replica.name, why)
-        try:
-            ray.kill(replica.handle, no_restart=False)
-        except RayError:
-            pass  # gone already
-        replica.becomes("lost")
-        replica.retry_at = time.monotonic() + RETRY_SECONDS
+        with self.lock:
+            try:
+                ray.kill(replica.handle, no_restart=False)
+            except RayError:
+                pass  # gone already
+            replica.becomes("lost", trouble)
+            replica.retry_at = time.monotonic() + RETRY_SECONDS
 
     def call(self, method: str, *args: Any, seconds: float) -> list[Any]:
         """One method on every ready replica; those that fail or are late are restarted and left out of the result."""
-        asked = [(replica, getattr(replica.handle, method).remote(*args)) for replica in self.replicas if replica.state == "ready"]
+        with self.lock:
+            asked = [(replica, getattr(replica.handle, method).remote(*args)) for replica in self.replicas if replica.state == "ready"]
+            for replica, _ in asked:
+                replica.called = method
+            self.note()
         deadline, results = time.monotonic() + seconds, []
         for replica, reference in asked:
             while True:
@@ -108,46 +157,83 @@ class Pool:
                 except RayError as error:
                     self.restart(replica, f"{method} failed: {_reason(error)}")
                 break
+            with self.lock:
+                replica.called = ""
+                self.note()
         return results
+
+    @contextmanager
+    def _batch(self, sizes: Sequence[int], send: Callable[[Any, int], Any], replicas: Sequence[Replica]) -> "Iterator[_Batch]":
+        batch = _Batch(self, sizes, send, replicas)
+        with self.lock:
+            self._batches.append(batch)
+            self.counts["leases"] += len(sizes)
+        try:
+            yield batch
+        finally:
+            with self.lock:
+                self._batches.remove(batch)
+                batch.let_go()
+
+    def _go_on(self, batch: "_Batch") -> None:
+        self._check()
+        if self._closed:
+            raise ActorsLost("the engine is closed")
+        batch.step()
 
 
 class _Batch:
     """One call of Pool.run."""
 
-    def __init__(self, pool: Pool, number: int, send: Callable[[Any, int], Any]) -> None:
-        self._pool, self._send = pool, send
-        self._queue, self._tries = deque(range(number)), [0] * number
+    def __init__(self, pool: Pool, sizes: Sequence[int], send: Callable[[Any, int], Any], replicas: Sequence[Replica]) -> None:
+        self._pool, self._send, self._sizes, self._replicas = pool, send, tuple(sizes), replicas
+        self._queue, self._tries = deque(range(len(sizes))), [0] * len(sizes)
         self._results: dict[int, Any] = {}
-        self._number, self._flights = number, dict[Any, _Flight]()
+        self._flights: dict[Any, _Flight] = {}
         self._taken: list[float] = []
-        for replica in pool.replicas:
-            if replica.state == "reviving":  # by a call that was interrupted
-                replica.becomes("lost")
-        pool.counts["leases"] += number
 
     def is_done(self) -> bool:
-        return len(self._results) == self._number
+        return len(self._results) == len(self._sizes)
 
     def in_order(self) -> list[Any]:
-        return [self._results[lease] for lease in range(self._number)]
+        return [self._results[lease] for lease in range(len(self._sizes))]
+
+    def requests_waiting(self) -> int:
+        return sum(self._sizes[lease] for lease in self._queue)
+
+    def requests_at(self, replica: Replica) -> int:
+        held = {flight.lease for flight in self._flights.values() if flight.replica is replica}
+        return sum(self._sizes[lease] for lease in held if lease is not None)
+
+    def let_go(self) -> None:
+        """Replicas that this batch was reviving are anybody's again; their actors take a second call of `revive` for the first."""
+        for flight in self._flights.values():
+            if flight.lease is None and flight.replica.state == "reviving":
+                flight.replica.becomes("lost")
 
     def step(self) -> None:
         """Hand out what can be, wait a little, take in what came back."""
-        self._hand_out()
-        self._hand_out_twice()
-        self._start_revivals()
-        if self._flights:
-            ready, _ = ray.wait(list(self._flights), num_returns=1, timeout=POLL_SECONDS)
+        with self._pool.lock:
+            self._hand_out()
+            self._hand_out_twice()
+            self._start_revivals()
+            self._pool.note()
+            waiting = list(self._flights)
+        if waiting:
+            ready, _ = ray.wait(waiting, num_returns=1, timeout=POLL_SECONDS)
+        else:
+            self.check_alive()
+            ready = []
+            time.sleep(POLL_SECONDS)
+        with self._pool.lock:
             for reference in ready:
                 if reference in self._flights:  # not dropped with its actor a moment ago
                     self._take_in(reference)
-        else:
-            self.check_alive()
-            time.sleep(POLL_SECONDS)
-        self._end_late()
+            self._end_late()
+            self._pool.note()
 
     def check_alive(self) -> None:
-        if all(replica.state == "dead" for replica in self._pool.replicas):
+        if all(replica.state == "dead" for replica in self._replicas):
             raise ActorsLost(
                 "every actor is gone and does not come back (see engine.restarts); run the same command again to go on from the last checkpoint"
             )
@@ -157,7 +243,7 @@ class _Batch:
 
     def _hand_out(self) -> None:
         for _ in range(self._pool.limits.depth):
-            for replica in self._pool.replicas:
+            for replica in self._replicas:
                 if self._queue and replica.state == "ready" and self._load(replica) < self._pool.limits.depth:
                     self._issue(replica, self._queue.popleft())
 
@@ -168,7 +254,7 @@ class _Batch:
         if self._queue or not self._taken:
             return
         patience = self._pool.limits.straggler_factor * max(median(self._taken), POLL_SECONDS)
-        for replica in self._pool.replicas:
+        for replica in self._replicas:
             if replica.state != "ready" or self._load(replica):
                 continue
             holders: dict[int, list[_Flight]] = {}
@@ -183,7 +269,7 @@ class _Batch:
                 self._issue(replica, oldest.lease)
 
     def _start_revivals(self) -> None:
-        for replica in self._pool.replicas:
+        for replica in self._replicas:
             if replica.state != "lost" or time.monotonic() < replica.retry_at:
                 continue
             if time.monotonic() - replica.since > self._pool.limits.start_seconds:
@@ -264,6 +350,15 @@ class _Batch:
             if now - flight.started > limit and flight in self._flights.values():
                 self._drop(flight.replica)
                 self._pool.restart(flight.replica, f"no result within {limit:.0f} s")
+
+
+def _role(replica: Replica, in_flight: int) -> str:
+    """One word for people."""
+    if replica.state == "dead":
+        return "gone"
+    if replica.state != "ready":
+        return replica.trouble
+    return {"load": "updating", "": "generating" if in_flight else "idle"}.get(replica.called, replica.called)
 
 
 def _is_final(replica: Replica) -> bool:

@@ -52,6 +52,8 @@ class VllmActor:
         """Whatever is missing until weights `stamp` are in place: start vLLM, load the file."""
         facts = await self.open(model, settings)
         if written is not None:
+            if not self._serves(stamp) and not os.path.exists(written.path):
+                raise OtherWeights(f"newer weights than {stamp} have arrived meanwhile: ask again, with those")
             await self.load(written, version, stamp)
         return facts
 
@@ -64,8 +66,11 @@ class VllmActor:
         return os.getpid()
 
     async def generate(self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], sampling: Sampling, stamp: str) -> Answers:
-        """One completion a prompt. Raises OtherWeights unless those of `stamp` are in place (the caller then brings them)."""
-        self._check(stamp)
+        """One completion a prompt. Raises OtherWeights unless those of `stamp`, or newer ones of the same start of the learner, are in place.
+
+        The caller then brings them.
+        """
+        await self._check(stamp)
         runner = import_module("opd_rollout.vllm_runner")
         params = [
             runner.generation_params(
@@ -80,7 +85,7 @@ class VllmActor:
 
     async def score(self, jobs: Sequence[ScoreJob], temperature: float, stamp: str, vocab_size: int) -> list[Scored]:
         """Log-probs of given completions; see opd_rollout.vllm_scores for what is exact when. Raises ValueError for a missing score."""
-        self._check(stamp)
+        await self._check(stamp)
         assert self._opened is not None
         settings, runner = self._opened[1], import_module("opd_rollout.vllm_runner")
         whole = settings.max_logprobs == -1
@@ -97,9 +102,16 @@ class VllmActor:
         outputs = await self._run([{"prompt_token_ids": [*job.context_ids, *job.completion_ids]} for job in jobs], params)
         return [self._scored(job, output, temperature, whole, vocab_size) for job, output in zip(jobs, outputs, strict=True)]
 
-    def _check(self, stamp: str) -> None:
-        if self._stamp != stamp:
+    async def _check(self, stamp: str) -> None:
+        async with self._changing:  # an update that is under way ends first
+            pass
+        if not self._serves(stamp):
             raise OtherWeights(f"weights {self._stamp or 'of no version'} are in place, not {stamp}")
+
+    def _serves(self, stamp: str) -> bool:
+        """Whether the weights in place are those of `stamp` or, sent by the same start of the learner (stamp: WORD-NUMBER), newer."""
+        (word, _, number), (wanted, _, least) = self._stamp.rpartition("-"), stamp.rpartition("-")
+        return self._stamp == stamp or (word == wanted != "" and int(number) >= int(least))
 
     def _scored(self, job: ScoreJob, output: Any, temperature: float, whole: bool, vocab_size: int) -> Scored:
         if output.prompt_token_id_logprobs is not None:
@@ -117,24 +129,25 @@ class VllmActor:
         np.put_along_axis(dense, ids, logp, axis=1)
         return from_vocabulary(job, dense[:, :vocab_size], temperature)
 
-    async def load(self, written: Written, version: int, stamp: str) -> None:
-        """Put weights of `version` in place of the old ones, from a file. Answers under way go on under the new ones (async), or end first.
+    async def load(self, written: Written, version: int, stamp: str, in_flight: bool = False) -> None:
+        """Put weights of `version` in place of the old ones, from a file; nothing where they, or newer ones, are.
 
-        A failure leaves no version: the caller restarts this actor.
+        Answers under way end first or, with `in_flight` and an async engine, go on under the new ones. A failure leaves no version: the caller
+        restarts this actor.
         """
         m = written.metadata
         info = {"path": written.path, "names": list(m.names), "shapes": [list(shape) for shape in m.shapes], "dtypes": list(m.dtypes)}
         async with self._changing:
-            if self._stamp == stamp:
+            if self._serves(stamp):
                 return
-            await self.begin()
+            await self.begin(in_flight)
             await self.transfer("update_weights", {"update_info": info})
             await self.end(version, stamp)
 
-    async def begin(self) -> None:
+    async def begin(self, in_flight: bool = False) -> None:
         """Hold generation and open an update."""
         self._stamp = ""
-        await self._runner.hold()
+        await self._runner.hold(keep=in_flight)
         await self._runner.call("start_weight_update")
 
     async def transfer(self, method: str, info: dict[str, Any]) -> None:

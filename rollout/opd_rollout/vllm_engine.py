@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd_rollout.dispatch import Limits, Pool, Replica
+from opd_rollout.dispatch import Limits, Pool, Replica, ReplicaStatus
 from opd_rollout.parity import LogprobGap, logprob_gap
 from opd_rollout.sampling import check_sampling
 from opd_rollout.scoring import view_hash
@@ -25,7 +25,8 @@ NO_GAP = LogprobGap(mean=0.0, max=0.0, num_tokens=0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """chunk: requests of a lease at most. load_seconds: deadline of one weight update. leads: this rank sends the weights.
+    """chunk: requests of a lease at most. load_seconds: deadline of one weight update. leads: this rank sends the weights. in_flight:
+    new weights also reach answers under way (async runner); otherwise those end first.
 
     manifest: name -> shape of every weight that the model has; tied: the name of a head that is another weight.
     """
@@ -36,6 +37,7 @@ class EngineSettings:
     chunk: int = 64
     load_seconds: float = 300.0
     leads: bool = True
+    in_flight: bool = False
     sleeps: bool = False
     limits: Limits = field(default_factory=Limits)
 
@@ -43,8 +45,8 @@ class EngineSettings:
 class VllmEngine:
     """Engine (see opd_rollout.engine) over named actors; `canary`, where set, ends every weight update.
 
-    Completions carry vLLM's own spans of weight versions, so weights may change while answers are under way (async runner). `generate` may
-    run in one thread while another calls `load_weights`.
+    `generate` may run in one thread while another calls `load_weights`: a request is for weights at least as new as those that it was sent
+    for. Completions carry vLLM's own spans of weight versions, for weights may change while answers are under way (settings.in_flight).
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class VllmEngine:
             some = requests[chunks[lease]]
             return handle.generate.remote([r.prompt_ids for r in some], [r.seed for r in some], sampling, self._parcel.stamp)
 
-        answers = self._awake(len(chunks), send)
+        answers = self._awake(chunks, send)
         return [completion for chunk in answers for completion in _completions(chunk, sampling)]
 
     def score(self, requests: Sequence[ScoreRequest], temperature: float) -> list[TokenScores]:
@@ -103,7 +105,7 @@ class VllmEngine:
             return handle.score.remote(jobs[chunks[lease]], temperature, self._parcel.stamp, vocab_size)
 
         version = self.version
-        scored = [one for chunk in self._awake(len(chunks), send) for one in chunk]
+        scored = [one for chunk in self._awake(chunks, send) for one in chunk]
         return [_token_scores(*pair, temperature, version) for pair in zip(requests, scored, strict=True)]
 
     def load_weights(self, weights: WeightSource) -> None:
@@ -115,12 +117,14 @@ class VllmEngine:
         assert self._parcels is not None, "this engine's weights came with its folder"
         started = time.monotonic()
         check_manifest(self._settings.manifest, weights.metadata(), self._settings.tied)
-        self._parcel, self.version = self._parcels.make(weights), weights.version
+        parcel = self._parcels.make(weights)
         if self._settings.leads:
-            self._pool.call("load", self._parcel.written, self._parcel.version, self._parcel.stamp, seconds=self._settings.load_seconds)
+            self._parcel = parcel
+            self._pool.call("load", parcel.written, parcel.version, parcel.stamp, self._settings.in_flight, seconds=self._settings.load_seconds)
             if not any(replica.state == "ready" for replica in self._pool.replicas):
                 self._pool.bring_up()
         self._share(None)  # from here on an actor that any rank brings up finds the whole file
+        self._parcel, self.version = parcel, weights.version
         self._fly_canary()
         self._parcels.done()
         self._loads += 1
@@ -133,8 +137,13 @@ class VllmEngine:
     def resume(self) -> None:
         self._pool.call("resume", seconds=self._settings.load_seconds)
 
+    def status(self) -> tuple[int, list[ReplicaStatus]]:
+        """Requests that wait for an actor, and what every actor does."""
+        return self._pool.status()
+
     def close(self) -> None:
-        """Removes files; the actors belong to whoever started them."""
+        """Ends waits of other threads and removes files; the actors belong to whoever started them."""
+        self._pool.close()
         if self._parcels is not None:
             self._parcels.close()
 
@@ -153,7 +162,7 @@ class VllmEngine:
             gap = self._gap(replica, canary)
             if self._share(not gap.mean <= canary.limit_nats):
                 if replica is not None:
-                    self._pool.restart(replica, f"after the update it is {gap.mean:.3f} nats from the learner")
+                    self._pool.restart(replica, f"after the update it is {gap.mean:.3f} nats from the learner", "poisoned")
                     self._pool.bring_up()
                 gap = self._gap(replica, canary)
             self.last_gap = gap
@@ -171,19 +180,23 @@ class VllmEngine:
             if canary.collective:
                 canary.reference([])
             return NO_GAP
-        alone = Pool([replica], self._settings.limits, self._revive)
         seeds, prompts = [r.seed for r in canary.requests], [r.prompt_ids for r in canary.requests]
-        [answers] = alone.run(1, lambda handle, _: handle.generate.remote(prompts, seeds, canary.sampling, self._parcel.stamp))
+
+        def send(handle: Any, _: int) -> Any:
+            return handle.generate.remote(prompts, seeds, canary.sampling, self._parcel.stamp)
+
+        [answers] = self._pool.run([len(seeds)], send, at=replica)
         completions = _completions(answers, canary.sampling)
         asked = [ScoreRequest(context_ids=p, completion_ids=c.token_ids) for p, c in zip(prompts, completions, strict=True)]
         return logprob_gap(completions, canary.reference(asked))
 
-    def _awake(self, number: int, send: Callable[[Any, int], Any]) -> list[Any]:
+    def _awake(self, chunks: Sequence[slice], send: Callable[[Any, int], Any]) -> list[Any]:
+        sizes = [chunk.stop - chunk.start for chunk in chunks]
         if not self._settings.sleeps:
-            return self._pool.run(number, send)
+            return self._pool.run(sizes, send)
         self._pool.call("wake", seconds=self._settings.load_seconds)
         try:
-            return self._pool.run(number, send)
+            return self._pool.run(sizes, send)
         finally:
             self._pool.call("sleep", seconds=self._settings.load_seconds)
 

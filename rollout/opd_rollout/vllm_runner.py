@@ -34,8 +34,9 @@ class Runner(Protocol):
         """A method that both engines have under the same name."""
         ...
 
-    async def hold(self) -> None:
-        """Nothing runs after this; answers under way are kept and go on, under what is then the weights, at `release`."""
+    async def hold(self, *, keep: bool = True) -> None:
+        """Nothing runs after this until `release`. keep: answers under way stop and go on there, under what is then the weights; else they end
+        first."""
         ...
 
     async def release(self) -> None: ...
@@ -55,7 +56,7 @@ class OfflineRunner:
     async def call(self, method: str, *args: Any, **keywords: Any) -> Any:
         return await self._do(lambda: getattr(self._llm, method)(*args, **keywords))
 
-    async def hold(self) -> None:
+    async def hold(self, *, keep: bool = True) -> None:
         """Calls wait for each other anyway."""
 
     async def release(self) -> None: ...
@@ -85,8 +86,8 @@ class AsyncRunner:
     async def call(self, method: str, *args: Any, **keywords: Any) -> Any:
         return await getattr(self._llm, method)(*args, **keywords)
 
-    async def hold(self) -> None:
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
+    async def hold(self, *, keep: bool = True) -> None:
+        await self._llm.pause_generation(mode="keep" if keep else "wait", clear_cache=True)
 
     async def release(self) -> None:
         await self._llm.resume_generation()

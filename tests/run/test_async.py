@@ -207,7 +207,9 @@ def test_a_roll_back_drops_what_the_weights_that_were_taken_back_wrote(tmp_path,
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"asynchrony.max_staleness": 1}, "engine.kind=process"),
+        ({"asynchrony.max_staleness": 1}, "engine.kind=process or engine.kind=vllm"),
+        ({"engine.kind": "vllm", "engine.placement": "colocated", "asynchrony.max_staleness": 1}, "engine.placement=separate"),
+        ({"engine.kind": "vllm", "engine.mode": "offline", "asynchrony.max_staleness": 1, "asynchrony.in_flight": True}, "engine.mode=async"),
         ({**APART, "asynchrony.in_flight": True}, "max_staleness=1 or more"),
         ({"engine.replicas": 2}, "engine.kind=process"),
         ({**APART, "rollout.sampler": "teacher"}, "rollout.sampler=student"),
