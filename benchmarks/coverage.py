@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from opd.comparison.statistics import crossed_bootstrap, mean_squares, two_way_interval, verdict
+from opd.comparison.statistics import crossed_bootstrap, mean_squares, share_interval, two_way_interval, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (3, 5, 10)
+LEVELS = (1.0, 4.0, 6.0, 8.0)  # logits of an arm whose own accuracy is measured: 0.68 to 0.999
 GAIN = 0.5  # logits that the better arm is ahead of the other
 TABLES = 100  # drawn at once
 DRAWS = 500  # of a bootstrap
@@ -113,6 +114,19 @@ def measure(mix: Mix, gain: float, seeds: int, *, simulations: int, bootstraps: 
     }
 
 
+def measure_share(mix: Mix, level: float, seeds: int, *, simulations: int, seed: int) -> dict[str, float]:
+    """How often intervals hold one arm's accuracy, of `level` logits: the one on the logit scale that accuracies have, and the symmetric one."""
+    random = np.random.default_rng((seed, seeds, round(1000 * level)))
+    true = expected_accuracy(level, mix)
+    covered, symmetric = [], []
+    for start in range(0, simulations, TABLES):
+        num = min(TABLES, simulations - start)
+        for table in _arm(random, mix, level, random.normal(0, mix.problem, (num, 1, mix.problems)), seeds):
+            for held, interval in ((covered, share_interval(table)), (symmetric, two_way_interval(table))):
+                held.append(interval.low <= true <= interval.high)
+    return {"true_accuracy": true, "covered": float(np.mean(covered)), "covered_symmetric": float(np.mean(symmetric))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulations", type=int, default=2000)
@@ -130,6 +144,15 @@ def main() -> None:
                 shares = [f"{100 * found[key]:.1f}" for key in ("from_seeds", "covered", "covered_bootstrap", "better", "unresolved", "worse")]
                 columns = "".join(f"{share:>{n}}" for share, n in zip(shares, (12, 10, 11, 9, 12, 8), strict=True))
                 print(f"{name:26}{gain:6g}{seeds:7}{columns}", flush=True)
+    shares = []
+    print(f"\naccuracies of one arm\n{'mix':26}{'accuracy':>10}{'seeds':>7}{'interval':>10}{'symmetric':>11}   %")
+    for name, mix in MIXES.items():
+        for level in LEVELS:
+            for seeds in SEEDS:
+                held = measure_share(mix, level, seeds, simulations=options.simulations, seed=options.seed)
+                shares.append({"mix": name, "level_logits": level, "seeds": seeds, **held})
+                columns = "".join(f"{100 * held[key]:>{n}.1f}" for key, n in (("covered", 10), ("covered_symmetric", 11)))
+                print(f"{name:26}{100 * held['true_accuracy']:10.1f}{seeds:7}{columns}", flush=True)
     promised = [row["covered"] for row in rows if row["mix"] not in OUTSIDE]
     at_most = max(row["covered"] for row in rows if row["seeds"] == max(SEEDS) and row["mix"] not in OUTSIDE)
     print(f"coverage without {', '.join(OUTSIDE)}: at least {100 * min(promised):.1f} %; at {max(SEEDS)} seeds at most {100 * at_most:.1f} %")
@@ -138,7 +161,7 @@ def main() -> None:
     machine = {"processor": platform.machine(), "numpy": np.__version__}
     mixes = {name: asdict(mix) for name, mix in MIXES.items()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**settings, **machine, "mixes": mixes, "rows": rows}, indent=1) + "\n")
+    options.out.write_text(json.dumps({**settings, **machine, "mixes": mixes, "rows": rows, "shares": shares}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,13 @@ ABSENT = "\N{EN DASH}"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeRow:
-    """A key that not all arms share. cells: arm -> (value as text, whether it differs from the baseline's)."""
+    """A key that not all arms share. cells: arm -> (value as text, whether it differs from the baseline's). searched: the values that were
+    tried for every arm, where the key was searched.
+    """
 
     key: str
     cells: Mapping[str, tuple[str, bool]]
+    searched: str = ""
 
 
 def recipe_rows(summary: Summary) -> list[RecipeRow]:
@@ -26,12 +29,14 @@ def recipe_rows(summary: Summary) -> list[RecipeRow]:
     hidden = (*NOT_SHOWN, *SUGAR) if any(recipe.get("signals") for recipe in recipes.values()) else NOT_SHOWN
     flat = {name: dict(flattened({k: v for k, v in recipe.items() if k not in hidden and v != {}})) for name, recipe in recipes.items()}
     reference = flat.get(summary.reference.name, {})
+    grid = summary.comparison.tune.grid if summary.comparison.tune else {}
     rows = []
     for key in dict.fromkeys(key for values in flat.values() for key in values):
         texts = {name: _text(values[key]) if key in values else ABSENT for name, values in flat.items()}
         if len(set(texts.values())) > 1:
             same = _text(reference[key]) if key in reference else ABSENT
-            rows.append(RecipeRow(key=key, cells={name: (text, text != same) for name, text in texts.items()}))
+            cells = {name: (text, text != same) for name, text in texts.items()}
+            rows.append(RecipeRow(key=key, cells=cells, searched=", ".join(_text(value) for value in grid.get(key, ()))))
     return rows
 
 

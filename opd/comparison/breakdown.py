@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from opd.comparison.results import PRIMARY, table
-from opd.comparison.statistics import Interval, two_way_interval
+from opd.comparison.statistics import Interval, share_interval
 from opd.comparison.summary import Summary
 
 LEVELS = ("never right", "sometimes right", "always right")
@@ -69,7 +69,7 @@ def _grouped(summary: Summary, by: str, note: str, labels: Mapping[str, str], or
             shared = [problem for problem in problems if all(problem in run.finals[PRIMARY].by_problem["avg@k"] for run in runs)]
             values = table(runs, PRIMARY, "avg@k", shared) if shared else None
             if values is not None:
-                accuracy[arm.name] = two_way_interval(values)
+                accuracy[arm.name] = share_interval(values)
         groups.append(Group(label=label or "none named", problems=tuple(problems), accuracy=accuracy))
     if by == "By difficulty" and set(order) - set(LEVELS):  # names have no order of their own: easiest first
         groups.sort(key=lambda group: -sum(interval.mean for interval in group.accuracy.values()))

@@ -7,6 +7,7 @@ from html import escape
 
 from opd.comparison.curves import Band, Mark
 from opd.comparison.summary import PairSummary
+from opd.comparison.wording import percent
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 300, 46, 14, 14, 46
 
@@ -22,12 +23,16 @@ class Level:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axes:
-    """How a chart counts: names of both axes, numbers as text, ticks of the upright one from `low` to `high`; doubling: x is 1, 2, 4 ..."""
+    """How a chart counts: names of both axes, numbers of the ticks as text, ticks of the upright one from `low` to `high`; doubling: x is 1, 2, 4 ...
+
+    y_said: a value as labels say it, rounded as tables round it.
+    """
 
     x_label: str
     y_label: str
     x_number: Callable[[float], str]
     y_number: Callable[[float], str]
+    y_said: Callable[[float], str]
     low: float
     high: float
     step: float
@@ -40,7 +45,7 @@ def percent_axes(bands: Sequence[Band], levels: Sequence[Level], *, x_label: str
     low = max(0.0, math.floor(min(values, default=0.0) * 10 + 1e-9) / 10)
     high = max(min(1.0, math.ceil(max(values, default=1.0) * 10 - 1e-9) / 10), low + 0.1)
     return Axes(
-        x_label=x_label, y_label="accuracy, %", x_number=x_number, y_number=lambda value: f"{100 * value:.0f}", low=low, high=high,
+        x_label=x_label, y_label="accuracy, %", x_number=x_number, y_number=lambda value: f"{100 * value:.0f}", y_said=percent, low=low, high=high,
         step=0.1 if high - low <= 0.6 else 0.2, **options,
     )  # fmt: skip
 
@@ -49,8 +54,9 @@ def plain_axes(bands: Sequence[Band], *, x_label: str, y_label: str, x_number: C
     """Numbers from zero to a round one above the highest."""
     highest = max((value for band in bands for value in band.high), default=0.0) or 1.0
     step = round_ticks(highest)[1]
+    high = math.ceil(highest / step - 1e-9) * step
     return Axes(
-        x_label=x_label, y_label=y_label, x_number=x_number, y_number=y_number, low=0.0, high=math.ceil(highest / step - 1e-9) * step, step=step,
+        x_label=x_label, y_label=y_label, x_number=x_number, y_number=y_number, y_said=y_number, low=0.0, high=high, step=step,
     )  # fmt: skip
 
 
@@ -66,10 +72,10 @@ def line_chart(bands: Sequence[Band], axes: Axes, *, levels: Sequence[Level] = (
         parts.append(f'<polygon class="band {drawn.style}" points="{" ".join(upper + lower[::-1])}"/>')
     for drawn in bands:
         line = " ".join(frame.point(x, y) for x, y in zip(drawn.x, drawn.mean, strict=True))
-        ending = f"{drawn.label}: {axes.y_number(drawn.mean[-1])} at {axes.x_number(drawn.x[-1])}"
+        ending = f"{drawn.label}: {axes.y_said(drawn.mean[-1])} at {axes.x_number(drawn.x[-1])}"
         parts.append(f'<polyline class="line {drawn.style}" points="{line}"><title>{escape(ending)}</title></polyline>')
     parts += [_mark(frame, mark) for mark in marks if mark.x <= frame.right]
-    said = "; ".join(f"{b.label} from {axes.y_number(b.mean[0])} to {axes.y_number(b.mean[-1])}" for b in bands)
+    said = "; ".join(f"{b.label} from {axes.y_said(b.mean[0])} to {axes.y_said(b.mean[-1])}" for b in bands)
     noted = f". Marked: {'; '.join(dict.fromkeys(mark.text for mark in marks))}" if marks else ""
     label = escape(f"{axes.y_label} against {axes.x_label}. {said}{noted}", quote=True)
     return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'

@@ -1,7 +1,7 @@
 """What accuracy is compared against: kinds of cost, the accuracy that every arm had at an equal one, and what a point of gain cost."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,21 +10,24 @@ from scipy.special import stdtrit
 from opd.comparison.results import CurvePoint, RunResult
 from opd.comparison.statistics import (
     Interval,
+    Table,
     Verdict,
     detectable_difference,
     holm,
     holm_levels,
     paired_seeds_to_resolve,
+    share_interval,
     two_way_interval,
     verdict,
 )
 from opd.run.spending import Rates, money
 
 Cost = Callable[[CurvePoint], float]
+TOKENS, SCORED, SECONDS = "generated tokens", "learner and teacher tokens", "training seconds"
 COSTS: Mapping[str, Cost] = {
-    "generated tokens": lambda point: point.generated_tokens,
-    "learner and teacher tokens": lambda point: point.scored_tokens,
-    "training seconds": lambda point: point.seconds,
+    TOKENS: lambda point: point.generated_tokens,
+    SCORED: lambda point: point.scored_tokens,
+    SECONDS: lambda point: point.seconds,
 }
 DEVICE_SECONDS = "device-seconds"
 
@@ -73,10 +76,11 @@ def at_equal_cost(arms: Mapping[str, Sequence[RunResult]], take: Cost, baseline:
     values = {name: {seed: float(np.interp(cost, *zip(*curve, strict=True))) for seed, curve in mine.items()} for name, mine in curves.items()}
     theirs = values.get(baseline, {})
     pairs = {name: [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))] for name, ours in values.items() if name != baseline}
-    differences = {name: _over_seeds(found) for name, found in pairs.items() if found}
+    differences = {name: two_way_interval(_column(found)) for name, found in pairs.items() if found}
     p_values = [found.p_value for found in differences.values()]
     held = dict(zip(differences, zip(holm(p_values), holm_levels(p_values), strict=True), strict=True))
-    matched = {name: Matched(cost=cost, accuracy=_over_seeds(list(ours.values())), difference=None, verdict=None) for name, ours in values.items()}
+    accuracies = {name: share_interval(_column(ours.values())) for name, ours in values.items()}
+    matched = {name: Matched(cost=cost, accuracy=accuracy, difference=None, verdict=None) for name, accuracy in accuracies.items()}
     for name, (p_value, level) in held.items():
         matched[name] = replace(
             matched[name],
@@ -88,8 +92,8 @@ def at_equal_cost(arms: Mapping[str, Sequence[RunResult]], take: Cost, baseline:
     return matched
 
 
-def _over_seeds(values: Sequence[float]) -> Interval:
-    return two_way_interval(np.array(values)[:, None])
+def _column(values: Iterable[float]) -> Table:
+    return np.array(list(values))[:, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

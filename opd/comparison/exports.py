@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from opd.comparison.breakdown import Breakdown
+from opd.comparison.costs import TOKENS
 from opd.comparison.results import GREEDY, PRIMARY
 from opd.comparison.statistics import Interval
 from opd.comparison.summary import Summary
-from opd.comparison.wording import MINUS, TOKENS, percent, percent_interval, points, points_interval, reach_text
+from opd.comparison.wording import MINUS, percent, percent_interval, points, points_interval, reach_text
 
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",

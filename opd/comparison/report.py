@@ -9,7 +9,8 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from opd.comparison import wording
+from opd.comparison import answers, wording
+from opd.comparison.about import about, splits
 from opd.comparison.arms import recipe_rows
 from opd.comparison.breakdown import Breakdown, breakdowns
 from opd.comparison.charts import Axes, Level, interval_bar, interval_scale, line_chart, percent_axes, plain_axes
@@ -50,11 +51,23 @@ def render(summary: Summary, folder: Path, found: list[Breakdown], beside: list[
     environment.globals |= {
         name: getattr(wording, name)
         for name in (
-            "percent", "points", "percent_interval", "points_interval", "amount", "duration", "spent", "reach_text", "ratio_text", "per_point_text",
+            "percent",
+            "points",
+            "percent_interval",
+            "points_interval",
+            "amount",
+            "duration",
+            "spent",
+            "reach_text",
+            "ratio_text",
+            "per_point_text",
+            "detectable_text",
+            "p_text",
         )  # fmt: skip
     }
-    environment.globals |= {"recipe_text": recipe_text, "tuned_text": tuned_text, "trial_rows": trial_rows, "max": max, "len": len}
+    environment.globals |= {"recipe_text": recipe_text, "tuned_text": tuned_text, "trial_rows": trial_rows, "max": max, "len": len, "about": about}
     comparison = summary.comparison
+    known = [arm for arm in _trained(summary) if any(run.recipe for run in arm.runs)]
     styles = {arm.name: f"s{n % NUM_STYLES}{' dashed' if n >= NUM_STYLES else ''}" for n, arm in enumerate(_trained(summary))}
     return environment.get_template("report.html.j2").render(
         summary=summary,
@@ -62,14 +75,20 @@ def render(summary: Summary, folder: Path, found: list[Breakdown], beside: list[
         arms=summary.arms,
         reference=summary.reference,
         styles={arm.name: styles.get(arm.name, "base") for arm in summary.arms},
-        answers=wording.answers(summary),
-        notes=wording.notes(summary),
+        answers=answers.answers(summary),
+        notes=answers.notes(summary),
+        cheaper=answers.cheaper_text(summary),
+        few=answers.FEW_SEEDS,
         charts=charts(summary, styles),
         vitals=vitals(summary, styles),
         passed=passed(summary, styles),
         breakdowns=found,
+        groups="By " + (" and ".join(one.by.removeprefix("By ") for one in found) or "groups of problems"),
         alarms=alarms(summary),
         recipe_rows=recipe_rows(summary),
+        known_recipes=len(known),
+        one_known=known[0].label if known else "",
+        problems=next((pair.interval.problems for pair in summary.pairs), 0),
         beside=beside,
         style=Markup((Path(__file__).parent / "report.css").read_text(encoding="utf-8")),
         forest=forest(summary),
@@ -109,9 +128,9 @@ def failures(summary: Summary) -> list[tuple[str, list[int], str]]:
 def charts(summary: Summary, styles: Mapping[str, str]) -> list[tuple[str, Markup]]:
     """(title, SVG) of dev accuracy against each kind of cost."""
     drawn = []
-    levels = [Level(value=summary.comparison.target, style="target", text=f"target {100 * summary.comparison.target:g} %")]
+    levels = [Level(value=summary.comparison.target, style="target", text=f"target {wording.percent(summary.comparison.target)} %")]
     if summary.base_dev is not None:
-        levels.append(Level(value=summary.base_dev, style="base", text=f"base {100 * summary.base_dev:.0f} %"))
+        levels.append(Level(value=summary.base_dev, style="base", text=f"base on dev {wording.percent(summary.base_dev)} %"))
     for cost, take in summary.costs.items():
         bands = [found for arm in _trained(summary) if (found := band(arm, take, styles[arm.name])) is not None]
         if all(found.x[-1] <= 0 for found in bands):
@@ -187,6 +206,7 @@ def setup(summary: Summary) -> list[tuple[str, str]]:
     rows = [("Budget of a run", comparison.budget.spell(comparison.prices.currency)), ("Seeds", ", ".join(map(str, comparison.seeds)))]
     if finals:
         rows.append(("Problems", f"{finals[0].row['n_problems']} test problems of {finals[0].row['suite']}, the same for every run"))
+    rows += [("Dev and test", said) for said in dict.fromkeys(splits(run.recipe) for run in runs) if said]
     if comparison.tune is not None:
         grid = "; ".join(f"{key} in {', '.join(map(_plain, values))}" for key, values in comparison.tune.grid.items())
         rows.append(("Search", f"{grid}, for every trained arm; by dev accuracy ({comparison.tune.metric}), seeds {_joined(comparison.tune.seeds)}"))
@@ -214,7 +234,8 @@ def _plain(value: Any) -> str:
 
 def recipe_text(run: RunResult) -> str:
     """The resolved recipe as YAML, then what else the run folder knows about it."""
-    parts = [yaml.safe_dump(dict(run.recipe), sort_keys=False, allow_unicode=True, width=110)]
+    said = splits(run.recipe)
+    parts = [(f"# {said}\n" if said else "") + yaml.safe_dump(dict(run.recipe), sort_keys=False, allow_unicode=True, width=110)]
     if run.facts:
         parts.append("# environment\n" + yaml.safe_dump(dict(run.facts), sort_keys=False, allow_unicode=True, width=110))
     return "\n".join(parts) if run.recipe else "(no resolved.json in this folder)"

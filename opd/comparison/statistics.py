@@ -6,13 +6,13 @@ arms there. Seeds and problems are crossed: every seed is judged on the same pro
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtr, stdtrit
+from scipy.special import expit, logit, stdtr, stdtrit
 
 Table = NDArray[np.float64]
 Verdict = Literal["better", "worse", "unresolved"]
@@ -72,17 +72,34 @@ def two_way_interval(table: Table, *, level: float = 0.95) -> Interval:
 
     Model: x[s, p] = mean + seed[s] + problem[p] + rest[s, p]. With the mean squares of the two-way analysis of variance,
     Var(mean) = (MS_seed + MS_problem - MS_rest) / (S P), where a mean square below MS_rest stands for a variance of zero; degrees of
-    freedom by `satterthwaite`. With one seed only problems vary, and `scope` says so.
+    freedom by `satterthwaite`. With one seed only problems vary, and `scope` says so. Equal cells: `_without_spread`.
     Raises ValueError for a table that is empty, not two-dimensional or not finite.
     """
     x = _checked(table)
     mean = float(x.mean())
+    if x.size > 1 and np.ptp(x) == 0:
+        return _without_spread(mean, x.shape, level)
     if min(x.shape) == 1:
         return _one_way_interval(x, mean, level)
     ms = mean_squares(x)
     total = max(ms.seed, ms.rest) + max(ms.problem, ms.rest) - ms.rest
     df = satterthwaite((ms.seed, ms.df_seed), (ms.problem, ms.df_problem), (ms.rest, ms.df_rest))
     return _student_t(mean, math.sqrt(total / x.size), df, x.shape, "new seeds and new problems", level)
+
+
+def share_interval(table: Table, *, level: float = 0.95) -> Interval:
+    """two_way_interval for shares: standard error and degrees of freedom are carried to the logit scale (delta method) and the bounds back.
+
+    So bounds stay within 0 and 1 and lean away from the nearer end. Simulated with 3 seeds, 64 and 256 problems and accuracies from 0.65 to 0.998,
+    tests/compare/test_statistics.py: at least 0.91 cover, where a symmetric interval goes down to 0.82.
+    """
+    plain = two_way_interval(table, level=level)
+    if not math.isfinite(plain.stderr):
+        return plain
+    if not 0 < plain.mean < 1:
+        return replace(plain, low=max(0.0, plain.low), high=min(1.0, plain.high))
+    half = float(stdtrit(plain.df, 0.5 + level / 2)) * plain.stderr / (plain.mean * (1 - plain.mean))
+    return replace(plain, low=float(expit(logit(plain.mean) - half)), high=float(expit(logit(plain.mean) + half)))
 
 
 def satterthwaite(seed: tuple[float, int], problem: tuple[float, int], rest: tuple[float, int]) -> float:
@@ -102,6 +119,29 @@ def satterthwaite(seed: tuple[float, int], problem: tuple[float, int], rest: tup
     return max(1.0, total**2 / spread) if spread > 0 else float(df_seed)
 
 
+def _without_spread(mean: float, shape: tuple[int, int], level: float) -> Interval:
+    """Where all cells are equal no variance can be estimated, and none is claimed to be zero.
+
+    With P problems: Clopper and Pearson's bound (Biometrika 26, 1934; close to the rule of three, 3 / P): less than 1 - ((1 - level) / 2)^(1 / P)
+    of all problems have another value, each at most 1 away, as far as these seeds go. With one problem there is no interval.
+    """
+    num_seeds, num_problems = shape
+    if num_problems == 1:
+        return Interval(mean=mean, low=-math.inf, high=math.inf, stderr=math.inf, df=0.0, p_value=1.0, seeds=num_seeds, problems=1, scope="none")
+    half, df = 1 - (0.5 - level / 2) ** (1 / num_problems), num_problems - 1.0
+    return Interval(
+        mean=mean,
+        low=mean - half,
+        high=mean + half,
+        stderr=half / float(stdtrit(df, 0.5 + level / 2)),
+        df=df,
+        p_value=min(1.0, 2 * (1 - min(1.0, abs(mean))) ** num_problems),
+        seeds=num_seeds,
+        problems=num_problems,
+        scope="new problems, these seeds only",
+    )
+
+
 def _one_way_interval(x: Table, mean: float, level: float) -> Interval:
     values = x.ravel()
     if values.size == 1:
@@ -112,10 +152,7 @@ def _one_way_interval(x: Table, mean: float, level: float) -> Interval:
 
 def _student_t(mean: float, stderr: float, df: float, shape: tuple[int, int], scope: str, level: float) -> Interval:
     half = float(stdtrit(df, 0.5 + level / 2)) * stderr
-    if stderr > 0:
-        p_value = 2 * float(stdtr(df, -abs(mean) / stderr))
-    else:
-        p_value = 1.0 if mean == 0 else 0.0
+    p_value = 2 * float(stdtr(df, -abs(mean) / stderr))
     return Interval(
         mean=mean, low=mean - half, high=mean + half, stderr=stderr, df=df, p_value=p_value, seeds=shape[0], problems=shape[1], scope=scope
     )

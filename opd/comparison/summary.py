@@ -6,7 +6,7 @@ from itertools import combinations
 from statistics import fmean
 
 from opd.comparison.config import Comparison
-from opd.comparison.costs import Cost, Matched, PerPoint, at_equal_cost, cost_per_point, costs_of
+from opd.comparison.costs import COSTS, TOKENS, Cost, Matched, PerPoint, at_equal_cost, cost_per_point, costs_of
 from opd.comparison.jobs import Tuned
 from opd.comparison.ledgers import ArmLedger, arm_ledger
 from opd.comparison.reach import Ratio, Reach, ratio_to_baseline, reach
@@ -20,6 +20,7 @@ from opd.comparison.statistics import (
     holm,
     holm_levels,
     seeds_to_resolve,
+    share_interval,
     two_way_interval,
     verdict,
 )
@@ -93,7 +94,7 @@ class PairSummary:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """A whole comparison. costs: what a point of a curve has cost, by kind. base_at_best: (decoding chosen on dev, its test interval) of the
-    untrained arm.
+    untrained arm. against_best: trained arm -> the generated tokens that the best one needed for the target over those that this arm needed.
     """
 
     comparison: Comparison
@@ -102,9 +103,15 @@ class Summary:
     pairs: tuple[PairSummary, ...]
     base_at_best: tuple[str, Interval] | None
     base_dev: float | None
+    against_best: Mapping[str, Ratio]
 
     def arm(self, name: str) -> ArmSummary:
         return next(arm for arm in self.arms if arm.name == name)
+
+    @property
+    def ranked(self) -> list[ArmSummary]:
+        """Trained arms with a test result, the highest accuracy at temperature 1 first."""
+        return _ranked(self.arms)
 
     @property
     def matched_costs(self) -> list[str]:
@@ -145,9 +152,23 @@ def summarise(comparison: Comparison, runs: Sequence[RunResult], tuned: Mapping[
         costs=costs,
         arms=arms,
         pairs=tuple(pair for decoding in (PRIMARY, GREEDY) for pair in _pairs(comparison, finished, decoding)),
-        base_at_best=(best, two_way_interval(at_best)) if best and at_best is not None else None,
+        base_at_best=(best, share_interval(at_best)) if best and at_best is not None else None,
         base_dev=base_runs[0].dev.get(PRIMARY) if base_runs else None,
+        against_best=_against_best(comparison, arms, finished),
     )
+
+
+def _ranked(arms: Sequence[ArmSummary]) -> list[ArmSummary]:
+    found = [(interval.mean, arm) for arm in arms if arm.trained and (interval := arm.test()) is not None]
+    return [arm for _, arm in sorted(found, key=lambda pair: -pair[0])]
+
+
+def _against_best(comparison: Comparison, arms: Sequence[ArmSummary], finished: Mapping[str, Sequence[RunResult]]) -> dict[str, Ratio]:
+    ranked = _ranked(arms)
+    if not ranked:
+        return {}
+    best = ranked[0].name
+    return {arm.name: _paired_ratio(comparison.target, finished[arm.name], finished[best], COSTS[TOKENS]) for arm in ranked[1:]}
 
 
 def _gain(runs: Sequence[RunResult], base: Sequence[RunResult]) -> Interval | None:
@@ -169,17 +190,19 @@ def _ratios(
         return {}
     if name == reference:
         return dict.fromkeys(costs, Ratio(value=1.0) if learned[name] else Ratio(why="did not learn here"))
-    seeds = {run.seed for run in finished[name]} & {run.seed for run in finished[reference]}
+    known = {"arm_learned": learned[name], "baseline_learned": learned[reference]}
+    return {cost: _paired_ratio(comparison.target, finished[name], finished[reference], take, **known) for cost, take in costs.items()}
+
+
+def _paired_ratio(
+    target: float, runs: Sequence[RunResult], others: Sequence[RunResult], take: Cost, *, arm_learned: bool = True, baseline_learned: bool = True
+) -> Ratio:
+    """What the target cost the others over what it cost these runs, over the seeds that finished in both."""
+    seeds = {run.seed for run in runs} & {run.seed for run in others}
     if not seeds:
-        return dict.fromkeys(costs, Ratio(why="no ratio: no seed finished in both arms"))
-    return {
-        cost: ratio_to_baseline(
-            *(_reach([run for run in finished[arm] if run.seed in seeds], comparison.target, take) for arm in (name, reference)),
-            arm_learned=learned[name],
-            baseline_learned=learned[reference],
-        )
-        for cost, take in costs.items()
-    }
+        return Ratio(why="no ratio: no seed finished in both arms")
+    ours, theirs = (_reach([run for run in side if run.seed in seeds], target, take) for side in (runs, others))
+    return ratio_to_baseline(ours, theirs, arm_learned=arm_learned, baseline_learned=baseline_learned)
 
 
 def _arm(
@@ -197,7 +220,7 @@ def _arm(
         for metric in ("avg@k", "pass@k", "maj@k"):
             values = table(finished, decoding, metric)
             if values is not None:
-                tests[decoding, metric] = two_way_interval(values)
+                tests[decoding, metric] = share_interval(values)
     return ArmSummary(
         name=name,
         label=settings.label or name,

@@ -9,11 +9,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from opd.comparison.answers import sentences
+from opd.comparison.costs import TOKENS
 from opd.comparison.reach import Ratio
 from opd.comparison.results import GREEDY, PRIMARY
 from opd.comparison.statistics import Interval
 from opd.comparison.summary import ArmSummary, Summary
-from opd.comparison.wording import TOKENS, amount, percent, points, ratio_text, reach_text, sentences
+from opd.comparison.wording import amount, percent, points, ratio_text, reach_text
 
 
 def print_table(summary: Summary, report: Path, console: Console | None = None) -> None:
@@ -70,7 +72,7 @@ def _with_interval(interval: Interval | None) -> str:
 
 
 def _half_width(interval: Interval) -> str:
-    return f" ±{percent(interval.high - interval.mean)}" if math.isfinite(interval.high) else ""
+    return f" ±{percent(max(interval.high - interval.mean, interval.mean - interval.low))}" if math.isfinite(interval.high) else ""
 
 
 def write_csv(path: Path, summary: Summary) -> None:

@@ -1,17 +1,13 @@
-"""Numbers as text, and the report's sentences: every one is made from the numbers of the summary, none is written by hand."""
+"""Numbers as text: accuracies, differences, costs, ratios and probabilities, each with its interval."""
 
 import math
-import statistics
 from collections.abc import Sequence
 
 from opd.comparison.costs import PerPoint
 from opd.comparison.reach import Ratio, Reach
-from opd.comparison.results import GREEDY, PRIMARY
 from opd.comparison.statistics import Interval
-from opd.comparison.summary import ArmSummary, Summary
 
 MINUS = "\N{MINUS SIGN}"
-TOKENS = "generated tokens"
 
 
 def percent(value: float) -> str:
@@ -33,7 +29,19 @@ def percent_interval(interval: Interval) -> str:
 
 
 def points_interval(low: float, high: float) -> str:
-    return f"{points(low)} to {points(high)}" if math.isfinite(low) else "no interval"
+    """The bounds in points; words where there is no spread to judge by."""
+    if not math.isfinite(low):
+        return "no interval"
+    return "no spread" if low == high else f"{points(low)} to {points(high)}"
+
+
+def detectable_text(value: float | None) -> str:
+    """The smallest true difference that would be seen, in points; a dash where nothing can be said."""
+    return percent(value) if value is not None and value < 10 else "–"
+
+
+def p_text(p_value: float) -> str:
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
 def amount(value: float) -> str:
@@ -86,195 +94,15 @@ def ratio_text(ratio: Ratio | None) -> str:
     if ratio is None or ratio.value is None:
         return ratio.why if ratio else ""
     if ratio.at_least:
-        return f"> {_times(ratio.value)}"
+        return f"> {times(ratio.value)}"
     if ratio.low is None or ratio.high is None or ratio.low == ratio.high:
-        return _times(ratio.value)
-    return f"{_times(ratio.value)} ({_times(ratio.low)} to {_times(ratio.high)})"
+        return times(ratio.value)
+    return f"{times(ratio.value)} ({times(ratio.low)} to {times(ratio.high)})"
 
 
-def _times(value: float) -> str:
+def times(value: float) -> str:
+    """How many times as much: 1.99 -> "1.99×"."""
     return f"{value:.0f}\N{MULTIPLICATION SIGN}" if value >= 100 else f"{value:.3g}\N{MULTIPLICATION SIGN}"
-
-
-def sentences(summary: Summary) -> list[str]:
-    """What the numbers say, most important first."""
-    return [text for _, text in answers(summary)] + notes(summary)
-
-
-def answers(summary: Summary) -> list[tuple[str, str]]:
-    """(question, answer) of what a reader wants to know first: which arm, by how much, at what cost, how sure."""
-    ranked = sorted((arm for arm in summary.arms if arm.trained and arm.test() is not None), key=lambda arm: arm.test().mean, reverse=True)
-    if not ranked:
-        return [("Which arm did best?", "No trained arm has a test result yet.")]
-    found = [
-        ("Which arm did best?", _winner(summary, ranked[0])),
-        ("By how much?", _baseline(summary, ranked)),
-        ("At what cost?", _cost(summary, ranked)),
-        ("How sure is that?", _sure(summary, ranked[0])),
-    ]
-    return [(question, answer) for question, answer in found if answer]
-
-
-def notes(summary: Summary) -> list[str]:
-    """What else must be known before quoting the answers; nothing where there is no answer yet."""
-    if not any(arm.trained and arm.test() is not None for arm in summary.arms):
-        return []
-    parts = [_base(summary), _not_learned(summary), _collapsed(summary), _missing(summary), _edges(summary)]
-    return [part for part in parts if part]
-
-
-def _winner(summary: Summary, best: ArmSummary) -> str:
-    pairs = [pair for pair in summary.pairs if pair.left == best.name and pair.decoding == PRIMARY and summary.arm(pair.right).trained]
-    by_verdict = {word: [_with_accuracy(summary.arm(pair.right)) for pair in pairs if pair.verdict == word] for word in ("better", "unresolved")}
-    test = best.test()
-    assert test is not None
-    text = f"{best.label} has the highest test accuracy at temperature 1: {percent(test.mean)} % (95 % interval {percent_interval(test)})."
-    if by_verdict["unresolved"]:
-        text += f" It shares the first place with {listed(by_verdict['unresolved'])}: its lead over them may be chance (unresolved)."
-    if by_verdict["better"]:
-        text += f" It is better than {listed(by_verdict['better'])}."
-    return text
-
-
-def _with_accuracy(arm: ArmSummary) -> str:
-    test = arm.test()
-    return f"{arm.label} ({percent(test.mean)} %)" if test else arm.label
-
-
-def _baseline(summary: Summary, ranked: Sequence[ArmSummary]) -> str:
-    reference = summary.reference
-    found = [(arm, pair) for arm in ranked if (pair := summary.pair(arm.name, reference.name)) is not None]
-    if not found:
-        return ""
-    first, pair = found[0]
-    bounds = points_interval(pair.interval.low, pair.interval.high)
-    text = f"{first.label} minus {reference.label}, the baseline, is {points(pair.interval.mean)} points ({bounds}): {pair.verdict}."
-    groups = []
-    for word in ("better", "unresolved", "worse"):
-        members = [f"{arm.label} by {points(pair.interval.mean)}" for arm, pair in found[1:] if pair.verdict == word]
-        if members:
-            groups.append(f"{word}, {listed(members)}")
-    return text + (f" The others against {reference.label}: {'; '.join(groups)}." if groups else "")
-
-
-def _cost(summary: Summary, ranked: Sequence[ArmSummary]) -> str:
-    reference, best = summary.reference, ranked[0]
-    text = f"Every run may spend {summary.comparison.budget.spell(summary.comparison.prices.currency)}. A run of {best.label} spent {_whole(best)}"
-    text += f"; one of {reference.label} {_whole(reference)}." if best.name != reference.name and reference.costs else "."
-    return f"{text} {_to_target(summary, ranked)}"
-
-
-def _whole(arm: ArmSummary) -> str:
-    generated, scored = amount(arm.costs["generated tokens"]), amount(arm.costs["learner and teacher tokens"])
-    return f"{generated} generated tokens, {scored} tokens in learner and teacher, and {duration(arm.costs['training seconds'])} of training"
-
-
-def _to_target(summary: Summary, ranked: Sequence[ArmSummary]) -> str:
-    """What the target cost the best arm, the cheapest one and the baseline."""
-    reference, best, goal = summary.reference, ranked[0], f"{percent(summary.comparison.target)} % on the dev split"
-    reached = [arm for arm in ranked if arm.reached[TOKENS].typical is not None]
-    if not reached:
-        return f"No arm reached {goal} with every seed inside its budget."
-    cheapest = min(reached, key=lambda arm: arm.reached[TOKENS].typical or math.inf)
-    shown = list({arm.name: arm for arm in (cheapest, best, reference)}.values())
-    spelled = [f"{arm.label} {_spent_words(arm.reached[TOKENS])}" for arm in shown]
-    text = f"Generated tokens to {goal}: {spelled[0]}, the fewest{''.join(f'; {words}' for words in spelled[1:])}."
-    if cheapest.name == reference.name:
-        return text
-    ratios = [(cost, cheapest.ratio[cost]) for cost in cheapest.ratio if cheapest.ratio[cost].value is not None]
-    if not ratios:
-        return f"{text} No ratio is taken: {cheapest.ratio[TOKENS].why.removeprefix('no ratio: ')}."
-    words = [f"{_ratio_words(ratio)} the {cost}" for cost, ratio in ratios]
-    return f"{text} To get there {reference.label} needs {listed(words)} that {cheapest.label} needs."
-
-
-def _spent_words(found: Reach) -> str:
-    missed = len(found.by_seed) - found.reached
-    if found.typical is not None or not missed:
-        return reach_text(found, TOKENS)
-    return f"missed it in {missed} of {len(found.by_seed)} seeds" if found.reached else "missed it in every seed"
-
-
-def _ratio_words(ratio: Ratio) -> str:
-    return ratio_text(ratio).replace("> ", "more than ", 1)
-
-
-def _base(summary: Summary) -> str:
-    base = next((arm for arm in summary.arms if not arm.trained), None)
-    plain = base.test() if base else None
-    if base is None or plain is None:
-        return ""
-    text = f"Untrained ({base.label}): {percent(plain.mean)} % at temperature 1"
-    greedy = base.test(GREEDY)
-    if greedy is not None:
-        text += f", {percent(greedy.mean)} % greedy"
-    if summary.base_at_best is not None:
-        decoding, interval = summary.base_at_best
-        text += f"; at its best decoding on dev ({decoding}) {percent(interval.mean)} % on test"
-    return f"{text}."
-
-
-def _not_learned(summary: Summary) -> str:
-    labels = [f"{arm.label} ({_gain(arm)})" for arm in summary.arms if arm.learned is False]
-    return f"Did not learn here, because the gain over the base is not above zero beyond its interval: {listed(labels)}." if labels else ""
-
-
-def _gain(arm: ArmSummary) -> str:
-    assert arm.gain is not None
-    return f"{points(arm.gain.mean)} points, {points_interval(arm.gain.low, arm.gain.high)}"
-
-
-def _collapsed(summary: Summary) -> str:
-    texts = []
-    for arm in summary.arms:
-        if arm.collapsed:
-            seed, best, last = min(arm.collapsed, key=lambda found: found[2])
-            share = f"{len(arm.collapsed)} of {len(arm.finished)} seeds"
-            texts.append(f"{arm.label} in {share} (seed {seed}: dev accuracy from {percent(best)} % at best to {percent(last)} % at the end)")
-    return f"Collapsed during training: {listed(texts)}. Test numbers belong to the checkpoint that was best on dev." if texts else ""
-
-
-def _missing(summary: Summary) -> str:
-    texts = [f"{arm.label} {len(arm.finished)} of {arm.planned} seeds" for arm in summary.arms if len(arm.finished) < arm.planned]
-    return f"Not all runs finished, and the numbers rest on those that did: {listed(texts)}." if texts else ""
-
-
-def _sure(summary: Summary, best: ArmSummary) -> str:
-    """How far chance explains the best arm's lead over the baseline, then what the whole comparison can see."""
-    pair = summary.pair(best.name, summary.reference.name)
-    text = ""
-    if pair is not None and math.isfinite(pair.interval.low):
-        p = "under 0.001" if pair.holm_p < 0.001 else f"{pair.holm_p:.3f}"
-        one_seed = "these seeds only" in pair.interval.scope
-        what = "the choice of problems" if one_seed else "chance"
-        chance = f"is not explained by {what}" if pair.verdict != "unresolved" else f"may be {what}"
-        text = f"The difference between {best.label} and {summary.reference.label} {chance} (Holm's p {p}). "
-        text += "What another seed gives is not known. " if one_seed else ""
-    return text + _resolution(summary)
-
-
-def _resolution(summary: Summary) -> str:
-    trained = {arm.name for arm in summary.arms if arm.trained}
-    pairs = [p for p in summary.pairs if p.decoding == PRIMARY and p.left < p.right and {p.left, p.right} <= trained]
-    if not pairs:
-        return ""
-    unresolved = sum(pair.verdict == "unresolved" for pair in pairs)
-    smallest = statistics.median(pair.detectable for pair in pairs)
-    seeds = min(pair.interval.seeds for pair in pairs)
-    most = max(pair.interval.seeds for pair in pairs)
-    number, problems = f"{seeds}" if seeds == most else f"{seeds} to {most}", min(pair.interval.problems for pair in pairs)
-    text = f"Measured with {number} seed{'s' if most > 1 else ''} x {problems} problems: intervals speak about {pairs[0].interval.scope}."
-    text += f" {unresolved} of {len(pairs)} pairs of trained arms {'is' if unresolved == 1 else 'are'} unresolved." if len(pairs) > 1 else ""
-    if math.isfinite(smallest):
-        text += f" A true difference of {percent(smallest)} points would be seen in four of five such comparisons."
-    return text + (" Fewer than five seeds show the machinery; claims need five or more." if seeds < 5 else "")
-
-
-def _edges(summary: Summary) -> str:
-    labels = [arm.label for arm in summary.arms if arm.tuned is not None and arm.tuned.at_edge]
-    if not labels:
-        return ""
-    return f"The search chose a value at the edge of its grid for {listed(labels)}: a wider grid might do better there."
 
 
 def listed(items: Sequence[str]) -> str:
