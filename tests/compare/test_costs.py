@@ -47,8 +47,10 @@ def test_accuracy_at_equal_cost_by_hand(tmp_path):
     assert set(found) == {"grpo", "opd"} and {matched.cost for matched in found.values()} == {80}
     grpo, opd = np.array([0.48, 0.56, 0.64]), np.array([0.80, 0.82, 0.84])
     for name, values in (("grpo", grpo), ("opd", opd)):
-        half = stats.t.ppf(0.975, 2) * values.std(ddof=1) / math.sqrt(3)
-        assert (found[name].accuracy.mean, found[name].accuracy.high) == pytest.approx((values.mean(), values.mean() + half))
+        mean = values.mean()
+        half = stats.t.ppf(0.975, 2) * values.std(ddof=1) / math.sqrt(3) / (mean * (1 - mean))  # on the logit scale
+        high = 1 / (1 + math.exp(-math.log(mean / (1 - mean)) - half))
+        assert (found[name].accuracy.mean, found[name].accuracy.high) == pytest.approx((mean, high))
         assert found[name].accuracy.scope == "new seeds, these problems only"
     difference = opd - grpo
     half = stats.t.ppf(0.975, 2) * difference.std(ddof=1) / math.sqrt(3)
