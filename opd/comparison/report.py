@@ -14,6 +14,7 @@ from opd.comparison.about import about, splits
 from opd.comparison.arms import recipe_rows
 from opd.comparison.breakdown import Breakdown, breakdowns
 from opd.comparison.charts import Axes, Level, interval_bar, interval_scale, line_chart, percent_axes, plain_axes
+from opd.comparison.costs import TOKENS
 from opd.comparison.curves import VITAL_LABELS, band, first_alarms, marks, passed_band, vital_band
 from opd.comparison.exports import latex_table, write_breakdowns, write_curves, write_pairs
 from opd.comparison.figures import write_figures
@@ -45,6 +46,41 @@ def write_report(folder: Path, summary: Summary) -> Path:
 
 def render(summary: Summary, folder: Path, found: list[Breakdown], beside: list[str]) -> str:
     """The page as text; run folders are named relative to `folder`, `beside` are the files that lie there."""
+    comparison = summary.comparison
+    styles = {arm.name: f"s{n % NUM_STYLES}{' dashed' if n >= NUM_STYLES else ''}" for n, arm in enumerate(_trained(summary))}
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            **_said(summary),
+            summary=summary,
+            comparison=comparison,
+            arms=summary.arms,
+            reference=summary.reference,
+            styles={arm.name: styles.get(arm.name, "base") for arm in summary.arms},
+            charts=charts(summary, styles),
+            vitals=vitals(summary, styles),
+            passed=passed(summary, styles),
+            breakdowns=found,
+            groups="By " + (" and ".join(one.by.removeprefix("By ") for one in found) or "groups of problems"),
+            alarms=alarms(summary),
+            recipe_rows=recipe_rows(summary),
+            beside=beside,
+            style=Markup((Path(__file__).parent / "report.css").read_text(encoding="utf-8")),
+            forest=forest(summary),
+            scale=Markup(interval_scale(_forest_reach(summary))),
+            pairs=[pair for pair in summary.pairs if _first(summary, pair)],
+            matrix=[arm for arm in summary.arms if arm.test() is not None],
+            primary=PRIMARY,
+            greedy=GREEDY,
+            k=max((arm.k for arm in summary.arms), default=0),
+            costs=list(summary.costs),
+            link=lambda run: _relative(run.folder, folder),
+        )
+    )
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -66,44 +102,23 @@ def render(summary: Summary, folder: Path, found: list[Breakdown], beside: list[
         )  # fmt: skip
     }
     environment.globals |= {"recipe_text": recipe_text, "tuned_text": tuned_text, "trial_rows": trial_rows, "max": max, "len": len, "about": about}
-    comparison = summary.comparison
+    return environment
+
+
+def _said(summary: Summary) -> dict[str, Any]:
+    """What the page says in words."""
     known = [arm for arm in _trained(summary) if any(run.recipe for run in arm.runs)]
-    styles = {arm.name: f"s{n % NUM_STYLES}{' dashed' if n >= NUM_STYLES else ''}" for n, arm in enumerate(_trained(summary))}
-    return environment.get_template("report.html.j2").render(
-        summary=summary,
-        comparison=comparison,
-        arms=summary.arms,
-        reference=summary.reference,
-        styles={arm.name: styles.get(arm.name, "base") for arm in summary.arms},
-        answers=answers.answers(summary),
-        notes=answers.notes(summary),
-        cheaper=answers.cheaper_text(summary),
-        few=answers.FEW_SEEDS,
-        charts=charts(summary, styles),
-        vitals=vitals(summary, styles),
-        passed=passed(summary, styles),
-        breakdowns=found,
-        groups="By " + (" and ".join(one.by.removeprefix("By ") for one in found) or "groups of problems"),
-        alarms=alarms(summary),
-        recipe_rows=recipe_rows(summary),
-        known_recipes=len(known),
-        one_known=known[0].label if known else "",
-        problems=next((pair.interval.problems for pair in summary.pairs), 0),
-        beside=beside,
-        style=Markup((Path(__file__).parent / "report.css").read_text(encoding="utf-8")),
-        forest=forest(summary),
-        scale=Markup(interval_scale(_forest_reach(summary))),
-        pairs=[pair for pair in summary.pairs if _first(summary, pair)],
-        matrix=[arm for arm in summary.arms if arm.test() is not None],
-        setup=setup(summary),
-        failures=failures(summary),
-        silent=[arm.label for arm in _trained(summary) if arm.finished and not arm.costs["generated tokens"]],
-        primary=PRIMARY,
-        greedy=GREEDY,
-        k=max((arm.k for arm in summary.arms), default=0),
-        costs=list(summary.costs),
-        link=lambda run: _relative(run.folder, folder),
-    )
+    return {
+        "answers": answers.answers(summary),
+        "notes": answers.notes(summary),
+        "cheaper": answers.cheaper_text(summary),
+        "few": answers.FEW_SEEDS,
+        "known_recipes": [arm.label for arm in known],
+        "problems": next((pair.interval.problems for pair in summary.pairs), 0),
+        "setup": setup(summary),
+        "failures": failures(summary),
+        "silent": [arm.label for arm in _trained(summary) if arm.finished and not arm.costs[TOKENS]],
+    }
 
 
 def _trained(summary: Summary) -> list[ArmSummary]:

@@ -25,6 +25,7 @@ BEHAVIOUR = {
     "hybrid": (0.925, 22_000, 1.1, 0.48),
     "idle": (0.42, 1e9, 0.0, 0.25),
 }
+ARMS = ["base", "sft", "grpo", "opd", "opsd_ema", "opsd_live", "idle"]  # of the comparison that tests of the report share
 START, TOKENS_PER_STEP = 0.42, 1_000
 
 
