@@ -190,9 +190,16 @@ def print_extra_bytes(task: Task, name: str, sizes: Sizes) -> None:
 
 
 def measure(
-    task: Task, sizes: Sizes, memory_of: Callable[[str, Sizes], int] | None, *, warmup: int, rounds: int, patience: float = float("inf")
+    task: Task,
+    sizes: Sizes,
+    memory_of: Callable[[str, Sizes], int] | None,
+    *,
+    warmup: int,
+    rounds: int,
+    patience: float = float("inf"),
+    times_only: bool = False,
 ) -> list[dict[str, Any]]:
-    """A row a system: seconds, ratio to the baseline, extra memory, errors; or why it did not run.
+    """A row a system: seconds, ratio to the baseline, and unless `times_only` extra memory and errors; or why it did not run.
 
     `memory_of` measures a system by name; None measures in this process.
     """
@@ -200,7 +207,7 @@ def measure(
     usable, rows = {}, []
     for name, system in task.systems.items():
         try:
-            errors = gradient_errors(system, task.oracle, sizes) if task.oracle is not None and "alone" not in name else {}
+            errors = {} if times_only else errors_of(task, name, sizes)
             run_once(system, sets[0])
         except Exception as failure:  # another project's code on a shape or device it may not support: the table says so
             rows.append({"system": name, "did_not_run": f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"})
@@ -208,16 +215,24 @@ def measure(
             usable[name] = errors
     times = interleaved_seconds({name: task.systems[name] for name in usable}, sets, warmup=warmup, rounds=rounds, patience=patience)
     for name, errors in usable.items():
-        memory = memory_of(name, sizes) if memory_of else extra_bytes(task.systems[name], sets[0])
         median, ratios = statistics.median(times[name]), None
         if task.baseline in times:
             ratios = statistics.median(own / base for own, base in zip(times[name], times[task.baseline], strict=False))
-        rows.append({"system": name, "seconds": median, "ratio": ratios, "extra_bytes": memory, "errors": errors, "all_seconds": times[name]})
-    baseline = next((row["extra_bytes"] for row in rows if row["system"] == task.baseline and "seconds" in row), None)
-    for row in rows:
-        if "seconds" in row and baseline:
-            row["memory_ratio"] = row["extra_bytes"] / baseline
-    return rows
+        rows.append({"system": name, "seconds": median, "ratio": ratios, "errors": errors, "all_seconds": times[name]})
+        if not times_only:
+            rows[-1]["extra_bytes"] = memory_of(name, sizes) if memory_of else extra_bytes(task.systems[name], sets[0])
+    return with_memory_ratios(rows, task.baseline)
+
+
+def errors_of(task: Task, name: str, sizes: Sizes) -> dict[str, float]:
+    """gradient_errors of a system, {} where there is nothing to compare."""
+    return gradient_errors(task.systems[name], task.oracle, sizes) if task.oracle is not None and "alone" not in name else {}
+
+
+def with_memory_ratios(rows: list[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """The rows, each that has a memory figure with its ratio to the baseline's."""
+    reference = next((row["extra_bytes"] for row in rows if row["system"] == baseline and "extra_bytes" in row), None)
+    return [row | ({"memory_ratio": row["extra_bytes"] / reference} if reference and "extra_bytes" in row else {}) for row in rows]
 
 
 def machine() -> dict[str, Any]:
@@ -237,6 +252,16 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def stored_tables(path: Path) -> list[dict[str, Any]]:
+    """The tables that `path` holds, for a run that measures a part of them. Raises ValueError if another machine measured them."""
+    if not path.exists():
+        return []
+    stored, here = json.loads(path.read_text()), machine()
+    if differing := [key for key in here if key != "date" and stored["machine"].get(key) != here[key]]:
+        raise ValueError(f"{path} was measured with another {' and '.join(differing)}; give --results FOLDER or remove the file")
+    return stored["tables"]
 
 
 def write(name: str, tables: list[dict[str, Any]], folder: Path) -> Path:
@@ -275,16 +300,29 @@ def _line(row: dict[str, Any]) -> str:
     numbers = [row["ratio"], row.get("memory_ratio")]
     time_ratio, memory_ratio = ("" if number is None else f"{number:.2f}" for number in numbers)
     errors = "".join(f"{row['errors'][key]:10.1e}" if key in row["errors"] else " " * 10 for key in ("loss", "d_hidden", "d_weight"))
-    return f"{row['system']:28}{row['seconds'] * 1e3:10.2f}{time_ratio:>8}{row['extra_bytes'] / 2**20:10.1f}{memory_ratio:>8}{errors}"
+    memory = f"{row['extra_bytes'] / 2**20:.1f}" if "extra_bytes" in row else ""
+    return f"{row['system']:28}{row['seconds'] * 1e3:10.2f}{time_ratio:>8}{memory:>10}{memory_ratio:>8}{errors}"
+
+
+def add_the_rest(table: dict[str, Any], task: Task, memory_of: Callable[[str, Sizes], int]) -> dict[str, Any]:
+    """The table with memory and errors beside the times that it has."""
+    sizes = Sizes(**table["sizes"])
+    rows = [
+        row | ({"extra_bytes": memory_of(row["system"], sizes), "errors": errors_of(task, row["system"], sizes)} if "seconds" in row else {})
+        for row in table["rows"]
+    ]
+    return table | {"rows": with_memory_ratios(rows, task.baseline)}
 
 
 def main(name: str, task: Task, full: Sequence[Sizes], quick: Sequence[Sizes], script: str) -> None:
-    """Command line of a CPU table: --quick, --rounds, --results; and the child process that measures memory."""
+    """Command line of a CPU table: what to measure of it, and the child process that measures memory."""
     parser = argparse.ArgumentParser(description=f"CPU table '{name}': {', '.join(task.systems)}")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and one round: checks that the script runs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--columns", type=int, help="only the size with this vocabulary; the others stay as the results have them")
+    parser.add_argument("--only", choices=("times", "rest"), help="'times', then 'rest' (memory and errors): the same in two shorter runs")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--sizes", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -292,10 +330,20 @@ def main(name: str, task: Task, full: Sequence[Sizes], quick: Sequence[Sizes], s
     if options.memory_of:
         print_extra_bytes(task, options.memory_of, Sizes(**json.loads(options.sizes)))
         return
-    warmup, rounds = (0, 1) if options.quick else (1, options.rounds)
+    rounds = 1 if options.quick else options.rounds
+    name = f"{name}_quick" if options.quick else name
     memory_of = functools.partial(extra_bytes_in_child, script)
-    tables = [
-        {"task": task.name, "sizes": asdict(sizes), "rows": measure(task, sizes, memory_of, warmup=warmup, rounds=rounds)}
-        for sizes in (quick if options.quick else full)
-    ]
-    report(f"{name}_quick" if options.quick else name, tables, options.results)
+    partial = options.columns is not None or options.only == "rest"
+    stored = {Sizes(**table["sizes"]): table for table in stored_tables(options.results / f"{name}.json")} if partial else {}
+    tables = []
+    for sizes in quick if options.quick else full:
+        if options.columns not in (None, sizes.columns):
+            tables += [stored[sizes]] if sizes in stored else []
+        elif options.only == "rest":
+            if sizes not in stored:
+                parser.error(f"there are no times of {sizes} in {options.results / name}.json yet: run --only times first")
+            tables.append(add_the_rest(stored[sizes], task, memory_of))
+        else:
+            rows = measure(task, sizes, memory_of, warmup=0, rounds=rounds, times_only=options.only == "times")
+            tables.append({"task": task.name, "sizes": asdict(sizes), "rows": rows})
+    report(name, tables, options.results)

@@ -85,7 +85,8 @@ def sparse_oracle(inputs: Inputs) -> Tensor:
 
 def sparse_task(*, gpu: bool) -> Task:
     systems = {"eager": eager, "eager_logsumexp": eager_logsumexp, "composable": composable, "fused": fused,
-               "three_products_alone": three_products}  # fmt: skip
+               "three_products_alone": functools.partial(products_alone, products=3),
+               "four_products_alone": functools.partial(products_alone, products=4)}  # fmt: skip
     if gpu:
         systems = {"eager": eager, "eager_fp32_logits": eager_fp32_logits, "eager_logsumexp": eager_logsumexp,
                    "torch_compile_chunks": compiled_chunks, "composable": composable, "fused": fused,
@@ -197,11 +198,20 @@ def dense_task(*, gpu: bool) -> Task:
     return Task(name="dense JSD between two heads", systems=systems, oracle=oracle, baseline="liger_fused_linear_jsd" if gpu else "eager")
 
 
-def three_products(inputs: Inputs) -> Tensor:
-    """Whole logits, and both gradients' products with them: what forward and backward cannot do without; composable needs a fourth."""
+def products_alone(inputs: Inputs, products: int, width: int = 1024) -> Tensor:
+    """What no implementation can do without, one tile of `width` columns at a time: logits (once, or twice with four products) and gradients."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
-    logits = hidden @ weight.T
-    return (logits @ weight)[0, 0] + (logits.T @ hidden)[0, 0]
+    tokens, columns = hidden.shape[0], weight.shape[0]
+    d_hidden, d_weight, tile = torch.zeros_like(hidden), torch.empty_like(weight), hidden.new_empty(tokens * width)
+    for again in range(products - 2):
+        for start in range(0, columns, width):
+            part = weight[start : start + width]
+            logits = tile[: tokens * part.shape[0]].view(tokens, -1)
+            torch.mm(hidden, part.T, out=logits)
+            if again == products - 3:
+                d_hidden.addmm_(logits, part)
+                torch.mm(logits.T, hidden, out=d_weight[start : start + width])
+    return d_hidden[0, 0] + d_weight[0, 0]
 
 
 # --- scoring: top-k with tail, no gradient --------------------------------------------------------------------------------
