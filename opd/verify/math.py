@@ -3,43 +3,34 @@ r"""Mathematical answers (`#### 42`, `\boxed{\frac12}`, "it is 1,000"): plain nu
 The child can be killed: math-verify's own timeouts are signals, which work in the main thread only and cannot interrupt C code.
 """
 
-import contextlib
 import functools
 import importlib.util
 import json
 import os
-import selectors
-import signal
-import subprocess
-import sys
 import threading
-import time
-import weakref
 from pathlib import Path
 from typing import Any
 
 from opd.config.choices import Positive
 from opd.types import Prompt, Verdict
 from opd.verify.answers import MAX_ANSWER_CHARACTERS, last_number, marked_answer, read_number
+from opd.verify.math_servers import Gone, Servers
 
 _WORKER = Path(__file__).with_name("math_worker.py")
-START_SECONDS, RESTART_SECONDS = 60.0, 10.0
 
 
 class MathVerifier:
-    """Owns the child process, which starts at the first answer that needs it; its server of requests is forked anew after each kill.
+    """Owns the child processes, which start at the first answer that needs them; see opd.verify.math_servers.
 
-    deadline_seconds: longest time for one answer; beyond it the verdict is an error, never a zero. marked: only an answer after `####` or
-    in a box counts; else the last number of a text that marks none does. Answers above 1,000 characters are wrong.
+    deadline_seconds: longest time for one answer; then its server is given up and the verdict is an error, never a zero. marked: only an
+    answer after `####` or in a box counts; else the last number of a text that marks none does. Answers above 1,000 characters are wrong.
     """
 
     def __init__(self, *, deadline_seconds: float = 5.0, marked: bool = False) -> None:
         assert deadline_seconds > 0
         self.deadline_seconds, self.marked = deadline_seconds, marked
         self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
-        self._owner = self._server = 0
-        self._close = lambda: None
+        self._servers: Servers | None = None
 
     def __call__(self, prompt: Prompt, text: str) -> Verdict:
         """Grade a completion; status "abstain" without a gold answer, "error" after a failure or a missed deadline."""
@@ -64,71 +55,36 @@ class MathVerifier:
         return Verdict(reward=float(correct), correct=correct, feedback=feedback, parts={**parts, "answer": float(correct)})
 
     def close(self) -> None:
-        """End the child process; the next answer that needs one starts another."""
+        """End the child processes; the next answer that needs one starts others."""
         with self._lock:
             self._close()
 
     def _ask(self, gold: str, answer: str) -> dict[str, Any]:
-        request = json.dumps({"gold": gold, "answer": answer, "deadline_seconds": self.deadline_seconds})
+        request = json.dumps({"gold": gold, "answer": answer, "deadline_seconds": self.deadline_seconds}).encode()
         with self._lock:
-            child = self._child
-            if child is None or child.poll() is not None or self._owner != os.getpid():
-                child = self._start()
             try:
-                assert child.stdin is not None
-                child.stdin.write(request.encode() + b"\n")
-                child.stdin.flush()
-                reply = json.loads(_read_line(child, self.deadline_seconds) or b"{}")
-            except BrokenPipeError:
-                reply = {}
-            if "ready" in reply:  # the server died of this answer, by itself, and the next one is there
-                self._server = reply["ready"]
-                return {"error": "math-verify's process died of this answer"}
-            if not reply:
-                self._replace_server(child)
-                return {"error": f"math-verify gave no verdict within {self.deadline_seconds:g} seconds"}
-            return reply
+                line, lives = self._running().ask(request, self.deadline_seconds)
+            except Gone:
+                self._close()
+                return {"error": "math-verify's process was ended by somebody else"}
+        if line:
+            return json.loads(line)
+        if lives:
+            return {"error": f"math-verify gave no verdict within {self.deadline_seconds:g} seconds"}
+        return {"error": "math-verify's process died of this answer"}
 
-    def _replace_server(self, child: subprocess.Popen[bytes]) -> None:
-        """Kill what works on the answer; its parent, which holds everything that takes long to load, forks the next."""
-        if child.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._server, signal.SIGKILL)
-        reply = json.loads(_read_line(child, RESTART_SECONDS) or b"{}")
-        if "ready" in reply:
-            self._server = reply["ready"]
-        elif not ("correct" in reply or "error" in reply) or not self._next_ready(child):  # a verdict that came just too late is not read
+    def _running(self) -> Servers:
+        servers = self._servers
+        if servers is None or servers.process.poll() is not None or servers.owner != os.getpid():
+            if importlib.util.find_spec("math_verify") is None:
+                raise ValueError("answers that are not plain numbers need math-verify: pip install math-verify")
             self._close()
+            servers = self._servers = Servers(_WORKER)
+        return servers
 
-    def _next_ready(self, child: subprocess.Popen[bytes]) -> bool:
-        reply = json.loads(_read_line(child, RESTART_SECONDS) or b"{}")
-        self._server = reply.get("ready", 0)
-        return "ready" in reply
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        if importlib.util.find_spec("math_verify") is None:
-            raise ValueError("answers that are not plain numbers need math-verify: pip install math-verify")
-        self._close()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        child = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            bufsize=0,
-            start_new_session=True,  # Ctrl-C in a terminal is for the run, not for its child
-        )
-        self._child, self._owner = child, os.getpid()
-        self._close = weakref.finalize(self, _end, child, os.getpid())
-        ready = json.loads(_read_line(child, START_SECONDS) or b"{}")
-        if "ready" not in ready:
-            self._close()
-            raise RuntimeError(
-                f"the math-verify process did not start within {START_SECONDS:g} seconds; try: {sys.executable} -P {_WORKER}"
-            )
-        self._server = ready["ready"]
-        return child
+    def _close(self) -> None:
+        if self._servers is not None:
+            self._servers.close()
 
 
 def math_verdict(prompt: Prompt, text: str, *, deadline_seconds: Positive = 5.0, marked: bool = False) -> Verdict:
@@ -148,29 +104,3 @@ def math_reads(text: str) -> str:
 @functools.lru_cache(maxsize=8)
 def _shared(deadline_seconds: float, marked: bool) -> MathVerifier:
     return MathVerifier(deadline_seconds=deadline_seconds, marked=marked)
-
-
-def _read_line(child: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """The last line of the child's output so far; empty when it died or the deadline passed."""
-    assert child.stdout is not None
-    ends, received = time.monotonic() + seconds, b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(child.stdout, selectors.EVENT_READ)
-        while (left := ends - time.monotonic()) > 0 and selector.select(left):
-            chunk = os.read(child.stdout.fileno(), 65536)
-            received += chunk
-            if received.endswith(b"\n"):
-                return received.splitlines()[-1]
-            if not chunk:
-                break
-    return b""
-
-
-def _end(child: subprocess.Popen[bytes], owner: int) -> None:
-    for pipe in (child.stdin, child.stdout):
-        if pipe is not None:
-            pipe.close()
-    if owner == os.getpid():  # a forked copy of the parent must leave the process to it
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # with the server that it forked
-        child.wait(timeout=10)

@@ -1,4 +1,4 @@
-"""Child process of opd.verify.math: one JSON request a line in, one reply a line out, until its parent closes the pipe or kills it.
+"""Child process of opd.verify.math_servers: forks the processes that grade, one JSON request a line in, one reply a line out.
 
 Started by path, so that it imports math-verify and nothing of opd. Answers reach math-verify as
 LaTeX only, because its other extractor hands text to a Python parser.
@@ -10,37 +10,45 @@ import logging
 import os
 import resource
 import signal
+import socket
+import struct
 import sys
-from typing import Any, TextIO
+from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
 
 MEMORY_BYTES = 2 << 30
+NUMBER = struct.Struct("!q")
 
 
 def main() -> None:
-    """Fork a server of requests, and another each time one is killed or dies; end when one ends by itself, at the end of the input.
+    """Fork a server for every message on the socket whose number was given, until the other end is closed.
 
-    The import and the first parse, which take a second, are done once, before the forks: a server is back within milliseconds.
+    A message is the process id of a server that has been killed, or 0; the answer is the new server's id and its socket. The import and the
+    first parse, which take a second, are done once, before the forks: a server is there within milliseconds.
     """
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # parsers that print must not break the protocol
+    control = socket.socket(fileno=int(sys.argv[1]))
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     grade("1/2", "0.5")  # the first parse builds grammars: not on a request's clock
-    while True:
+    while len(message := control.recv(NUMBER.size, socket.MSG_WAITALL)) == NUMBER.size:
+        if old := NUMBER.unpack(message)[0]:
+            os.waitpid(old, 0)
+        ours, theirs = socket.socketpair()
         server = os.fork()
         if server == 0:
-            serve(replies)
+            control.close()
+            theirs.close()
+            serve(ours)
             os._exit(0)
-        if os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]) == 0:
-            return
+        ours.close()
+        socket.send_fds(control, [NUMBER.pack(server)], [theirs.fileno()])
+        theirs.close()
 
 
-def serve(replies: TextIO) -> None:
-    """Say {"ready": own process id}, then answer requests {"gold", "answer", "deadline_seconds"} with {"correct"} or {"error"}."""
-    print(json.dumps({"ready": os.getpid()}), file=replies, flush=True)
-    for line in sys.stdin:
+def serve(link: socket.socket) -> None:
+    """Answer requests {"gold", "answer", "deadline_seconds"}, a line each, with {"correct"} or {"error"}, until the other end is closed."""
+    for line in link.makefile("r", encoding="utf-8"):
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, 2.0 * request["deadline_seconds"])  # ends this process should its parent be gone
         try:
@@ -48,7 +56,7 @@ def serve(replies: TextIO) -> None:
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"[:500]}
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        print(json.dumps(reply), file=replies, flush=True)
+        link.sendall(json.dumps(reply).encode() + b"\n")
 
 
 def grade(gold: str, answer: str) -> dict[str, Any]:

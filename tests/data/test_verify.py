@@ -128,7 +128,7 @@ def test_math_without_a_mark_takes_the_last_number_unless_told_not_to(math):
     strict = MathVerifier(marked=True)
     assert strict(prompt("7"), "10 - 3 = 7") == Verdict(feedback="No final answer was found.", parts={"marked": 0.0, "answer": 0.0})
     assert strict(prompt("7"), "#### 7").correct
-    assert strict._child is None  # plain numbers need no child process
+    assert strict._servers is None  # plain numbers need no child process
 
 
 @pytest.mark.parametrize("text", ["", "no number here", "#### ", "\\boxed{}", "\\boxed{" * 2000, "#### " + "1+" * 5000 + "1"])
@@ -158,15 +158,41 @@ def test_missed_deadline_is_an_error_and_the_next_answer_is_graded(tmp_path, mon
     monkeypatch.setattr(math_module, "_WORKER", worker)
     verifier = MathVerifier(deadline_seconds=0.5)
     assert verifier(prompt("\\sqrt{8}"), "\\boxed{2\\sqrt{2}}").correct
-    child, server = verifier._child, verifier._server
-    verdict = verifier(prompt("\\sinh{1}"), "\\boxed{x}")
-    assert (verdict.status, verdict.reward) == ("error", 0.0)
-    assert "0.5 seconds" in verdict.feedback
-    assert not Path(f"/proc/{server}").exists(), "the hanging server must be gone"
-    assert child.poll() is None and verifier._server != server, "its parent has forked another, without loading anything again"
+    parent, server = verifier._servers.process, verifier._servers.first
+    seen = [server]
+    for _ in range(4):
+        verdict = verifier(prompt("\\sinh{1}"), "\\boxed{x}")
+        assert (verdict.status, verdict.reward) == ("error", 0.0)
+        assert "0.5 seconds" in verdict.feedback
+        assert ends(seen[-1]), "the hanging server must be gone"
+        assert verifier(prompt("\\sqrt{8}"), "\\boxed{2\\sqrt{2}}").correct
+        seen.append(verifier._servers.first)
+    assert parent is verifier._servers.process and parent.poll() is None, "servers are forked, without loading anything again"
+    assert len(set(seen)) == 5
+    verifier.close()
+    assert parent.poll() is not None and ends(seen[-1])
+
+
+def test_a_caller_that_gives_up_waits_for_no_fork(tmp_path, monkeypatch):
+    """The process that forks is stopped: the spare server still answers, and the answer that hangs still ends at its deadline."""
+    real = math_module._WORKER.read_text()
+    line = "    expected = _read(gold)\n"
+    worker = tmp_path / "worker.py"
+    worker.write_text(real.replace(line, '    while "sinh" in gold:\n        sum(range(10**9))\n' + line))
+    monkeypatch.setattr(math_module, "_WORKER", worker)
+    verifier = MathVerifier(deadline_seconds=1.5)
+    assert verifier(prompt("\\sqrt{8}"), "\\boxed{2\\sqrt{2}}").correct
+    parent = verifier._servers.process
+    until = time.monotonic() + 10
+    while len(verifier._servers._ready) < 2 and time.monotonic() < until:
+        verifier(prompt("\\sqrt{8}"), "\\boxed{2\\sqrt{2}}")  # takes the spare as it comes
+    os.kill(parent.pid, signal.SIGSTOP)
+    assert "1.5 seconds" in verifier(prompt("\\sinh{1}"), "\\boxed{x}").feedback
+    assert verifier(prompt("\\sqrt{8}"), "\\boxed{2\\sqrt{2}}").correct
+    os.kill(parent.pid, signal.SIGCONT)
+    assert "1.5 seconds" in verifier(prompt("\\sinh{1}"), "\\boxed{x}").feedback
     assert verifier(prompt("\\sqrt{8}"), "\\boxed{2\\sqrt{2}}").correct
     verifier.close()
-    assert verifier._child.poll() is not None and ends(verifier._server)
 
 
 def ends(pid):
@@ -191,9 +217,9 @@ def test_a_server_that_dies_of_an_answer_is_replaced(tmp_path, monkeypatch):
         verdict = verifier(prompt("\\sinh{1}"), "\\boxed{x}")
         assert (verdict.status, verdict.feedback) == ("error", "math-verify's process died of this answer")
         assert verifier(prompt("\\sqrt{8}"), "\\boxed{2\\sqrt{2}}").correct
-    os.kill(verifier._child.pid, signal.SIGKILL)  # the parent of all servers, too
-    verifier._child.wait(10)
-    os.kill(verifier._server, signal.SIGKILL)
+    os.kill(verifier._servers.process.pid, signal.SIGKILL)  # the parent of all servers, too
+    verifier._servers.process.wait(10)
+    os.kill(verifier._servers.first, signal.SIGKILL)
     assert verifier(prompt("\\sqrt{8}"), "\\boxed{2\\sqrt{2}}").correct
     verifier.close()
 
