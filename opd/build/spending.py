@@ -11,7 +11,9 @@ def rates_of(recipe: Recipe) -> Rates:
 
 def num_devices(recipe: Recipe) -> int:
     """Devices that a run holds: `prices.devices`, else one a learner rank, those of vLLM actors of their own, and one a teacher that vLLM serves."""
-    external = [weights.get("external") for signal in recipe.signals.values() if isinstance(weights := signal.weights, dict)]
+    from_files = isinstance(recipe.rollout.source, dict) and "dataset" in recipe.rollout.source  # teachers whose scores are all on file are not there
+    signals = [signal for signal in recipe.signals.values() if not (signal.scores and from_files)]
+    external = [weights.get("external") for signal in signals if isinstance(weights := signal.weights, dict)]
     served = sum(isinstance(found, dict) and found.get("engine") == "vllm" for found in external)
     apart = recipe.engine.kind == "vllm" and recipe.engine.placement == "separate"
     engine = recipe.engine.replicas * recipe.engine.tensor_parallel if apart else 0

@@ -9,10 +9,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
-from opd.build.student import student_path
+from opd.build.student import absent_teachers, student_path
 from opd.config.recipe import Recipe
 from opd.objective import Objective, SignalNeeds
-from opd.source import parse_source
 from opd.teacher.stored import ScoreStore
 
 
@@ -27,7 +26,7 @@ def open_stores(
     for name in named:
         check_storable(name, choices[name][0], objective.needs.signals.get(name, SignalNeeds()))
     stores = {name: ScoreStore(Path(file).expanduser(), teacher_name(recipe, *choices[name], tokenizer)) for name, file in named.items()}
-    return stores, set(choices) - (set(stores) if parse_source(recipe.rollout.source).kind == "dataset" else set())
+    return stores, set(choices) - absent_teachers(recipe)
 
 
 def check_storable(name: str, kind: str, need: SignalNeeds) -> None:

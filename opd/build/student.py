@@ -12,6 +12,7 @@ from opd.build.devices import compute_device
 from opd.build.problems import Problems
 from opd.config.recipe import Recipe
 from opd.run.named import RUNS, nearest_runs, read_status
+from opd.source import parse_source
 from opd.tasks.tokenizer import character_tokenizer
 from opd.text.bpe import train_byte_bpe
 
@@ -42,8 +43,15 @@ def stands_in(recipe: Recipe, path: str) -> bool:
 
 
 def served_paths(recipe: Recipe, choices: Mapping[str, tuple[str, Any]]) -> dict[str, str]:
-    """Signal -> model of the teachers that vLLM serves; one without weights is made in this process instead."""
-    return {name: path for name, (kind, path) in choices.items() if kind == "served" and not stands_in(recipe, pretrained.find_model(path))}
+    """Signal -> model of the teachers that vLLM serves; one without weights is made in this process instead, one read from a file not at all."""
+    served = {name: path for name, (kind, path) in choices.items() if kind == "served" and name not in absent_teachers(recipe)}
+    return {name: path for name, path in served.items() if not stands_in(recipe, pretrained.find_model(path))}
+
+
+def absent_teachers(recipe: Recipe) -> set[str]:
+    """Signals whose scores are all read from a file, because every answer comes from the data: their teachers are not loaded."""
+    every = parse_source(recipe.rollout.source).kind == "dataset"
+    return {name for name, signal in recipe.signals.items() if signal.scores and every}
 
 
 def tokenizer_at(recipe: Recipe, path: str) -> PreTrainedTokenizerBase:

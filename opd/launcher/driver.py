@@ -151,7 +151,7 @@ def actors_for(recipe: Recipe) -> Iterator[Mapping[str, Any] | None]:
         yield None
         return
     with import_module("opd.build.system").actors_of(recipe) as where:  # torch and Ray, which a run without actors need not wait for
-        yield where.as_dict()
+        yield where and where.as_dict()
 
 
 def wants_actors(recipe: Recipe) -> bool:

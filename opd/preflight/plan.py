@@ -8,6 +8,7 @@ from statistics import mean
 
 import torch
 
+from opd.build.student import absent_teachers
 from opd.build.system import learner_kind, objective_of
 from opd.build.views import OTHERS
 from opd.config.choices import nearest
@@ -122,17 +123,18 @@ def make_plan(facts: Facts, device: Device) -> Plan:
             own_weights=deepspeed and r.learner.zero_stage == 3 or r.engine.kind == "process",
         ),
     }  # fmt: skip
-    apart = _apart(r, device, student, {name: teachers[name] for name, (kind, _) in facts.weights.items() if kind == "served" and name in teachers})
+    asked = {name: needs for name, needs in objective.needs.signals.items() if name not in absent_teachers(r)}
+    apart = _apart(r, device, student, {name: teachers[name] for name in asked if facts.weights.get(name, ("",))[0] == "served" and name in teachers})
     if r.engine.kind == "vllm" and r.engine.placement == "separate" and not on_cpu:
         del memory["engine"]
-    near = {name: needs for name, needs in objective.needs.signals.items() if f"teacher {name}" not in apart}
+    near = {name: needs for name, needs in asked.items() if f"teacher {name}" not in apart}
     for name, needs in near.items():
         kind = facts.weights.get(name, ("frozen", None))[0]
         memory[f"teacher {name}"] = teacher_memory(
             teachers.get(name, student), own_weights=kind in OTHERS or (kind == "frozen" and r.model.lora is None),
             micro_tokens=min(r.learner.token_budget, answers * longest), num_tokens=round(answers * answer), hidden=needs.hidden, chunk_bytes=0,
         )  # fmt: skip
-    scored = [teachers.get(name, student) for name in near] + [teachers[name] for name in objective.needs.signals if name not in near] * ranks
+    scored = [teachers.get(name, student) for name in near] + [teachers[name] for name in asked if name not in near] * ranks
     seconds = _seconds(student, scored, device, answers, prompt, answer, r.group, r.model.gradient_checkpointing)
     state = 8 + (4 if student.item < 4 else 0)
     return Plan(

@@ -20,10 +20,14 @@ Views = Mapping[str, Sequence[tuple[int, ...] | None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """A scorer: `scores` in the order of the requests; `head` gives the head behind its hidden states, None where it hands out none."""
+    """A scorer: `scores` in the order of the requests; `head` gives the head behind its hidden states, None where it hands out none.
+
+    read: tokens of the last call (context included) whose scores no model made, because they lay in a file; None where there is no file.
+    """
 
     scores: Callable[[Sequence[ScoreRequest]], list[TokenScores]]
     head: Callable[[], HeadView] | None = None
+    read: Callable[[], int] | None = None
 
 
 class SignalScorer:
@@ -51,7 +55,7 @@ class SignalScorer:
     ) -> list[Mapping[str, TokenScores]]:
         """Signal -> scores for each answer, without the signals that have nothing to show it (context None in `views`)."""
         found: list[dict[str, TokenScores]] = [{} for _ in judged]
-        self._meters, num_tokens = {}, 0
+        self._meters, num_tokens, num_read = {}, 0, [0] * any(weights.read is not None for weights in self.weights.values())
         joint: list[Tensor | None] = [None] * len(judged)
         if any(need.union for need in self._needs.values()):
             joint, num_tokens = self._joint_ids(judged, views, prepared)
@@ -64,9 +68,14 @@ class SignalScorer:
             for index, request, one in zip(chosen, requests, scores, strict=True):
                 _check_coverage(name, request, one)
                 found[index][name] = one
-            num_tokens += sum(len(request.context_ids) + len(request.completion_ids) for request in requests)
+            num_tokens += sum(map(num_positions, requests))
+            if (read := self.weights[name].read) is not None:
+                num_tokens -= read()
+                num_read.append(read())
             self._meters[f"views/{name}"] = Meter(sum=float(len(chosen)), count=float(len(judged)))
         self._meters["tokens/teacher"] = Meter(sum=float(num_tokens), count=1.0)
+        if num_read:
+            self._meters["tokens/teacher_read"] = Meter(sum=float(sum(num_read)), count=1.0)
         return found
 
     def _joint_ids(
@@ -85,7 +94,7 @@ class SignalScorer:
             asked = [_request(judged[index], views[name][index], None, None, SignalNeeds(k=need.union)) for index in chosen]
             for index, scores in zip(chosen, self.weights[name].scores(asked), strict=True):
                 parts[index].append(scores.ids[:, 1:].cpu())
-            num_tokens += sum(len(request.context_ids) + len(request.completion_ids) for request in asked)
+            num_tokens += sum(map(num_positions, asked))
         return [joined_ids(ids) for ids in parts], num_tokens
 
     def heads(self) -> Mapping[str, HeadView]:
@@ -98,7 +107,7 @@ class SignalScorer:
         return heads
 
     def meters(self) -> Mapping[str, Meter]:
-        """Of the last `score`: tokens scored (context included) and the share of answers that each signal had a view for."""
+        """Of the last `score`: tokens that models scored and those read from a file, and the share of answers that each signal had a view for."""
         return self._meters
 
 

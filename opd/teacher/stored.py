@@ -6,7 +6,7 @@ Legend: T completion tokens, K ids of a token.
 import hashlib
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from opd_rollout.types import ScoreRequest, TokenScores
 from safetensors.torch import load, save
 
-from opd.teacher.score import Weights
+from opd.teacher.score import Weights, num_positions
 
 FIELDS = ("sampled", "ids", "logp", "tail_logp", "entropy")
 
@@ -78,34 +78,41 @@ class ScoreStore:
         return digest.digest()
 
 
+class StoredScorer:
+    """Reads the file; what it lacks the live teacher scores and the file keeps, or, without one, ValueError says so."""
+
+    def __init__(self, store: ScoreStore, live: Weights | None) -> None:
+        self._store, self._live, self.read = store, live, 0
+
+    def scores(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+        """In the order of the requests; `read` is then how many of their tokens came from the file."""
+        store, found = self._store, [self._store.find(request) for request in requests]
+        missing = [n for n, scores in enumerate(found) if scores is None]
+        self.read = sum(num_positions(request) for request, scores in zip(requests, found, strict=True) if scores is not None)
+        if missing and self._live is None:
+            known = store.teachers()
+            other = "" if store.teacher in known else f" (it holds scores of: {'; '.join(known) or 'nobody'}; this run's teacher is {store.teacher})"
+            raise ValueError(
+                f"{store.file} lacks the scores of {len(missing)} of {len(requests)} answers{other}: run opd score with this recipe and "
+                f"out={store.file}, or leave signals.NAME.scores out and score in training"
+            )
+        if missing and self._live is not None:
+            fresh = self._live.scores([requests[n] for n in missing])
+            store.keep([(requests[n], scores) for n, scores in zip(missing, fresh, strict=True)])
+            for n, scores in zip(missing, fresh, strict=True):
+                found[n] = scores
+        return [scores for scores in found if scores is not None]
+
+
 def stored_weights(store: ScoreStore, live: Weights | None) -> Weights:
-    """A scorer that reads the file; what it lacks the live teacher scores and the file keeps, or, without one, ValueError says so."""
-    return Weights(scores=lambda requests: _scores(store, None if live is None else live.scores, requests))
+    """A scorer with a file before it."""
+    scorer = StoredScorer(store, live)
+    return Weights(scores=scorer.scores, read=lambda: scorer.read)
 
 
 def with_stores(weights: Mapping[str, Weights], stores: Mapping[str, ScoreStore]) -> dict[str, Weights]:
     """The scorers, those of a signal with a file behind it; a signal may have the file alone."""
     return {**weights, **{name: stored_weights(store, weights.get(name)) for name, store in stores.items()}}
-
-
-def _scores(
-    store: ScoreStore, live: Callable[[Sequence[ScoreRequest]], list[TokenScores]] | None, requests: Sequence[ScoreRequest]
-) -> list[TokenScores]:
-    found = [store.find(request) for request in requests]
-    missing = [n for n, scores in enumerate(found) if scores is None]
-    if missing and live is None:
-        known = store.teachers()
-        other = "" if store.teacher in known else f" (it holds scores of: {'; '.join(known) or 'nobody'}; this run's teacher is {store.teacher})"
-        raise ValueError(
-            f"{store.file} lacks the scores of {len(missing)} of {len(requests)} answers{other}: run opd score with this recipe and "
-            f"out={store.file}, or leave signals.NAME.scores out and score in training"
-        )
-    if missing and live is not None:
-        fresh = live([requests[n] for n in missing])
-        store.keep([(requests[n], scores) for n, scores in zip(missing, fresh, strict=True)])
-        for n, scores in zip(missing, fresh, strict=True):
-            found[n] = scores
-    return [scores for scores in found if scores is not None]
 
 
 def largest_difference(kept: TokenScores, live: TokenScores) -> float:

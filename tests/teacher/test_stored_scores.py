@@ -10,7 +10,10 @@ import torch
 
 from opd.api import train
 from opd.build import pretrained, student, system
+from opd.build.spending import num_devices
 from opd.cli import main
+from opd.config.load import load_recipe
+from opd.preflight.report import examine
 from opd.run.folder import read_lines
 from opd.scoring import score
 from opd.tasks import TASKS
@@ -58,6 +61,8 @@ def test_training_on_stored_scores_equals_training_with_the_teacher_and_loads_no
     stored = trained("stored", **{"signals.main.scores": "s.sqlite"})
     assert loaded == ["expr-base"]
     for mine, theirs in zip(rows(stored), rows(live), strict=True):
+        read, before = theirs["tokens/teacher"], 0 if theirs["step"] == 1 else rows(live)[theirs["step"] - 2]["tokens/teacher"]
+        assert (mine["tokens/teacher"], mine["tokens/teacher_read"]) == (0, read - before) and "tokens/teacher_read" not in theirs
         assert mine["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-5) and mine["loss/total"] > 0.01
     ours, other = (student.pretrained.load_model(str(folder / "model")) for folder in (stored, live))
     for a, b in zip(ours.parameters(), other.parameters(), strict=True):
@@ -119,3 +124,17 @@ def test_what_cannot_be_scored_is_refused(workplace, capfd):
     score("opd_full", {**CHANGES, "out": "s.sqlite", "problems": 4})
     with pytest.raises(ValueError, match="it holds scores of: expr-teacher .*temperature 1; this run's teacher is .*temperature 0.7"):
         trained("t", **{"signals.main.scores": "s.sqlite", "sampling.temperature": 0.7})
+
+
+def test_a_served_teacher_whose_scores_are_on_file_is_neither_started_nor_planned(workplace, monkeypatch):
+    """With engine: vllm beside path: no Ray, no actor, no device, no memory."""
+    score("opd_full", {**CHANGES, "out": "s.sqlite"})
+    served = {"teacher": {"external": {"path": TEACHER, "engine": "vllm"}}, "signals.main.scores": "s.sqlite"}
+    recipe = load_recipe("opd_full", {**CHANGES, **served})
+    with system.actors_of(recipe) as actors:
+        assert actors is None
+    assert num_devices(recipe) == 1 and num_devices(load_recipe("opd_full", {**CHANGES, "teacher": served["teacher"]})) == 2
+    found, plan = examine(recipe, "h100")
+    assert plan.apart == {} and "teacher main" not in plan.memory and plan.seconds["teacher"] == 0, found
+    monkeypatch.setattr(system, "find_spec", lambda name: None if name in ("ray", "vllm") else True)
+    assert rows(trained("served", **served))[-1]["tokens/teacher"] == 0
