@@ -111,6 +111,11 @@ class SignalScorer:
         return self._meters
 
 
+def num_positions(request: ScoreRequest) -> int:
+    """Tokens of a request, context included."""
+    return len(request.context_ids) + len(request.completion_ids)
+
+
 def joined_ids(parts: Sequence[Tensor]) -> Tensor:
     """Columns of ids [T, .] side by side [T, K], every id of a row once: -1 in the place of pads and of those that stood before."""
     ids = torch.cat([part.long() for part in parts], dim=-1)
