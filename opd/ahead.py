@@ -101,6 +101,11 @@ class Ahead:
             self._begun[step] = done = Future()
             done.set_result(from_plain(plain))
 
+    def batches(self) -> dict[str, int]:
+        """Steps whose answers are finished and wait for the learner, and those that are begun."""
+        done = [future.done() for future in list(self._begun.values())]
+        return {"finished": sum(done), "begun": len(done) - sum(done)}
+
     def close(self) -> None:
         """Ends the thread; close the engine first, which ends what it waits for."""
         self._pool.shutdown(wait=self._ranks.count == 1, cancel_futures=True)  # it may wait for a rank that has ended

@@ -52,6 +52,7 @@ from opd.run.folder import (
     write_json,
 )
 from opd.run.live import LiveView, PhaseClock, Reports, Status
+from opd.run.roles import of_actors
 from opd.run.training import Plan, TrainingRun
 from opd.stop import StopRequest, stop_signals
 from opd.text import chat
@@ -109,8 +110,9 @@ def _train_in(folder: Path, recipe: Recipe, verifier: Callable[..., Any] | None,
     """One process with everything in it."""
     stop = StopRequest(at_once=True)
     with stop_signals(stop):
-        view = LiveView(folder.name, recipe.steps, quiet=quiet)
-        train_rank(folder, recipe, PhaseClock(Status(folder / "status.json", recipe.steps), stop), view, verifier)
+        status = Status(folder / "status.json", recipe.steps)
+        view = LiveView(folder.name, recipe.steps, quiet=quiet, roles=status.words)
+        train_rank(folder, recipe, PhaseClock(status, stop), view, verifier)
 
 
 def train_rank(
@@ -161,6 +163,7 @@ def train_rank(
             system = replace(system, teachers=Recorder(parts, system.last, weights=True, wanted=lambda: status.coming in recipe.track.bundle_steps))
         run = make_run(recipe, folder, parts, status, view, ranks, system.teachers, profile)
         clock.stop.at_once = False
+        watch_actors(status, parts)
         with _recording(folder, run, view, status, ranks):
             reason = train_as_asked(recipe, system, run, clock)
             report_final(recipe, folder, parts, run, system, ranks)
@@ -171,11 +174,19 @@ def train_rank(
             return reason
 
 
+def watch_actors(status: Reports, parts: Parts) -> None:
+    """What the student's and the teachers' actors do, for status.json and the terminal; nothing where there are none."""
+    found = [getattr(parts.engine, "status", None), *(weights.actors for weights in parts.scorer.weights.values())]
+    if read := [one for one in found if one]:
+        status.watch("actors", lambda: of_actors(one() for one in read))
+
+
 def train_as_asked(recipe: Recipe, system: System, run: TrainingRun, clock: PhaseClock) -> str:
     """One step after the other, or answers ahead of the learner; returns why it stopped."""
     if not recipe.asynchrony.max_staleness:
         return train_loop(system, run, recipe.steps)
     ahead = Ahead(system.source, clock.check, clock.ranks)
+    clock.status.watch("batches", ahead.batches)
     how = loop_async.Asynchrony(max_staleness=recipe.asynchrony.max_staleness, in_flight=recipe.asynchrony.in_flight)
     try:
         return loop_async.train(replace(system, source=ahead), ahead, run, recipe.steps, how)

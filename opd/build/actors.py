@@ -163,7 +163,7 @@ def served_teachers(
         e = recipe.engine
         settings = EngineSettings(vocab_size=vocab_size, chunk=e.chunk, load_seconds=e.deadline_seconds, limits=_limits(recipe))
         engine = VllmEngine(connect(where, name), ModelFiles(folder=folder), runner, settings, check=check)
-        found[name] = Weights(scores=partial(engine.score, temperature=temperature))
+        found[name] = Weights(scores=partial(engine.score, temperature=temperature), actors=engine.status)
     return found
 
 

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -42,12 +43,12 @@ class Beacon:
             except OSError:
                 self._end()
 
-    def tick(self) -> None:
-        """A sign of life, a few times a second at most."""
+    def tick(self, read: Callable[[], Mapping[str, Any]] = dict) -> None:
+        """A sign of life, a few times a second at most, with the facts that `read` gives."""
         now = time.monotonic()
         if now - self._ticked > TICK_SECONDS:
             self._ticked = now
-            self.tell()
+            self.tell(**read())
 
     def waiting(self, is_waiting: bool) -> None:
         """Entering or leaving an exchange with the other ranks."""

@@ -29,6 +29,7 @@ from opd.stop import stop_signals
 
 GRACE_SECONDS = 10.0  # for the others to say how they ended, once one rank is gone
 POLL_SECONDS = 0.2
+GONE_SECONDS = 60.0  # from SIGKILL to the end
 
 
 def wants_launcher(recipe: Recipe) -> bool:
@@ -237,9 +238,13 @@ def supervise(children: Sequence[Child], board: Board, asked: Forwarded, deadlin
 
 
 def stop_all(children: Sequence[Child]) -> None:
-    """SIGKILL to every rank's process group; returns when the ranks are gone."""
+    """SIGKILL to every rank's process group; returns when the ranks are gone. Raises RunFailed for one that does not end."""
     for child in children:
         child.kill()
     for child in children:
-        child.process.wait()
         child.link.close()
+        try:
+            child.process.wait(timeout=GONE_SECONDS)
+        except subprocess.TimeoutExpired:
+            where = f"rank {child.rank} (pid {child.process.pid}), killed in phase {child.place}"
+            raise RunFailed(f"{where}, has not ended after {GONE_SECONDS:.0f} s: it waits inside the kernel, for a device or a disk") from None

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ class RankReports:
 
     def __init__(self, beacon: Beacon) -> None:
         self._beacon, self._step = beacon, 0
+        self._read: dict[str, Callable[[], Mapping[str, Any]]] = {}
 
     def phase(self, phase: str) -> None:
         self._beacon.tell(phase=phase, step=self._step)
 
     def tick(self) -> None:
-        self._beacon.tick()
+        self._beacon.tick(lambda: {name: dict(read()) for name, read in self._read.items()})
 
     def step(self, step: int) -> None:
         self._step = step
@@ -45,6 +47,9 @@ class RankReports:
 
     def facts(self, **facts: Any) -> None:
         self._beacon.tell(**facts)
+
+    def watch(self, name: str, read: Callable[[], Mapping[str, Any]]) -> None:
+        self._read[name] = read
 
     def write(self, state: str, why: str = "") -> None: ...  # the launcher writes the state, from the outcome
 

@@ -99,7 +99,10 @@ def marked_processes(folder: Path | None = None) -> Iterator[str]:
         sweep(mark, folder)
         assert guard.stdin is not None
         guard.stdin.close()
-        guard.wait()
+        try:
+            guard.wait(timeout=2 * GIVE_UP_SECONDS)
+        except subprocess.TimeoutExpired:  # what it would remove is removed above
+            guard.kill()
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from opd.config.recipe import Recipe
 from opd.launcher.sweep import state_of
 from opd.run.folder import status_content, write_json
+from opd.run.roles import who_waits
 
 RANK_FACTS = {"phase", "step", "waiting", "exchanges"}  # the others are facts of the run
 WRITE_SECONDS = 0.5
@@ -170,7 +171,7 @@ class Board:
         if time.monotonic() - self._written < WRITE_SECONDS:
             return
         self._written = time.monotonic()
-        leader.tell(shown=in_words(children))
+        leader.tell(shown=f"{self._waits(children)} | next: {self._facts.get('next', '')}")
         if self._folder.is_dir():
             self._write("running", "asked to stop" if stopping else "", children)
 
@@ -195,9 +196,20 @@ class Board:
     def _write(self, state: str, why: str, children: Sequence[Child]) -> None:
         if not self._leads:
             return
-        facts = {**self._facts, "restarts": self.restarts, "roles": roles(children), "waits": in_words(children)}
+        facts = {name: value for name, value in self._facts.items() if name != "actors"}
+        actors = self._facts.get("actors", {}) if children else {}
+        facts |= {"restarts": self.restarts, "roles": {**roles(children), **actors}, "waits": self._waits(children)}
         content = status_content(state, why, step=self._step, steps=self._steps, phase=self._phase, facts=facts)
         write_json(self._folder / "status.json", content)
+
+
+    def _waits(self, children: Sequence[Child]) -> str:
+        """Ranks among each other, then rank 0 and its actors."""
+        if not children:
+            return ""
+        entered, phase = time.monotonic() - children[0].entered, str(children[0].facts.get("phase", "start"))
+        beside = who_waits(phase, entered, self._facts.get("actors", {}), self._facts.get("batches", {}))
+        return "; ".join(filter(None, (in_words(children), beside)))
 
 
 def behind(children: Sequence[Child]) -> list[Child]:

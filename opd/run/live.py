@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,8 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from opd.errors import Preempted
 from opd.launcher.ranks import ALONE, Ranks
 from opd.run.folder import status_content, write_json
+from opd.run.roles import who_waits
 from opd.stop import StopRequest
 
+WRITE_SECONDS = 0.5
 UNSTOPPABLE = {"learn", "sync", "checkpoint"}  # weights are changing: finish, then stop
 LOCAL = {"rollout", "views", "join", "evaluate"}  # no collective but those of Ranks: one rank's error can be announced to the others
 
@@ -34,6 +37,10 @@ class Reports(Protocol):
     def step(self, step: int) -> None: ...
 
     def facts(self, **facts: Any) -> None: ...
+
+    def watch(self, name: str, read: Callable[[], Mapping[str, Any]]) -> None:
+        """A fact that changes by itself: "actors" (opd.run.roles.of_actors) or "batches"; asked again and again from now on."""
+        ...
 
     def write(self, state: str, why: str = "") -> None: ...
 
@@ -86,18 +93,33 @@ class PhaseClock:
 
 class Status:
     """status.json of a run in one process: state, step, phase, pid, why, and what is known besides (weight version, tokens a second, next
-    action). Written at most twice a second, and at every change of state."""
+    action, what actors do, who waits for whom). Written at most twice a second, and at every change of state."""
 
     def __init__(self, path: Path, steps: int) -> None:
         self._path, self._steps, self._step, self._phase, self._written = path, steps, 0, "start", 0.0
         self._facts: dict[str, Any] = {}
+        self._read: dict[str, Callable[[], Mapping[str, Any]]] = {}
+        self._entered, self._turn = time.monotonic(), threading.Lock()
 
     def phase(self, phase: str) -> None:
-        self._phase = phase
-        if time.monotonic() - self._written > 0.5:
+        self._phase, self._entered = phase, time.monotonic()
+        if time.monotonic() - self._written > WRITE_SECONDS:
             self.write("running")
 
-    def tick(self) -> None: ...
+    def tick(self) -> None:
+        """A sign of life from a long phase, of any thread: what is watched may have changed."""
+        if self._read and time.monotonic() - self._written > WRITE_SECONDS:
+            self.write("running")
+
+    def watch(self, name: str, read: Callable[[], Mapping[str, Any]]) -> None:
+        self._read[name] = read
+
+    def words(self) -> str:
+        """Who waits for whom and what comes next, for the terminal; "" where nothing is watched."""
+        if not self._read:
+            return ""
+        found = self._watched()
+        return f"{found['waits']} | next: {self._facts.get('next', '')}"
 
     def step(self, step: int) -> None:
         self._step = step
@@ -111,8 +133,18 @@ class Status:
         self._facts |= facts
 
     def write(self, state: str, why: str = "") -> None:
-        self._written = time.monotonic()
-        write_json(self._path, status_content(state, why, step=self._step, steps=self._steps, phase=self._phase, facts=self._facts))
+        with self._turn:
+            self._written = time.monotonic()
+            facts = {**self._facts, **(self._watched() if state == "running" else {})}
+            write_json(self._path, status_content(state, why, step=self._step, steps=self._steps, phase=self._phase, facts=facts))
+
+    def _watched(self) -> dict[str, Any]:
+        if not self._read:
+            return {}
+        found, seconds = {name: dict(read()) for name, read in self._read.items()}, time.monotonic() - self._entered
+        actors, batches = found.pop("actors", {}), found.get("batches", {})
+        learner = {"learner": {"state": "working", "phase": self._phase, "seconds": round(seconds, 1)}}
+        return {"roles": {**learner, **actors}, **found, "waits": who_waits(self._phase, seconds, actors, batches)}
 
 
 class LiveView:
@@ -155,18 +187,28 @@ class LiveView:
 
     def update(self, step: int, row: Mapping[str, float]) -> None:
         numbers = " ".join(f"{label} {row[key]:.{digits}f}" for label, key, digits in SHOWN if key in row)
-        roles = self._roles()
-        numbers += f" | {roles}" if roles else ""
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=step, now=numbers)
+            self._bar.update(self._task, completed=step, now=_Now(numbers, self._roles))
         elif not self._quiet and (time.monotonic() - self._last_line > self._line_seconds or step == self._steps):
             self._last_line = time.monotonic()
             rate = (self._last_line - self._started) / max(step - self._first, 1)
-            self.say(f"step {step}/{self._steps} {numbers}, about {rate * (self._steps - step):.0f} s left")
+            self.say(f"step {step}/{self._steps} {_Now(numbers, self._roles)}, about {rate * (self._steps - step):.0f} s left")
 
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class _Now:
+    """Numbers of the last step and what the roles do at the moment of reading: the bar reads ten times a second."""
+
+    numbers: str
+    roles: Callable[[], str]
+
+    def __str__(self) -> str:
+        roles = self.roles()
+        return f"{self.numbers} | {roles}" if roles else self.numbers
 
 
 SHOWN = (

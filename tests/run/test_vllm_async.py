@@ -1,9 +1,12 @@
 """Answers ahead of the learner with the real vLLM: one actor with AsyncLLM, whose engine is a process of its own, for the whole module."""
 
+import json
 import os
+import re
 import signal
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,25 @@ def actors():
     torch.set_num_threads(1)
     with actors_of(recipe()) as where:
         yield where
+
+
+@contextmanager
+def seen(look):
+    """What `look` shows during the block, over and over."""
+    found, over = [], threading.Event()
+
+    def watch():
+        while not over.wait(0.005):
+            if found[-1:] != [now := look()]:
+                found.append(now)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join(timeout=10)
 
 
 def trained(folder, actors, **changes):
@@ -111,7 +133,8 @@ def test_an_actor_killed_while_it_answers_ahead_of_the_learner_is_replaced(tmp_p
 
     thread = threading.Thread(target=kill)
     thread.start()
-    rows, ledger = trained(folder, actors, steps=steps)
+    with seen(lambda: json.loads((folder / "status.json").read_text()) if (folder / "status.json").is_file() else {}) as statuses:
+        rows, ledger = trained(folder, actors, steps=steps)
     thread.join(timeout=10)
     assert not Path(f"/proc/{victim}").exists() and pid(actors) != victim
     assert [row["step"] for row in ledger] == list(range(1, steps + 1))
@@ -121,6 +144,12 @@ def test_an_actor_killed_while_it_answers_ahead_of_the_learner_is_replaced(tmp_p
     assert all(0 <= row["staleness/mean"] <= 1 and row["staleness/dropped_groups"] == 0 for row in rows)
     assert any(row["staleness/mean"] > 0 for row in rows), "answers were written ahead"
     assert rows[-1]["seconds/rollout/ahead"] > 0
+    roles = [status["roles"] for status in statuses if "roles" in status]
+    assert {"restarting", "generating"} <= {role["student-0"]["state"] for role in roles}
+    assert any(role["student-0"]["waiting"] + role["student-0"]["in_flight"] == 32 for role in roles), "requests of a step, waiting or at the actor"
+    waits = "\n".join(status.get("waits", "") for status in statuses)
+    assert re.search(r"learner \(rollout [\d.]+ s\) waits for student-0 \(restarting [\d.]+ s\); \d finished batches wait .*, \d begun", waits), waits
+    assert all(status["next"] for status in statuses if status.get("state") == "running" and status["step"])
 
 
 @pytest.fixture
@@ -141,8 +170,20 @@ def test_weights_that_change_in_mid_answer_mark_every_token_with_the_version_tha
     asked = [GenerateRequest(prompt_ids=parts.encode(p), seed=request_seed(3, p.id, n, 0)) for n, p in enumerate(parts.source._stream.take(24))]
     drawn, before, engine, model = [], parts.engine.counts["reissued"], parts.engine, parts.learner.policy.model
     thread = threading.Thread(target=lambda: drawn.extend(engine.generate(asked, Sampling(max_tokens=100))))
+    assert [(one.name, one.state) for one in engine.status()[1]] == [("student-0", "idle")]
     weights = {parts.learner.version: {name: p.detach().clone() for name, p in model.named_parameters()}}
     thread.start()
+    with seen(lambda: engine.status()[1][0].state) as states:
+        update_twice(parts, weights)
+    assert {"generating", "updating"} <= set(states)
+    thread.join(timeout=200)
+    assert engine.status() == (0, [replace(engine.status()[1][0], state="idle", in_flight=0)])
+    check_spans(parts, asked, drawn, weights, before)
+
+
+def update_twice(parts, weights):
+    """Two versions, each while answers are under way."""
+    engine, model = parts.engine, parts.learner.policy.model
     for version in (1, 2):
         wait_for(lambda: engine.status()[1][0].in_flight > 0)
         with torch.no_grad():
@@ -151,7 +192,10 @@ def test_weights_that_change_in_mid_answer_mark_every_token_with_the_version_tha
         parts.learner.version = version
         weights[version] = {name: p.detach().clone() for name, p in model.named_parameters()}
         engine.load_weights(parts.learner.weights(version))
-    thread.join(timeout=200)
+
+
+def check_spans(parts, asked, drawn, weights, before):
+    engine, model = parts.engine, parts.learner.policy.model
     assert len(drawn) == 24 and engine.counts["reissued"] == before, "no request was refused for weights that changed under way"
     mixed = [index for index, completion in enumerate(drawn) if len(completion.versions) > 1]
     assert mixed, "no answer was under way: the test says nothing"

@@ -1,5 +1,8 @@
 """Several learner ranks over one vLLM actor that the launcher owns: the real Ray and the real vLLM, in processes of their own."""
 
+import json
+import time
+
 import pytest
 import yaml
 from pytest import approx
@@ -33,8 +36,17 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_two_ranks_over_one_actor_train_as_one(tmp_path, alone, stage):
-    code, said = opd(tmp_path, *train(tmp_path, "name=run", "learner.ranks=2", f"learner.zero_stage={stage}"))
-    assert code == 0, said
+    process, statuses = start(tmp_path, *train(tmp_path, "name=run", "learner.ranks=2", f"learner.zero_stage={stage}")), []
+    while process.poll() is None:
+        if (path := tmp_path / "runs/run/status.json").is_file() and (now := json.loads(path.read_text())) not in statuses[-1:]:
+            statuses.append(now)
+        time.sleep(0.02)
+    assert process.returncode == 0
+    roles = [status["roles"] for status in statuses if "student-0" in status["roles"]]
+    assert {"rank 0", "rank 1", "student-0"} <= set(roles[-1])
+    assert {role["student-0"]["state"] for role in roles} <= {"generating", "updating", "idle"}
+    assert any("student-0 (" in status["waits"] for status in statuses), "who waits for whom"
+    assert "student-0" not in statuses[-1]["roles"] and statuses[-1]["state"] == "finished"
     shared = lines(tmp_path / "runs/run/metrics.jsonl")
     assert len(shared) == len(alone) == 2
     for one, two in zip(alone, shared, strict=True):
