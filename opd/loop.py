@@ -3,7 +3,7 @@
 One step: prompts -> student answers -> verdicts -> privileged views -> teacher scores -> samples -> learner -> new weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -36,7 +36,9 @@ class RolloutSource(Protocol):
 class TeacherScorer(Protocol):
     """Every signal's log-probs of the student's own tokens."""
 
-    def score(self, judged: Sequence[Judged], views: Views, prepared: Sequence[Prepared | None]) -> list[Mapping[str, TokenScores]]: ...
+    def score(
+        self, judged: Sequence[Judged], views: Views, prepared: Sequence[Prepared | None], only: Collection[str]
+    ) -> list[Mapping[str, TokenScores]]: ...
 
     def heads(self) -> Mapping[str, HeadView]: ...
 
@@ -98,7 +100,7 @@ def train_step(step: int, s: System) -> tuple[StepReport, list[Sample]]:
     with s.clock("prepare"):
         prepared = s.learner.prepare(judged, objective.needs)  # only what a term asks for: old log-probs, student top-k, entropy
     with s.clock("teacher"):
-        scores = s.teachers.score(judged, views, prepared)  # every signal's log-probs of the student's own tokens
+        scores = s.teachers.score(judged, views, prepared, objective.needs.signals)  # every signal's log-probs of the student's own tokens
     with s.clock("join"):
         samples = join(judged, prepared, scores, objective, s.ranks.pool, views=views)  # credit, routes and scores: one record an answer
     with s.clock("learn"):

@@ -44,7 +44,7 @@ def join(
     """One sample an answer, in order. `scores` lacks a signal where the answer has no view for it.
 
     Where terms learn under a signal's view, each answer that has one is followed by a second sample, with that view for its prompt: the
-    same tokens, read by the student in another context. Old log-probs are then those of whoever sampled, in both.
+    same tokens, read by the student in another context. Old log-probs of answers that were sampled under a view are those of whoever sampled.
 
     Answers without a verdict (status abstain or error) get no credit, leave their group's baseline, and leave terms with group credit.
     pool: values of this rank -> of all ranks, for statistics over the batch; called equally often on every rank.
@@ -67,9 +67,10 @@ def join(
 
 def _in_contexts(sample: Sample, objective: Objective, contexts: Mapping[str, tuple[int, ...] | None]) -> list[Sample]:
     """The sample in the student's own context and in every view that a term learns under; each term's route is 0 in the others."""
-    if not contexts:
-        return [sample]
     completion = sample.judged.completion
+    if not contexts:
+        seen_there = completion.source == VIEW and sample.prepared is not None
+        return [replace(sample, prepared=replace(sample.prepared, old_logp=completion.logprobs))] if seen_there else [sample]
     old_logp = completion.logprobs if sample.prepared is None or completion.source == VIEW else sample.prepared.old_logp
     found = []
     for context in ("", *sorted(contexts)):

@@ -115,8 +115,7 @@ def context_has_its_own_ids(term: Term, setting: Setting) -> Finding | None:
 
 
 def route_sees_a_view(term: Term, setting: Setting) -> Finding | None:
-    asks = name_of(term.route).endswith("view") or name_of(term.route) == "wrong_by_teacher_perplexity"
-    if not asks or setting.signals is None or term.view_signal in setting.signals:
+    if not term.asks_view or setting.signals is None or term.view_signal in setting.signals:
         return None
     return Finding(
         reason=f"routes by the views of the signal {term.view_signal!r}, which the recipe does not declare",

@@ -99,6 +99,11 @@ class Term:
         return frozenset().union(*map(what_it_reads, self.functions))
 
     @property
+    def asks_view(self) -> bool:
+        """Whether its route goes by which answers `view_signal` has scores of."""
+        return name_of(self.route).endswith("view") or name_of(self.route) == "wrong_by_teacher_perplexity"
+
+    @property
     def supported_signals(self) -> tuple[str, ...]:
         """The signals that must be scored on its support: its own, and its target's reference."""
         second = parameters_of(self.target).get("reference") if self.target else None
@@ -161,11 +166,14 @@ class Objective:
     controls: Mapping[str, float] = field(default_factory=dict)
 
     def at(self, step: int, metrics: Mapping[str, float]) -> "Objective":
-        """The same objective with every schedule as the number that it gives now."""
+        """The same objective with every schedule as the number that it gives now, without the terms whose coefficient is then 0.
+
+        What such a term alone reads is not scored. It stays where another term's route asks about the views of a signal that it reads.
+        """
         found: dict[str, float] = {}
         terms = tuple(_at(term, step, metrics, found) for term in self.terms)
         controls = {name: scheduled_value(one, f"controllers/{name}", step, metrics, found) for name, one in self.controllers.items()}
-        return replace(self, terms=terms, scheduled=found, controls=controls)
+        return replace(self, terms=_heard(terms), scheduled=found, controls=controls)
 
     @property
     def contexts(self) -> tuple[str, ...]:
@@ -226,6 +234,13 @@ def _at(term: Term, step: int, metrics: Mapping[str, float], found: dict[str, fl
     single = {name: bound(getattr(term, name)) for name in ("loss", "target", "credit", "route")}
     several = {name: tuple(map(bound, getattr(term, name))) for name in ("weights", "gates", "fields", "token_credits", "shape")}
     return replace(term, coef=coef, **single, **several)
+
+
+def _heard(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """The terms with a coefficient, and those that alone keep a signal scored of which they ask; all of them where none has one."""
+    loud = [term for term in terms if term.coef != 0]
+    asked = {term.view_signal for term in loud if term.asks_view} - frozenset[str]().union(*(term.signals for term in loud))
+    return tuple(term for term in terms if not loud or term.coef != 0 or term.signals & asked)
 
 
 def scheduled_value(schedule: Schedule, place: str, step: int, metrics: Mapping[str, float], found: dict[str, float]) -> float:

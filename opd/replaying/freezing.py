@@ -3,7 +3,7 @@
 Legend: T completion tokens of an answer, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,11 @@ class Recorder:
         self._parts, self._learner, self._last, self._weights, self._wanted = parts, parts.learner, last, weights, wanted
         self._kept: dict[str, Any] = {}
 
-    def score(self, judged: Sequence[Judged], views: Views, prepared: Sequence[Prepared | None]) -> list[Mapping[str, TokenScores]]:
+    def score(
+        self, judged: Sequence[Judged], views: Views, prepared: Sequence[Prepared | None], only: Collection[str] | None = None
+    ) -> list[Mapping[str, TokenScores]]:
         scorer = self._parts.scorer
-        found = scorer.score(judged, views, prepared)
+        found = scorer.score(judged, views, prepared, only)
         self._meters, self._kept = dict(scorer.meters()), {}
         if self._wanted():
             self._keep(judged, views)

@@ -3,7 +3,7 @@
 Legend: T completion tokens, K support size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,19 +50,23 @@ class SignalScorer:
                 raise ValueError(
                     f"signal {name!r} comes from a scorer without hidden states and cannot serve support full; use teacher_topk or student_topk"
                 )
-        self.weights, self._needs = dict(weights), dict(needs)
+        self.weights, self._needs, self._scored = dict(weights), dict(needs), dict(needs)
         self._meters: dict[str, Meter] = {}
 
     def score(
-        self, judged: Sequence[Judged], views: Views, prepared: Sequence[Prepared | None]
+        self, judged: Sequence[Judged], views: Views, prepared: Sequence[Prepared | None], only: Collection[str] | None = None
     ) -> list[Mapping[str, TokenScores]]:
-        """Signal -> scores for each answer, without the signals that have nothing to show it (context None in `views`)."""
+        """Signal -> scores for each answer, without the signals that have nothing to show it (context None in `views`).
+
+        only: the signals that a term of this step reads; the others are left out.
+        """
+        self._scored = {name: need for name, need in self._needs.items() if only is None or name in only}
         found: list[dict[str, TokenScores]] = [{} for _ in judged]
         self._meters, num_tokens, num_read = {}, 0, [0] * any(weights.read is not None for weights in self.weights.values())
         joint: list[Tensor | None] = [None] * len(judged)
-        if any(need.union for need in self._needs.values()):
+        if any(need.union for need in self._scored.values()):
             joint, num_tokens = self._joint_ids(judged, views, prepared)
-        for name, need in self._needs.items():
+        for name, need in self._scored.items():
             contexts = views[name]
             assert len(contexts) == len(judged) == len(prepared), "one context and one preparation an answer"
             chosen = [index for index, context in enumerate(contexts) if context is not None]
@@ -90,7 +94,7 @@ class SignalScorer:
         """
         parts = [[_students_ids(one)] for one in prepared]
         num_tokens = 0
-        for name, need in self._needs.items():
+        for name, need in self._scored.items():
             if not need.union:
                 continue
             chosen = [index for index, context in enumerate(views[name]) if context is not None]
@@ -101,9 +105,9 @@ class SignalScorer:
         return [joined_ids(ids) for ids in parts], num_tokens
 
     def heads(self) -> Mapping[str, HeadView]:
-        """Heads of the signals with hidden states, good for the coming learner step."""
+        """Heads of the scored signals with hidden states, good for the coming learner step."""
         heads = {}
-        for name, need in self._needs.items():
+        for name, need in self._scored.items():
             make = self.weights[name].head
             if need.hidden and make is not None:
                 heads[name] = make()

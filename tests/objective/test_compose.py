@@ -290,7 +290,8 @@ def test_schedules_become_numbers(small):
         {"nll": {}, "coef": {"switch": {"at": 3, "before": 0.25, "after": 2.0}}},
     )
     assert [term.name for term in objective.terms] == ["nll", "nll_2"]
-    assert [objective.at(step, {}).terms[0].coef for step in (0, 2, 3, 5, 6, 9)] == [1.0, 1.0, 0.75, 0.25, 0.0, 0.0]
+    assert [objective.at(step, {}).terms[0].coef for step in (0, 2, 3, 5)] == [1.0, 1.0, 0.75, 0.25]
+    assert [[term.name for term in objective.at(step, {}).terms] for step in (5, 6, 9)] == [["nll", "nll_2"], ["nll_2"], ["nll_2"]]
     assert [objective.at(step, {}).terms[1].coef for step in (0, 2, 3)] == [0.25, 0.25, 2.0]
 
 

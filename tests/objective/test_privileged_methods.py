@@ -557,6 +557,19 @@ def test_pi_distill_moves_teacher_and_student_each_by_its_own_half():
         batch.expect(aloof, formula)
 
 
+def test_answers_sampled_under_a_view_keep_their_ratio_where_no_term_learns_there():
+    batch = under_views(("main", "student"))
+    for a in batch.answers:
+        a.source = "view"
+
+    def formula(answers):
+        ratios = [(a.at(a.now) - a.at(a.engine)).exp() for a in answers]
+        losses = [-torch.minimum(r * one, r.clamp(0.8, 1.2) * one).mean() for r, one in zip(ratios, centred(answers), strict=True)]
+        return torch.stack(losses).mean()
+
+    batch.expect(dense_load("grpo", t0__advantage="group_centered")[1], formula)
+
+
 def test_pi_distill_without_privileged_information_is_reinforcement():
     batch = under_views(("main", "student"))
     for a in batch.answers:
@@ -612,7 +625,7 @@ def test_vpd_contrast_by_hand():
 
 def test_an_answer_without_the_view_is_left_out_of_the_terms_under_it(small):
     batch = under_views(("main",), drift=0.0)
-    _, objective = dense_load("vpd")
+    _, objective = dense_load("vpd", t0__coef=1.0)  # both at once
     objective = objective.at(5, {})
     whole = batch.samples(objective)
     judged = [s.judged for s in whole if not s.context]
@@ -653,8 +666,8 @@ def test_trace_by_hand():
     """Ten tokens, the fourth and fifth marked, KL 0.4 and 0.2 there: lambda x mean x 2/10."""
     _, objective = dense_load("trace")
     for step, share in ((5, 0.5), (10, 0.5), (25, 0.25), (40, 0.0), (60, 0.0)):
-        grpo, spans, distill = objective.at(step, {}).terms
-        assert (grpo.coef, spans.coef, distill.coef) == pytest.approx((1.0, 1 - share / 0.5, share))
+        now = {term.name: term.coef for term in objective.at(step, {}).terms}  # without those that weigh nothing
+        assert (now["policy"], now.get("policy_2", 0.0), now.get("distill", 0.0)) == pytest.approx((1.0, 1 - share / 0.5, share))
     distill = objective.terms[2]
     mask = torch.zeros(10, dtype=torch.bool).index_fill(0, torch.tensor([3, 4]), True)
     answer = replace(sequence(torch.zeros(10)), marks={"spans": mask})

@@ -6,6 +6,7 @@ import pytest
 
 from opd.objective import Setting, build_objective
 from opd.objective.schedules import linear, rise_when_worse, switch, taid
+from tests.objective.dense import load
 
 TEACHER = Setting(signals=("main",), group=8, source="student")
 TAID = {"geometric": {"share": {"taid": {"start": 0.2, "steps": 100, "rate": 0.5, "momentum": 0.5}}}}
@@ -101,3 +102,23 @@ def test_any_number_may_be_scheduled_and_constants_are_not_reported():
 def test_what_cannot_be_scheduled_is_refused(spec, message):
     with pytest.raises(ValueError, match=message.replace("{", "\\{")):
         build_objective([spec], TEACHER)
+
+
+def signals_at(name, step, **changes):
+    objective = load(name, k=0, **changes)[1].at(step, {})
+    return sorted(objective.needs.signals), [term.name for term in objective.terms]
+
+
+def test_what_only_terms_without_a_coefficient_read_is_not_scored():
+    """RLSD and CEPO after their anneal, TRACE after its spans, and the two kinds of VPD's steps."""
+    assert signals_at("rlsd", 24) == (["main"], ["policy", "policy_2"])
+    assert signals_at("rlsd", 25) == ([], ["policy"])
+    assert signals_at("cepo", 0)[0] == ["main", "negative"] and signals_at("cepo", 30)[0] == []
+    assert signals_at("trace", 0)[1] == ["policy", "distill"] and signals_at("trace", 40) == ([], ["policy", "policy_2"])
+    assert [signals_at("vpd", step)[1] for step in (4, 5)] == [["distill"], ["policy"]]
+    assert signals_at("paced", 0) == (["main"], ["distill"]) and signals_at("paced", 50) == (["main"], ["distill_2"])
+
+
+def test_a_signal_of_which_a_route_asks_is_scored_whatever_its_terms_weigh():
+    assert signals_at("hybrid", 0, t1__coef=0.0) == (["main"], ["policy", "distill"]), "the other term goes by who has a view"
+    assert signals_at("grpo", 0, t0__coef=0.0)[1] == ["policy"], "a step without any coefficient keeps its terms"
