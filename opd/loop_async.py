@@ -36,7 +36,7 @@ def train_step(step: int, last: int, s: System, ahead: Ahead, how: Asynchrony) -
     with s.clock("prepare"):
         prepared = s.learner.prepare(judged, objective.needs)  # old log-probs are of these weights: p_old / p_engine corrects for age
     with s.clock("teacher"):
-        scores = s.teachers.score(judged, views, prepared, objective.needs.signals)  # now, and not when answers are written: one version of every teacher a step
+        scores = s.teachers.score(judged, views, prepared, objective.needs.signals)  # now: one version of every teacher a step
     with s.clock("join"):
         samples = join(judged, prepared, scores, objective, s.ranks.pool, views=views)
     with s.clock("learn"):
