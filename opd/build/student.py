@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from opd.build import pretrained, shapes
 from opd.build.devices import compute_device
+from opd.build.fused import check_fused, fuse
 from opd.build.problems import Problems
 from opd.config.recipe import Recipe
 from opd.run.named import RUNS, nearest_runs, read_status
@@ -84,6 +85,8 @@ def load_tokenizer(recipe: Recipe, problems: Problems) -> PreTrainedTokenizerBas
 def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
     """The student in its dtype, where this process computes; random weights are drawn there from the recipe's seed."""
     path, m, device = student_path(recipe), recipe.model, compute_device()
+    if m.liger and device.type == "cpu":
+        check_fused("")  # before weights are made or loaded
     options: dict[str, Any] = {"dtype": getattr(torch, m.dtype), "attn_implementation": m.attention}
     if path and m.init == "pretrained":
         model = pretrained.load_model(path, **options).to(device)
@@ -100,6 +103,8 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.nn.M
             "supported; "
             "use engine=torch, or a dense model"
         )
+    if m.liger:
+        fuse(model)
     return model
 
 

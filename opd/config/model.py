@@ -35,6 +35,7 @@ class Model(_Frozen):
     )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="weights and activations; the head always computes in fp32")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(default="sdpa", description="attention kernel of the Hugging Face model")
+    liger: bool = Field(default=False, description="Liger's fused norms, rotary embedding and MLP (needs a GPU; not run by the project so far)")
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
     lora: LoRA | None = Field(default=None, description="train low-rank adapters instead of all weights")
     vocabulary: Positive = Field(

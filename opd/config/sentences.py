@@ -32,6 +32,7 @@ SYNONYMS = {
     **dict.fromkeys(("model_name", "model_name_or_path", "pretrain", "base_model"), "model.path"),
     **dict.fromkeys(("dataset", "dataset_name", "train_files", "train_file", "dataset_path"), "data.path"),
     **dict.fromkeys(("lora_rank", "lora_r", "r"), "model.lora.rank"),
+    **dict.fromkeys(("use_liger", "use_liger_kernel", "liger_kernel"), "model.liger"),
     **dict.fromkeys(("lora_alpha",), "model.lora.alpha"),
     **dict.fromkeys(("save_steps", "save_freq", "save_every"), "checkpoint.every"),
     **dict.fromkeys(("eval_steps", "test_freq", "eval_every"), "eval.every"),

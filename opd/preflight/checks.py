@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from packaging.version import Version
 
+from opd.build.fused import check_fused
 from opd.build.pretrained import num_experts
 from opd.build.system import learner_kind
 from opd.preflight.facts import Facts, Finding
@@ -136,6 +137,11 @@ def precision(facts: Facts) -> Iterator[Finding]:
         yield warning("model.dtype=bfloat16 on a CPU: log-probs are off by up to 1.5 nats in single tokens; use float32 here")
     if m.attention == "flash_attention_2" and _installed("flash_attn") is None:
         yield error("model.attention=flash_attention_2 needs the package flash-attn: pip install flash-attn, or model.attention=sdpa")
+    if m.liger:
+        try:
+            check_fused("", planned=bool(facts.recipe.target.device))
+        except ValueError as problem:
+            yield error(str(problem))
     if m.lora is not None and _installed("peft") is None:
         yield error('model.lora needs peft: pip install "opd-train[train]"')
 

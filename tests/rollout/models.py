@@ -7,6 +7,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GraniteConfig,
@@ -52,6 +54,12 @@ def gemma2(**changes: object) -> nn.Module:
     return _made(Gemma2ForCausalLM, Gemma2Config, {"sliding_window": 6, "final_logit_softcapping": 3.0, **changes})
 
 
+def gemma3(**changes: object) -> nn.Module:
+    """A sliding layer, with rotary frequencies of its own, before a full one."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5, "query_pre_attn_scalar": 8}
+    return _made(Gemma3ForCausalLM, Gemma3TextConfig, {**layers, **changes})
+
+
 def mistral(**changes: object) -> nn.Module:
     """Every layer sliding, over 5 tokens."""
     return _made(MistralForCausalLM, MistralConfig, {"sliding_window": 5, **changes})
@@ -70,6 +78,7 @@ FAMILIES = {
     "llama": llama,
     "gemma": gemma,
     "gemma2": gemma2,
+    "gemma3": gemma3,
     "mistral": mistral,
     "granite": granite,
     "cohere": cohere,

@@ -90,6 +90,7 @@ HOMES = {  # third-party package -> modules that may import it
         "opd_rollout.cache",
     },
     "tokenizers": {"opd.text.bpe", "opd.text.standin", "opd.tasks.tokenizer"},
+    "liger_kernel": {"opd.build.fused"},
     "peft": {"opd.build", "opd.learner"},
     "pyarrow": {"opd.data.tables"},
     "datasets": {"opd.data.tables", "opd.comparison.outside"},
