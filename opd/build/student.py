@@ -12,6 +12,7 @@ from opd.build.devices import compute_device
 from opd.build.fused import check_fused, fuse
 from opd.build.problems import Problems
 from opd.config.recipe import Recipe
+from opd.revising import PHRASE_TOKENS
 from opd.run.named import RUNS, nearest_runs, read_status
 from opd.source import parse_source
 from opd.tasks.tokenizer import character_tokenizer
@@ -135,13 +136,21 @@ def room_for_prompts(recipe: Recipe, config: Any, whose: str, served: bool) -> i
 
     Raises ValueError where there are none.
     """
-    max_tokens, positions = recipe.sampling.max_tokens, getattr(config.get_text_config(), "max_position_embeddings", None)
+    max_tokens, positions = answer_tokens(recipe), getattr(config.get_text_config(), "max_position_embeddings", None)
     if served:
         positions = served_positions(recipe, config) - 1  # scoring draws one token more
     room = 1 << 30 if positions is None else positions - max_tokens
     if room <= 0:
-        raise ValueError(f"sampling.max_tokens={max_tokens} leaves no room for a prompt: {whose} has {positions} positions; lower it")
+        twice = ", attempt, phrase and revision" if recipe.rollout.revise else ""
+        raise ValueError(
+            f"sampling.max_tokens={recipe.sampling.max_tokens} leaves no room for a prompt: {whose} has {positions} positions{twice}; lower it"
+        )
     return room
+
+
+def answer_tokens(recipe: Recipe) -> int:
+    """The longest answer: an attempt, or with `rollout.revise` two of them and the phrase between."""
+    return 2 * recipe.sampling.max_tokens + PHRASE_TOKENS if recipe.rollout.revise else recipe.sampling.max_tokens
 
 
 def smallest_room(recipe: Recipe, room: int, near: Mapping[str, Any], served: Mapping[str, str]) -> int:

@@ -23,7 +23,7 @@ from opd.build import pretrained
 from opd.build.problems import Problems, load_problems, without_long, without_long_ones
 from opd.build.stored import open_stores
 from opd.build.student import external_model, load_model, load_tokenizer, pad_id, room_for_prompts, served_paths, smallest_room, student_path
-from opd.build.views import FOREIGN, OTHERS, aligned, checked_views, with_writers
+from opd.build.views import FOREIGN, OTHERS, Source, aligned, checked_views, with_writers
 from opd.config.load import recipe_hash
 from opd.config.recipe import EMA, Recipe
 from opd.contexts import SignalViews, prompt_context
@@ -44,7 +44,6 @@ from opd.teacher.stored import with_stores
 from opd.text import chat
 from opd.types import Prompt, Verifier
 from opd.verify.adapt import checked
-from opd.writing import AnnotatedSource
 
 CANARY_PROMPTS = 2
 
@@ -57,7 +56,7 @@ class Parts:
     engine: Engine
     num_parameters: int
     learner: Learner
-    source: RolloutSource | AnnotatedSource
+    source: Source
     scorer: SignalScorer
     objective: Objective
     views: SignalViews
@@ -114,7 +113,7 @@ def build_parts(
     writer = engine if sampler is None else drawn_with(sampler, spoken, teachers, recipe, tokenizer)
     show = partial(prompt_context, reader, specs[mixture.view], room, codec.encode) if mixture.view else None
     source = RolloutSource(writer, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show, ranks.beside)
-    source = with_writers(source, recipe, engine, reader, room + recipe.sampling.max_tokens, stop_ids)
+    source = with_writers(source, recipe, engine, reader, room + recipe.sampling.max_tokens, stop_ids, verify)
     rows = {name: vocab_size if spec.tokenizer is None else len(spec.tokenizer) for name, spec in specs.items()}
     weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), rows[name]) for name, kind in here.items()}
     weights |= {name: aligned(weights[name], tokenizer, spec.tokenizer) for name, spec in specs.items() if spec.tokenizer is not None}
@@ -181,7 +180,8 @@ def setting_of(recipe: Recipe) -> Setting:
     mixture = parse_source(recipe.rollout.source)
     sampled_in = None if mixture.student == 1 or not mixture.view else mixture.view if mixture.student == 0 else f"{mixture.view}, in part"
     return Setting(
-        signals=tuple(recipe.signals), group=recipe.group, source=mixture.kind, max_tokens=recipe.sampling.max_tokens, sampled_in=sampled_in,
+        signals=tuple(recipe.signals), group=recipe.group, max_tokens=recipe.sampling.max_tokens, sampled_in=sampled_in,
+        source="revised" if recipe.rollout.revise else mixture.kind,
         sampler=recipe.rollout.sampler != "student", max_staleness=recipe.asynchrony.max_staleness,
         max_age=recipe.rollout.replay.max_age if recipe.rollout.replay else 0,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from opd_rollout.engine import Engine
+from opd_rollout.types import Sampling
 from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
@@ -15,16 +16,19 @@ from opd.config.choices import name_of, nearest, parameters_of
 from opd.config.recipe import Recipe
 from opd.contexts import check_asking_view, check_domains, check_hints
 from opd.objective import Objective
+from opd.revising import REVISION, Pen, Phrases, RevisedSource
 from opd.sampler import parse_sampler
 from opd.source import RolloutSource, parse_source
 from opd.teacher.aligned import AlignedTeacher
 from opd.teacher.score import Weights
 from opd.text import chat
 from opd.text.token_bytes import token_bytes
+from opd.types import Verifier
 from opd.views import ViewSpec, resolve_view
 from opd.writing import AnnotatedSource, Desk, Writer, check_writer
 
 FOREIGN = "foreign"
+Source = RolloutSource | RevisedSource | AnnotatedSource
 OTHERS = ("external", "served", FOREIGN)
 """Kinds of weights that are another model: with the student's tokenizer, or with one of its own."""
 
@@ -95,9 +99,20 @@ def check_foreign(recipe: Recipe, objective: Objective, foreign: Collection[str]
 
 
 def with_writers(
-    source: RolloutSource, recipe: Recipe, engine: Engine, tokenizer: PreTrainedTokenizerBase, positions: int, stop_ids: tuple[int, ...]
-) -> RolloutSource | AnnotatedSource:
-    """The source, and whoever writes about its answers."""
+    source: RolloutSource,
+    recipe: Recipe,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int,
+    stop_ids: tuple[int, ...],
+    verify: Verifier,
+) -> Source:
+    """The source, its answers revised by the student where the recipe says so, and whoever writes about them."""
+    if recipe.rollout.revise:
+        tokenize, s = partial(chat.tokenize, tokenizer), recipe.sampling
+        sampling = Sampling(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, max_tokens=s.max_tokens, stop_ids=stop_ids)
+        pen = Pen(engine=engine, verify=verify, tokenize=tokenize, decode=partial(chat.decode, tokenizer), sampling=sampling, seed=recipe.seed)
+        return RevisedSource(source, Phrases(**recipe.rollout.revise.model_dump()), pen)
     if not recipe.writers:
         return source
     desk = Desk(
@@ -141,6 +156,10 @@ def check_writers(recipe: Recipe, specs: Mapping[str, ViewSpec], objective: Obje
         check_writer(name, writer.ask)
     read = {f"signals.{name}.view": parameters_of(spec.view).get("name") for name, spec in specs.items() if name_of(spec.view) == "note"}
     marks = {f"weight of term {t.name!r}": parameters_of(f).get("name") for t in objective.terms for f in t.fields if name_of(f) == "marked"}
+    if recipe.rollout.revise and recipe.writers:
+        raise ValueError("rollout.revise and writers: who writes about an answer reads one attempt, not attempt and revision: leave one of them out")
+    if recipe.rollout.revise:
+        marks = {where: name for where, name in marks.items() if name != REVISION}
     for where, name in {**read, **marks}.items():
         declared = ", ".join(sorted(recipe.writers)) or "none"
         if name not in recipe.writers:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Frozen(BaseModel):
@@ -23,6 +23,14 @@ class Replay(_Frozen):
     least: Positive = Field(default=1, description="groups that must be there before any is used again")
 
 
+class Revise(_Frozen):
+    """After each attempt a phrase of its verdict, and the student goes on: attempt, phrase and revision are one answer, judged by the revision."""
+
+    right: str = Field(default="Let me rephrase the above solution.", description="phrase after a right attempt")
+    wrong: str = Field(default="Wait, this response is wrong. Let me correct it.", description="phrase after a wrong attempt")
+    between: str = Field(default="\n\n", description="text before and after the phrase")
+
+
 class Rollout(_Frozen):
     """Who answers and which groups are kept."""
 
@@ -38,4 +46,13 @@ class Rollout(_Frozen):
     filter: Literal["none", "mixed_groups"] = Field(default="none", description="mixed_groups drops groups whose rewards are all equal and refills")
     replay: Replay | None = Field(default=None, description="a buffer of the student's earlier answers: {size, max_age, fresh, least}")
     max_refill: NonNegative = Field(default=4, description="extra rounds of generation to refill a filtered batch")
+    revise: Revise | None = Field(default=None, description="the student revises its answers: {right, wrong, between}")
     overlong: Literal["keep", "mask"] = Field(default="keep", description="mask: completions cut at max_tokens leave the loss")
+
+    @model_validator(mode="after")
+    def _revises_its_own(self) -> "Rollout":
+        if self.revise and (self.source != "student" or self.sampler != "student" or self.replay):
+            other = "source" if self.source != "student" else "sampler" if self.sampler != "student" else "replay"
+            fix = "leave it out" if other == "replay" else f"use rollout.{other}=student"
+            raise ValueError(f"rollout.revise lets the student revise what it has just written, and rollout.{other} gives it other answers: {fix}")
+        return self

@@ -16,7 +16,7 @@ class Setting:
 
     signals: Collection[str] | None = None
     group: int | None = None
-    source: Literal["student", "dataset", "mixed"] | None = None
+    source: Literal["student", "dataset", "mixed", "revised"] | None = None
     vocabulary: int | None = None
     max_tokens: int | None = None
     sampled_in: str | None = None

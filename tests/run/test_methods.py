@@ -32,6 +32,7 @@ READABLE = {
         "view": {"note": {"name": "spans", "template": "F{hint}\n{question}"}},
     },
     "opsdc": {"view": {"instruction": {"text": "7", "template": "F{hint}\n{question}"}}},
+    "sd_zero_srt": {"rollout.revise": {"right": "S", "wrong": "F", "between": "\n"}},
     "sd_zero": {"view": {"revision": {"right": "S", "wrong": "F", "between": "\n"}}},
 }
 JUDGED = []

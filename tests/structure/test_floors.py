@@ -38,6 +38,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below; a modul
         "opd.loop_async",
         "opd.replay_buffer",
         "opd.replaying",
+        "opd.revising",
         "opd.run.training",
         "opd.sampler",
         "opd.source",
