@@ -20,8 +20,8 @@ def completion(text, *, end=True, version=4, logp=-0.5):
     ids = (*map(ord, text), *([0] if end else []))
     mask = torch.ones(len(ids), dtype=torch.bool)
     logprobs = torch.full((len(ids),), logp)
-    finish = "stop" if end else "length"
-    return Completion(token_ids=ids, logprobs=logprobs, loss_mask=mask, source="student", temperature=1.0, finish=finish, versions=((version, 0, len(ids)),))
+    finish, versions = "stop" if end else "length", ((version, 0, len(ids)),)
+    return Completion(token_ids=ids, logprobs=logprobs, loss_mask=mask, source="student", temperature=1.0, finish=finish, versions=versions)
 
 
 class FakeSource:
