@@ -55,14 +55,19 @@ def consensus(sequence: SequenceSignals, *, signals: OneView, residual: bool = T
     residual false: D alone.
     """
     views = torch.stack([sequence.scores[name].sampled for name in signals]).double()
-    student = sequence.student_logp.double()
+    gap = consensus_gap(views, sequence.student_logp.double(), residual=residual)
+    return torch.where(sequence.loss_mask, sequence.advantage + gap, 0.0).to(sequence.student_logp)
+
+
+def consensus_gap(views: Tensor, student: Tensor, *, residual: bool = True) -> Tensor:
+    """log q* - log student, elementwise, for views [M, ...] of log-probs and the student's [...]; q* as in `consensus`."""
     geometric = views.mean(0)
     gap = geometric - student
-    if residual:
-        spread = (views.logsumexp(0) - math.log(len(signals)) - geometric).clamp_min(0.0)
-        direction = gap.abs() / ((views - student).abs().mean(0) + EPSILON)
-        gap = gap + direction * gap.abs() / (gap.abs() + spread + EPSILON) * spread
-    return torch.where(sequence.loss_mask, sequence.advantage + gap, 0.0).to(sequence.student_logp)
+    if not residual:
+        return gap
+    spread = (views.logsumexp(0) - math.log(len(views)) - geometric).clamp_min(0.0)
+    direction = gap.abs() / ((views - student).abs().mean(0) + EPSILON)
+    return gap + direction * gap.abs() / (gap.abs() + spread + EPSILON) * spread
 
 
 @reads("behaviour_logp")

@@ -11,9 +11,9 @@ import torch
 from opd_kernels import SelectedLogprobs
 from torch import Tensor
 
-from opd.config.choices import parameters_of
 from opd.objective.supports import Categories, categories
 from opd.objective.surrogates import at_answer_ratio
+from opd.objective.targets import other_signals
 from opd.objective.terms import Objective, Term
 from opd.objective.weights import TokenStatistics
 from opd.text.align import sums
@@ -170,10 +170,8 @@ def _span_loss(term: Term, student_logp: Tensor, rows: TokenRows, signal: Signal
 
 def _target(term: Term, on: Categories, selected: SelectedLogprobs, rows: TokenRows) -> Tensor:
     assert term.target and term.support, "only a divergence on a support has a target"
-    reference = parameters_of(term.target).get("reference")
-    if reference is None:
-        return term.target(on.student.detach(), on.teacher)
-    return term.target(on.student.detach(), on.teacher, categories(term.support, selected, rows, rows.signals[reference]).teacher)
+    others = [categories(term.support, selected, rows, rows.signals[name]).teacher for name in other_signals(term.target)]
+    return term.target(on.student.detach(), on.teacher, *others)
 
 
 def _surrogate(term: Term, student_logp: Tensor, rows: TokenRows, active: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

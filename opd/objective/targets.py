@@ -1,11 +1,16 @@
 """What the student is pulled towards on a support: the teacher, or something made of it. Constant; log-probs [N, K] on the same categories.
 
-(student_logp, teacher_logp) -> [N, K]; a target with a parameter `reference`, the name of a second signal, gets that one's log-probs third.
+(student_logp, teacher_logp) -> [N, K]; a target with a parameter `reference`, the name of a second signal, gets that one's log-probs third; one
+with a parameter `signals`, names of several, theirs in that order.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from opd.config.choices import Positive, Share
+from opd.config.choices import Positive, Share, parameters_of
+from opd.evidence import OneView, consensus_gap
 
 MINIMUM_STEP = 1e-3
 
@@ -34,4 +39,19 @@ def log_ratio(student_logp: Tensor, teacher_logp: Tensor, reference_logp: Tensor
     return teacher_logp - reference_logp
 
 
-TARGETS = {"teacher": teacher, "geometric": geometric, "extrapolate": extrapolate, "log_ratio": log_ratio}
+def consensus(student_logp: Tensor, teacher_logp: Tensor, *others_logp: Tensor, signals: OneView) -> Tensor:
+    """The teacher and the other `signals` as one: their geometric mean, raised at each candidate by a gated share of what the arithmetic mean adds.
+
+    The gate is that of the advantage `consensus`, here at every candidate, and the result normalised (AVSD's dense form, arXiv 2605.20643).
+    """
+    gap = consensus_gap(torch.stack([teacher_logp, *others_logp]), student_logp)
+    return (student_logp + gap).log_softmax(-1)
+
+
+def other_signals(target: Any) -> tuple[str, ...]:
+    """The signals beside the term's own that a target reads."""
+    given = parameters_of(target)
+    return (given["reference"],) if "reference" in given else tuple(given.get("signals", ()))
+
+
+TARGETS = {"teacher": teacher, "consensus": consensus, "geometric": geometric, "extrapolate": extrapolate, "log_ratio": log_ratio}

@@ -14,6 +14,7 @@ from torch import Tensor
 from opd.config.choices import Positive, Scheduled, name_of, parameters_of, what_it_reads
 from opd.objective.routes import RouteInput
 from opd.objective.supports import Support
+from opd.objective.targets import other_signals
 from opd.objective.weights import TokenStatistics
 
 Over = Literal["routed", "all", "weight"]
@@ -105,9 +106,9 @@ class Term:
 
     @property
     def supported_signals(self) -> tuple[str, ...]:
-        """The signals that must be scored on its support: its own, and its target's reference."""
-        second = parameters_of(self.target).get("reference") if self.target else None
-        return tuple(name for name in (self.signal, second) if name)
+        """The signals that must be scored on its support: its own, and those of its target."""
+        others = other_signals(self.target) if self.target else ()
+        return tuple(name for name in (self.signal, *others) if name)
 
     @property
     def signals(self) -> frozenset[str]:

@@ -11,10 +11,10 @@ import torch
 from opd.build.system import objective_of
 from opd.config.load import load_recipe
 from opd.credit import SequenceSignals
-from opd.evidence import agreement, class_contrast, consensus, evidence, margin, position_ramp
-from opd.objective import join
+from opd.evidence import agreement, class_contrast, consensus, consensus_gap, evidence, margin, position_ramp
+from opd.objective import join, targets
 from opd.pooling import alone
-from tests.objective.dense import Batch
+from tests.objective.dense import Batch, log
 from tests.objective.dense import load as dense_load
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "methods"
@@ -203,6 +203,44 @@ def test_avsd_from_recipe_to_gradient():
     batch = Batch.make(signals=names)
     batch.expect(objective, formula)
     _, plain = dense_load("avsd", t0__advantage={"consensus": {"signals": list(names), "residual": False}})
+    with pytest.raises(AssertionError):
+        batch.expect(plain, formula)
+
+
+def test_avsd_dense_target_by_hand():
+    """Candidates of 0.20, 0.30, 0.08 against 0.10, and the rest: the published log q* = -1.69551 before it is normalised."""
+    student = torch.tensor([[0.10, 0.90]]).double().log()
+    views = [torch.tensor([[p, 1 - p]]).double().log() for p in (0.20, 0.30, 0.08)]
+    target = targets.consensus(student, *views, signals=["part", "answer"])
+    rest = student[0, 1] + consensus_gap(torch.stack([v[:, 1] for v in views]), student[:, 1])[0]
+    raw = torch.stack([torch.tensor(-1.69551).double(), rest])
+    close(target[0], raw.log_softmax(-1), atol=1e-5)
+    close(targets.consensus(student, views[0], views[0], signals=["copy"]), views[0], atol=1e-6)
+
+
+def test_avsd_dense_from_recipe_to_gradient():
+    names = ("whole", "part", "answer")
+
+    def formula(answers):
+        total, tokens = 0.0, sum(len(a.tokens) for a in answers)
+        for a in answers:
+            for t, token in enumerate(a.tokens.tolist()):
+                sides = (a.old, *(a.teachers[name] for name in names))
+                ids = sorted({token}.union(*(z[t].topk(3).indices.tolist() for z in sides)))
+                p, *views = ((log(z)[t, ids]).log_softmax(-1) for z in (a.now, *(a.teachers[name] for name in names)))
+                views, s = torch.stack(views), p.detach()
+                geometric, gap = views.mean(0), views.mean(0) - s
+                extra = (views.logsumexp(0) - math.log(3) - geometric).clamp_min(0.0)
+                gate = gap.abs() / ((views - s).abs().mean(0) + 1e-8) * gap.abs() / (gap.abs() + extra + 1e-8)
+                q = (geometric + gate * extra).log_softmax(-1)
+                m = torch.logaddexp(q, p) - math.log(2)
+                total = total + (0.5 * q.exp() * (q - m)).sum() + (0.5 * p.exp() * (p - m)).sum()
+        return total / tokens
+
+    _, objective = dense_load("avsd_dense")
+    batch = Batch.make(signals=names)
+    batch.expect(objective, formula, atol=1e-9)
+    _, plain = dense_load("avsd_dense", without=("0.target",))
     with pytest.raises(AssertionError):
         batch.expect(plain, formula)
 
