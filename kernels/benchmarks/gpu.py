@@ -40,7 +40,7 @@ ALWAYS = {
     "sparse": ("eager", "composable", "fused"),
     "label": ("eager", "composable", "fused", "liger_fused_linear_ce", "cce"),
     "dense": ("ours_recompute", "ours_in_forward", "liger_fused_linear_jsd"),
-    "scoring": ("eager", "topk_logprobs"),
+    "scoring": ("eager", "topk_logprobs"),  # beside the product alone
 }
 PATIENCE = 1.5  # seconds of a system a table, after three rounds
 

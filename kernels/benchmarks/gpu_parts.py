@@ -21,6 +21,7 @@ from harness import RESULTS, Inputs, Sizes, machine, make_inputs, run_once
 from torch import Tensor
 
 SHAPES = ((1024, 4), (2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (16_384, 16))  # columns and warps of a program
+TOP_SHAPES = ((2048, 4), (4096, 8), (8192, 8))
 HIDDEN_SIZES = (1024, 4096)
 
 
@@ -42,9 +43,9 @@ def seconds(call: Callable[[], object], device: str, repeats: int) -> float:
     return statistics.median(times)
 
 
-def row_kernels(device: str, rows: int, columns: int, repeats: int) -> list[dict[str, Any]]:
+def row_kernels(device: str, rows: int, columns: int, repeats: int, only: str) -> list[dict[str, Any]]:
     """GB/s of each kernel over a tile [rows, columns], by columns and warps of a program, and of a copy."""
-    from opd_kernels import divergences, row_kernels, triton_divergence, triton_topk
+    from opd_kernels import divergences, row_kernels, triton_divergence
     from opd_kernels.row_kernels import TileConstants, Tiles
     from opd_kernels.selection import Coefficients
 
@@ -55,25 +56,33 @@ def row_kernels(device: str, rows: int, columns: int, repeats: int) -> list[dict
     student, teacher = (triton_divergence.ProductTile(z=x, constants=constants, logz=vector + 30) for x in (z, other))
     kinds = {"jsd": divergences.jsd(0.5), "forward_kl": divergences.forward_kl()}
     k = min(64, columns // 128)
-    group = triton_topk.group_size(columns, k)
     calls: dict[str, tuple[int, Callable[[Tiles], object]]] = {
         "row_sums": (4, lambda tiles: row_kernels.row_sums(z, constants, tiles)),
         "dense_dz": (6, lambda tiles: row_kernels.dense_dz(z, dz, rule, constants, tiles)),
-        f"top_columns, k={k}": (4, lambda tiles: triton_topk.top_columns(z, k, group, constants, tiles)),
     }
+    for group in (128, 256, 512) if device == "cuda" else (16,):
+        calls[f"top_columns, k={k}, {group}"] = (4, functools.partial(_top, z, k, group, constants))
     for name, kind in kinds.items():
         calls[f"divergence value, {name}"] = (8, functools.partial(_value, student, teacher, kind))
         calls[f"divergence dz, {name}"] = (10, functools.partial(_dz, student, teacher, kind, vector, dz))
     copied = seconds(lambda: other.copy_(z), device, repeats)
     found = [{"kernel": "copy", "gigabytes_per_second": 8e-9 * z.numel() / copied, "seconds": copied}]
     for name, (bytes_each, call) in calls.items():
-        shapes = ((64, 4),) if device == "cpu" else SHAPES[1:4:2] if name.startswith("top") else SHAPES
+        if not name.startswith(only):
+            continue
+        shapes = ((64, 4),) if device == "cpu" else TOP_SHAPES if name.startswith("top") else SHAPES
         for block, warps in shapes:
-            tiles = Tiles(block=block, warps=warps, group=128 if device == "cuda" else 16)
+            tiles = Tiles(block=block, warps=warps)
             took = seconds(functools.partial(call, tiles), device, repeats)
             speed = bytes_each * z.numel() / took
             found.append({"kernel": name, "block": block, "warps": warps, "seconds": took, "gigabytes_per_second": speed * 1e-9})
     return found
+
+
+def _top(z, k, group, constants, tiles) -> object:
+    from opd_kernels.triton_topk import top_columns
+
+    return top_columns(z, k, group, constants, tiles)
 
 
 def _value(student, teacher, kind, tiles) -> object:
@@ -112,6 +121,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--skip-rows", action="store_true", help="the profiles alone")
+    parser.add_argument("--only", default="", help="row kernels whose name begins so")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_parts.json")
     options = parser.parse_args()
     device = options.device
@@ -122,7 +132,7 @@ def main() -> None:
     from systems import composable, dense_ours, fused, scoring_ours
 
     size = (2944, 151_936) if device == "cuda" else (3, 600)
-    record: dict[str, Any] = {"machine": machine(), "rows": [] if options.skip_rows else row_kernels(device, *size, options.repeats)}
+    record: dict[str, Any] = {"machine": machine(), "rows": [] if options.skip_rows else row_kernels(device, *size, options.repeats, options.only)}
     for row in record["rows"]:
         shape = f"{row.get('block', ''):>7} {row.get('warps', ''):>3}"
         print(f"{row['kernel']:32}{shape}{row['seconds'] * 1e3:10.3f} ms{row['gigabytes_per_second']:10.0f} GB/s", flush=True)
@@ -135,6 +145,11 @@ def main() -> None:
     sizes = Sizes(tokens=8192, columns=151_936, hidden_size=1024, chosen=64, dtype="bfloat16", device="cuda")
     if device == "cpu":
         sizes = replace(sizes, tokens=4, columns=600, chosen=4, dtype="float32", device="cpu")
+    few = make_inputs(replace(sizes, tokens=min(64, sizes.tokens), hidden_size=64))
+    for name, call in calls.items():  # so few tokens that the time is that of issuing the launches
+        issue = seconds(lambda call=call: run_once(call, few), device, options.repeats)
+        record["rows"].append({"kernel": f"launches of {name}", "seconds": issue, "gigabytes_per_second": 0.0})
+        print(f"launches of {name}: {issue * 1e3:.2f} ms")
     record["profiles"] = []
     for hidden_size in HIDDEN_SIZES if device == "cuda" else (8,):
         inputs = make_inputs(replace(sizes, hidden_size=hidden_size))

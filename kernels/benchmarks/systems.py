@@ -181,7 +181,7 @@ def dense_liger_chunked(inputs: Inputs, *, compiled: bool) -> Tensor:
 
 def dense_liger_triton(inputs: Inputs) -> Tensor:
     module = importlib.import_module("liger_kernel.transformers.fused_linear_jsd").LigerFusedLinearJSD(jsd_beta=0.5)
-    return module(inputs.hidden, inputs.weight, inputs.hidden_t, inputs.weight_t)
+    return module(inputs.hidden, inputs.weight, inputs.hidden_t, inputs.weight_t, None)
 
 
 def dense_task(*, gpu: bool) -> Task:

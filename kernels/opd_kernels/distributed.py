@@ -48,6 +48,11 @@ def reduce_hidden_gradient(gradient: Tensor | None, group: Any) -> None:
         dist.all_reduce(gradient, group=group)
 
 
+def any_over_ranks(flag: bool, group: Any, device: torch.device) -> bool:
+    """Whether the flag is set on any rank."""
+    return flag if group is None else smallest_over_ranks(0 if flag else 1, group, device) == 0
+
+
 def smallest_over_ranks(count: int, group: Any, device: torch.device) -> int:
     """The smallest of the ranks' counts: chunk sizes must agree where collectives run once a chunk."""
     if group is None:

@@ -1,5 +1,6 @@
 """Values whose gradients were formed in the forward pass, joined to autograd."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,16 +18,22 @@ def needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...]:
 
 
 def attach(
-    value: Tensor, gradients: GradientSums, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_weight: Tensor | None = None
+    value: Tensor,
+    gradients: GradientSums,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_weight: Tensor | None = None,
+    scale: Callable[[Tensor, Tensor, torch.dtype], Tensor] | None = None,
 ) -> Tensor:
-    """`value` with the given gradients: of a scalar, or of sum(token_weight * value) for value [N].
+    """`value` with the given gradients: of a scalar, or of sum(token_weight * value) for value [N]. `scale`: does what `scaled` does.
 
     In the second case backward raises ValueError (a device-side assert on CUDA) unless the upstream gradient is proportional to
     token_weight.
     """
     if not any(needs_gradient(hidden, weight, bias)):
         return value
-    return _Precomputed.apply(value, token_weight, gradients.hidden, gradients.weight, gradients.bias, hidden, weight, bias)
+    return _Precomputed.apply(value, scale or scaled, token_weight, gradients.hidden, gradients.weight, gradients.bias, hidden, weight, bias)
 
 
 class _Precomputed(torch.autograd.Function):
@@ -34,6 +41,7 @@ class _Precomputed(torch.autograd.Function):
     def forward(
         ctx: Any,
         value: Tensor,
+        scale: Callable[[Tensor, Tensor, torch.dtype], Tensor],
         token_weight: Tensor | None,
         d_hidden: Tensor | None,
         d_weight: Tensor | None,
@@ -43,6 +51,7 @@ class _Precomputed(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(token_weight, d_hidden, d_weight, d_bias)
+        ctx.scale = scale
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return value.view_as(value)
 
@@ -51,8 +60,8 @@ class _Precomputed(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         token_weight, *saved = ctx.saved_tensors
         factor = upstream if token_weight is None else _proportion(upstream, token_weight)
-        grads = [None if grad is None else scaled(grad, factor, dtype) for grad, dtype in zip(saved, ctx.dtypes, strict=True)]
-        return (None, None, None, None, None, *grads)
+        grads = [None if grad is None else ctx.scale(grad, factor, dtype) for grad, dtype in zip(saved, ctx.dtypes, strict=True)]
+        return (None, None, None, None, None, None, *grads)
 
 
 def _proportion(upstream: Tensor, token_weight: Tensor) -> Tensor:

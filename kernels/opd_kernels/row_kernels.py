@@ -109,7 +109,7 @@ def fold(m, total, centred, x):
 
 
 @triton.jit
-def gather_kernel(
+def take_kernel(
     z_ptr, z_stride, ids_ptr, x_ptr, num_ids, first_column, num_columns,
     inverse_temperature_ptr, bias_ptr, softcap, logit_scale,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
@@ -120,18 +120,23 @@ def gather_kernel(
     column = tl.load(ids_ptr + place, mask=lane < num_ids, other=-1) - first_column
     held = (lane < num_ids) & (column >= 0) & (column < num_columns)
     column = tl.where(held, column, 0)
-    z = tl.load(z_ptr + row_offset(row, z_stride) + column, mask=held, other=0.0)
+    target = z_ptr + row_offset(row, z_stride) + column
+    z = tl.load(target, mask=held, other=0.0)
     inverse_temperature = tl.load(inverse_temperature_ptr + row)
     x, _ = to_logits(z, column, held, bias_ptr, inverse_temperature, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
-    tl.store(x_ptr + place, x, mask=held)
+    tl.store(x_ptr + place, x, mask=lane < num_ids)
+    tl.debug_barrier()  # equal ids: all have read before any removes
+    tl.store(target, float("-inf"), mask=held)
 
 
-def gather(z: Tensor, ids: Tensor, x: Tensor, constants: TileConstants, first_column: int) -> None:
-    """Writes the logits at ids [C, K] that fall into z's columns to x [C, K]; the rest of x stays as it is."""
-    gather_kernel[(z.shape[0],)](
+def take(z: Tensor, ids: Tensor, constants: TileConstants, first_column: int) -> Tensor:
+    """The logits [C, K] at ids [C, K], -inf for ids outside z's columns; those columns of z become -inf."""
+    x = torch.empty(ids.shape, dtype=torch.float32, device=z.device)
+    take_kernel[(z.shape[0],)](
         z, z.stride(0), ids, x, ids.shape[1], first_column, z.shape[1],
         **constants.arguments(), LANES=lanes_of(ids), num_warps=warps_of(ids),
     )  # fmt: skip
+    return x
 
 
 @triton.jit
@@ -158,6 +163,20 @@ def overwrite(tile: Tensor, ids: Tensor, values: Tensor, first_column: int) -> N
 
 
 @triton.jit
+def add_block(m, totals, centreds, x):
+    """Adds a block of logits to a running maximum and to each lane's own sums, as `fold` does to a row's."""
+    new_m = tl.maximum(m, tl.max(x, axis=0))
+    base = tl.where(new_m == float("-inf"), 0.0, new_m)
+    shift = tl.where(m == float("-inf"), 0.0, m - base)
+    scale = tl.exp(shift)
+    spread = x - base
+    weight = tl.exp(spread)
+    spread = tl.where(spread < -1e4, -1e4, spread)  # -inf, whose weight is 0
+    centreds = scale * (centreds + shift * totals) + weight * spread
+    return new_m, totals * scale + weight, centreds
+
+
+@triton.jit
 def row_sums_kernel(
     z_ptr, z_stride, m_ptr, total_ptr, centred_ptr, num_columns, inverse_temperature_ptr, bias_ptr, softcap, logit_scale,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
@@ -166,21 +185,22 @@ def row_sums_kernel(
     z_row = z_ptr + row_offset(row, z_stride)
     inverse_temperature = tl.load(inverse_temperature_ptr + row)
     m = float("-inf")
-    totals = tl.zeros([BLOCK], tl.float32)  # a lane's own sums, added up once at the end: a reduction a block costs more than its loads
+    totals = tl.zeros([BLOCK], tl.float32)  # added up once at the end: a reduction a block costs more than its loads
     centreds = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, num_columns, BLOCK):
+    whole = num_columns - num_columns % BLOCK
+    for start in range(0, whole, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(z_row + column)
+        if HAS_BIAS or HAS_SOFTCAP:
+            x, _ = to_logits(z, column, column < num_columns, bias_ptr, inverse_temperature, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
+        else:
+            x = tl.where(z == float("-inf"), z, z * (logit_scale * inverse_temperature))
+        m, totals, centreds = add_block(m, totals, centreds, x)
+    for start in range(whole, num_columns, BLOCK):  # the last block, where it is not whole
         column = start + tl.arange(0, BLOCK)
         z = tl.load(z_row + column, mask=column < z_stride, other=0.0)
         x, _ = to_logits(z, column, column < num_columns, bias_ptr, inverse_temperature, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
-        new_m = tl.maximum(m, tl.max(x, axis=0))
-        base = tl.where(new_m == float("-inf"), 0.0, new_m)
-        shift = tl.where(m == float("-inf"), 0.0, m - base)
-        scale = tl.exp(shift)
-        weight = tl.exp(x - base)
-        spread = tl.where(x == float("-inf"), 0.0, x - base)
-        centreds = scale * (centreds + shift * totals) + weight * spread
-        totals = totals * scale + weight
-        m = new_m
+        m, totals, centreds = add_block(m, totals, centreds, x)
     tl.store(m_ptr + row, m)
     tl.store(total_ptr + row, tl.sum(totals, axis=0))
     tl.store(centred_ptr + row, tl.sum(centreds, axis=0))
@@ -202,29 +222,52 @@ def dense_dz_kernel(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SLOPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    z = tl.load(z_ptr + row_offset(row, z_stride) + column, mask=column < z_stride, other=0.0)
+    z_row = z_ptr + row_offset(row, z_stride)
+    dz_row = dz_ptr + row_offset(row, dz_stride)
     inverse_temperature = tl.load(inverse_temperature_ptr + row)
-    x, bend = to_logits(z, column, column < num_columns, bias_ptr, inverse_temperature, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
-    kept = x != float("-inf")
-    offset = tl.where(kept, x - tl.load(reference_ptr + row), 0.0)
-    offset = tl.where(offset > 0.0, 0.0, offset)  # only chosen columns, soon overwritten, can lie above the reference
-    factor = tl.load(scale_ptr + row)
-    if HAS_SLOPE:
-        factor += tl.load(slope_ptr + row) * offset
-    dz = tl.where(kept, tl.exp(offset) * factor * bend, 0.0)
-    target = dz_ptr + row_offset(row, dz_stride) + column
-    tl.store(target, rounded(dz, dz_ptr.dtype.element_ty), mask=column < dz_stride)
+    reference = tl.load(reference_ptr + row)
+    scale = tl.load(scale_ptr + row)
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(z_row + column, mask=column < z_stride, other=0.0)
+        x, bend = to_logits(z, column, column < num_columns, bias_ptr, inverse_temperature, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
+        kept = x != float("-inf")
+        offset = tl.where(kept, x - reference, 0.0)
+        offset = tl.where(offset > 0.0, 0.0, offset)  # only chosen columns, soon overwritten, can lie above the reference
+        factor = scale
+        if HAS_SLOPE:
+            factor += tl.load(slope_ptr + row) * offset
+        dz = tl.where(kept, tl.exp(offset) * factor * bend, 0.0)
+        tl.debug_barrier()  # dz may lie over z, never ahead of it: a block is read whole before any of it is written
+        tl.store(dz_row + column, rounded(dz, dz_ptr.dtype.element_ty), mask=column < z_stride)
 
 
 def dense_dz(z: Tensor, dz: Tensor, coefficients: Coefficients, constants: TileConstants, tiles: Tiles = TILES) -> None:
-    """Writes the loss's derivative by z into dz as if no column were chosen, rounded once to dz's dtype; the padding becomes 0."""
+    """Writes the loss's derivative by z into dz as if no column were chosen, rounded once to dz's dtype; the padding becomes 0.
+
+    dz may be a view of z's own memory, whose rows begin where z's do.
+    """
     slope = coefficients.slope
-    dense_dz_kernel[(z.shape[0], triton.cdiv(z.shape[1], tiles.block))](
+    dense_dz_kernel[(z.shape[0],)](
         z, z.stride(0), dz, dz.stride(0), z.shape[1],
         coefficients.reference, coefficients.scale, coefficients.scale if slope is None else slope,
         **constants.arguments(), HAS_SLOPE=slope is not None, BLOCK=tiles.block, num_warps=tiles.warps,
     )  # fmt: skip
+
+
+@triton.jit
+def scale_kernel(in_ptr, factor_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    place = row_offset(tl.program_id(0), BLOCK) + tl.arange(0, BLOCK)
+    value = tl.load(in_ptr + place, mask=place < size, other=0.0) * tl.load(factor_ptr)
+    tl.store(out_ptr + place, rounded(value, out_ptr.dtype.element_ty), mask=place < size)
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor (a tensor of one element) in `dtype`, rounded once, in one pass."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    block = 4096
+    scale_kernel[(triton.cdiv(gradient.numel(), block),)](gradient, factor.float(), out, gradient.numel(), BLOCK=block, num_warps=8)
+    return out
 
 
 def row_vector(z: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opd_kernels.chunked_rows import run_loss
 from opd_kernels.distributed import (
+    any_over_ranks,
     collect_selected,
     combine_sums,
     gather_ranks,
@@ -23,8 +24,9 @@ from opd_kernels.first_order import first_order
 from opd_kernels.placement import owned_ids
 from opd_kernels.precomputed import attach, needs_gradient
 from opd_kernels.products import softcap_slope
-from opd_kernels.row_kernels import TILES, Tiles, dense_dz, overwrite
-from opd_kernels.selection import Coefficients, Upstream, coefficients, finalize
+from opd_kernels.row_kernels import TILES, Tiles, dense_dz, overwrite, scaled
+from opd_kernels.selection import Coefficients, RunningSums, Upstream, coefficients, finalize
+from opd_kernels.selection_kernels import MOST_IDS, coefficient_rows, finalize_rows
 from opd_kernels.tiling import spans
 from opd_kernels.topk import merge
 from opd_kernels.triton_dense import divergence_of_heads
@@ -42,6 +44,7 @@ from opd_kernels.triton_rows import (
     row_head,
     rows_in_budget,
     scan_rows,
+    sort_flagged,
     weight_block,
 )
 from opd_kernels.types import Divergence, HeadInputs, LogitOptions, LossFn, SelectedLogprobs, TopkLogprobs, chunk_budget
@@ -111,13 +114,16 @@ def _select_all(head: RowHead, ids: Tensor, topk: int, tiles: Tiles) -> Selected
     projection, columns, device = head.head, head.head.columns, ids.device
     budget = chunk_budget(projection.options, device, row_sets=0)
     chunk = rows_in_budget(ids.shape[0], 4 * padded(columns), budget)
-    scratch = TileScratch(chunk, columns, torch.float32, device)
+    scratch = TileScratch(chunk, columns, device)
     weight_tile = projection.weight_tile(0, columns)
     scans = []
     for rows in spans(ids.shape[0], chunk):
         z = project(scratch.tile(rows.stop - rows.start, columns), projection, rows, weight_tile)
         scans.append(scan_rows(z, ids[rows], head.constants(rows, slice(0, columns)), projection.options.vocab_start, topk, tiles))
-    return _found(head, ids, _joined(scans))
+    scan = _joined(scans)
+    if topk:
+        sort_flagged(scan, head.products, ids, head.constants(slice(None), slice(0, columns)), projection.options.vocab_start)
+    return _found(head, ids, scan)
 
 
 def _joined(scans: list[RowScan]) -> RowScan:
@@ -130,16 +136,18 @@ def _joined(scans: list[RowScan]) -> RowScan:
         sums=sums,
         best_x=torch.cat([scan.best_x for scan in scans]) if with_top else None,
         best_ids=torch.cat([scan.best_ids for scan in scans]) if with_top else None,
+        redo=torch.cat([scan.redo for scan in scans]) if scans[0].redo is not None else None,
+        redo_rows=scans[0].redo_rows,
     )
 
 
 def _found(head: RowHead, ids: Tensor, scan: RowScan) -> SelectedLogprobs:
     """From a scan of this rank's columns to what holds over those of all ranks."""
     group = head.head.options.process_group
-    selected = collect_selected(scan.selected, owned_ids(ids, head.head), group)
+    selected = _collected(head, ids, scan)
     if scan.best_x is not None:
         add_values(scan.sums, scan.best_x)
-    logp, tail_logp, logz, entropy = finalize(selected, ids, combine_sums(scan.sums, group))
+    logp, tail_logp, logz, entropy = _finalized(selected, ids, combine_sums(scan.sums, group))
     topk_ids = topk_logp = None
     if scan.best_x is not None:
         x, candidates = _over_ranks(scan.best_x, group), _over_ranks(scan.best_ids, group)
@@ -152,6 +160,16 @@ def _found(head: RowHead, ids: Tensor, scan: RowScan) -> SelectedLogprobs:
         )
         topk_ids, topk_logp = torch.where(topk_ids == NO_COLUMN, -1, topk_ids), x - logz[:, None]
     return SelectedLogprobs(logp=logp, tail_logp=tail_logp, logz=logz, entropy=entropy, topk_ids=topk_ids, topk_logp=topk_logp)
+
+
+def _collected(head: RowHead, ids: Tensor, scan: RowScan) -> Tensor:
+    """Logits [C, K] at ids over the columns of all ranks; a scan holds -inf where its rank has no such column."""
+    group = head.head.options.process_group
+    return scan.selected if group is None else collect_selected(scan.selected, owned_ids(ids, head.head), group)
+
+
+def _finalized(selected: Tensor, ids: Tensor, sums: RunningSums) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (finalize_rows if ids.shape[1] <= MOST_IDS else finalize)(selected, ids, sums)
 
 
 def _repeated(ids: Tensor) -> Tensor:
@@ -169,7 +187,8 @@ def _over_ranks(values: Tensor, group: Any) -> Tensor:
 def _row_rule(head: RowHead, upstream: Upstream, ids: Tensor, found: SelectedLogprobs, rows: slice = slice(None)) -> Coefficients:
     """Gradients of the products of some rows; the chosen entries complete, with the softcap's slope."""
     scale = head.head.options.logit_scale * head.inverse_temperature[rows]
-    rule = coefficients(upstream, ids, found.logp, found.tail_logp, found.logz, found.entropy, scale)
+    rule_of = coefficient_rows if ids.shape[1] <= MOST_IDS else coefficients
+    rule = rule_of(upstream, ids, found.logp, found.tail_logp, found.logz, found.entropy, scale)
     if head.head.options.softcap is not None:
         bend = softcap_slope(found.logp + found.logz[:, None], head.head, rows)
         rule = replace(rule, selected=rule.selected * bend)
@@ -184,7 +203,7 @@ def _rows_of(rule: Coefficients, rows: slice) -> Coefficients:
 def _backward_tiles(head: RowHead, ids: Tensor, rule: Coefficients, needs: tuple[bool, ...], tiles: Tiles) -> GradientSums:
     projection, device = head.head, ids.device
     height, width = backward_shape(head, 1)
-    products, gradients = TileScratch(height, width, torch.float32, device), TileScratch(height, width, head.gradient_dtype, device)
+    products = TileScratch(height, width, device)
     sums = gradient_sums(projection, needs, projection.weight.dtype)
     room = weight_block(sums, head, width)
     for columns in spans(projection.columns, width):
@@ -193,7 +212,7 @@ def _backward_tiles(head: RowHead, ids: Tensor, rule: Coefficients, needs: tuple
         block = None if sums.weight is None else sums.weight[columns] if room is None else room[:shape]
         for rows in spans(ids.shape[0], height):
             z = project(products.tile(rows.stop - rows.start, shape), projection, rows, weight_tile)
-            dz = gradients.tile(rows.stop - rows.start, shape)
+            dz = products.over(z, head.gradient_dtype)
             part = _rows_of(rule, rows)
             dense_dz(z, dz, part, head.constants(rows, columns), tiles)
             overwrite(dz, ids[rows], part.selected, projection.options.vocab_start + columns.start)
@@ -221,10 +240,9 @@ def fused_sparse_loss(
     needs = needs_gradient(hidden, weight, options.bias)
     with torch.no_grad(), kernels_on(hidden):
         head = row_head(hidden, weight, options)
-        projection, columns, device = head.head, slice(0, options.valid_columns), ids.device
-        chunk = row_chunk(head, 1, differentiate=any(needs))
-        products = TileScratch(chunk, columns.stop, torch.float32, device)
-        gradients = TileScratch(chunk if any(needs) else 0, columns.stop, head.gradient_dtype, device)
+        projection, columns = head.head, slice(0, options.valid_columns)
+        chunk = row_chunk(head, 1)
+        products = TileScratch(chunk, columns.stop, ids.device)
         weight_tile = projection.weight_tile(0, columns.stop)
         sums = gradient_sums(projection, needs, torch.float32)
         block = None if sums.weight is None else sums.weight[columns]
@@ -232,18 +250,22 @@ def fused_sparse_loss(
         for rows in spans(ids.shape[0], chunk):
             constants, tokens = head.constants(rows, columns), rows.stop - rows.start
             z = project(products.tile(tokens, columns.stop), projection, rows, weight_tile)
-            found = _found(head, ids[rows], scan_rows(z, ids[rows], constants, options.vocab_start, student_topk, tiles))
+            scan = scan_rows(z, ids[rows], constants, options.vocab_start, student_topk, tiles)
+            if student_topk:
+                first = rows.start
+                sort_flagged(scan, lambda part, first=first: head.products(part + first), ids[rows], constants, options.vocab_start)
+            found = _found(head, ids[rows], scan)
             offered = replace(found, tail_logp=found.tail_logp if tail else None, entropy=found.entropy if entropy else None)
             loss, aux, upstream = run_loss(loss_fn, offered, tuple(extra[rows] for extra in extras), any(needs))
             losses.append(loss)
             auxes.append(aux)
             if upstream is not None:
-                dz, rule = gradients.tile(tokens, columns.stop), _row_rule(head, upstream, ids[rows], found, rows)
+                dz, rule = products.over(z, head.gradient_dtype), _row_rule(head, upstream, ids[rows], found, rows)
                 dense_dz(z, dz, rule, constants, tiles)
                 overwrite(dz, ids[rows], rule.selected, options.vocab_start)
                 add_tile(sums, dz, projection.hidden[rows], weight_tile, rows, columns, block)
         reduce_hidden_gradient(sums.hidden, options.process_group)
-    loss = attach(torch.stack(losses).sum(), sums, hidden, weight, options.bias)
+    loss = attach(torch.stack(losses).sum(), sums, hidden, weight, options.bias, None, scaled)
     return loss, {name: torch.cat([aux[name] for aux in auxes]) for name in auxes[0]}
 
 
@@ -254,24 +276,29 @@ def topk_logprobs(
     with torch.no_grad(), kernels_on(hidden):
         head = row_head(hidden, weight, options)
         projection, columns = head.head, slice(0, options.valid_columns)
-        chunk = row_chunk(head, 1, differentiate=False)
-        products = TileScratch(chunk, columns.stop, torch.float32, hidden.device)
+        chunk = row_chunk(head, 1)
+        products = TileScratch(chunk, columns.stop, hidden.device)
         weight_tile = projection.weight_tile(0, columns.stop)
-        parts = []
+        included = hidden.new_full((hidden.shape[0], 1), -1, dtype=torch.int64) if always_include is None else always_include[:, None]
+        scans = []
         for rows in spans(hidden.shape[0], chunk):
             tokens = rows.stop - rows.start
             z = project(products.tile(tokens, columns.stop), projection, rows, weight_tile)
-            included = z.new_full((tokens, 1), -1, dtype=torch.int64) if always_include is None else always_include[rows, None]
-            scan = scan_rows(z, included, head.constants(rows, columns), options.vocab_start, k, tiles)
-            parts.append(_scored(head, included, scan, k, keep_slot=always_include is not None))
-        ids, logp, tail_logp, logz, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+            scans.append(scan_rows(z, included[rows], head.constants(rows, columns), options.vocab_start, k, tiles))
+        scan, keep_slot = _joined(scans), always_include is not None
+        before = replace(scan.sums, m=scan.sums.m.clone(), l=scan.sums.l.clone(), t=scan.sums.t.clone())  # `_scored` adds to them
+        ids, logp, tail_logp, logz, entropy = _scored(head, included, scan, k, keep_slot=keep_slot)
+        scan = replace(scan, sums=before)
+        sorted_any = sort_flagged(scan, head.products, included, head.constants(slice(None), columns), options.vocab_start)
+        if any_over_ranks(sorted_any, options.process_group, hidden.device):  # asked last: it waits for the device
+            ids, logp, tail_logp, logz, entropy = _scored(head, included, scan, k, keep_slot=keep_slot)
     return TopkLogprobs(ids=ids, logp=logp, tail_logp=tail_logp, logz=logz, entropy=entropy)
 
 
 def _scored(head: RowHead, included: Tensor, scan: RowScan, k: int, *, keep_slot: bool) -> tuple[Tensor, ...]:
-    """(ids, logp, tail_logp, logz, entropy) of a chunk from its scan, over the columns of all ranks."""
+    """(ids, logp, tail_logp, logz, entropy) from a scan, over the columns of all ranks."""
     group = head.head.options.process_group
-    included_x = collect_selected(scan.selected, owned_ids(included, head.head), group)
+    included_x = _collected(head, included, scan)
     candidates = torch.cat([_over_ranks(scan.best_ids, group), torch.where(included < 0, NO_COLUMN, included)], dim=1)
     x, ids = merge(torch.cat([_over_ranks(scan.best_x, group), included_x], dim=1), candidates, candidates.shape[1])
     sums = combine_sums(scan.sums, group)
@@ -280,7 +307,7 @@ def _scored(head: RowHead, included: Tensor, scan: RowScan, k: int, *, keep_slot
     ids, x = torch.where((ids == included) | (ids == NO_COLUMN), -1, ids)[:, :k], x[:, :k]
     if keep_slot:
         ids, x = torch.cat([included, ids], dim=1), torch.cat([included_x, x], dim=1)
-    return ids, *finalize(x, ids, sums)
+    return ids, *_finalized(x, ids, sums)
 
 
 def dense_divergence(

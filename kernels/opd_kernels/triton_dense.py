@@ -10,7 +10,7 @@ from opd_kernels.distributed import combine_sums, reduce_hidden_gradient, sum_ra
 from opd_kernels.dlogits import GradientSums, add_tile, gradient_sums
 from opd_kernels.first_order import first_order
 from opd_kernels.precomputed import attach, needs_gradient
-from opd_kernels.row_kernels import TILES, Tiles, row_sums
+from opd_kernels.row_kernels import TILES, Tiles, row_sums, scaled
 from opd_kernels.tiling import spans
 from opd_kernels.triton_divergence import ProductTile, divergence_dz, divergence_rows
 from opd_kernels.triton_rows import RowHead, TileScratch, backward_shape, kernels_on, project, row_chunk, row_head, weight_block
@@ -31,7 +31,7 @@ def divergence_of_heads(
         sums = gradient_sums(heads[0].head, needs, torch.float32)
         value, _, _, _ = _dense_rows(heads, divergence, tiles, sums if any(needs) else None, token_weight)
         reduce_hidden_gradient(sums.hidden, student.options.process_group)
-    return attach(value, sums, hidden, weight, bias, token_weight)
+    return attach(value, sums, hidden, weight, bias, token_weight, scaled)
 
 
 class _Dense(torch.autograd.Function):
@@ -77,9 +77,8 @@ def _dense_rows(
     student = heads[0].head
     tokens, device, columns = student.hidden.shape[0], student.hidden.device, slice(0, student.columns)
     group = student.options.process_group
-    chunk = row_chunk(heads[0], 2, differentiate=sums is not None)
-    scratches = [TileScratch(chunk, columns.stop, torch.float32, device) for _ in heads]
-    gradients = TileScratch(chunk if sums is not None else 0, columns.stop, heads[0].gradient_dtype, device)
+    chunk = row_chunk(heads[0], 2)
+    scratches = [TileScratch(chunk, columns.stop, device) for _ in heads]
     weight_tiles = [head.head.weight_tile(0, columns.stop) for head in heads]
     parts = []
     for rows in spans(tokens, chunk):
@@ -92,7 +91,7 @@ def _dense_rows(
         value, slope = (sum_ranks(part, group) for part in divergence_rows(pair[0], pair[1], divergence, tiles))
         parts.append((value, slope, pair[0].logz, pair[1].logz))
         if sums is not None:
-            dz = gradients.tile(rows.stop - rows.start, columns.stop)
+            dz = scratches[0].over(pair[0].z, heads[0].gradient_dtype)
             scale = token_weight[rows] * student.options.logit_scale * heads[0].inverse_temperature[rows]
             divergence_dz(pair[0], pair[1], divergence, slope, scale, dz, tiles)
             add_tile(sums, dz, student.hidden[rows], weight_tiles[0], rows, columns, None if sums.weight is None else sums.weight[columns])
@@ -110,8 +109,7 @@ def _dense_backward(
 ) -> GradientSums:
     student, device = heads[0].head, slope.device
     height, width = backward_shape(heads[0], 2)
-    scratches = [TileScratch(height, width, torch.float32, device) for _ in heads]
-    gradients = TileScratch(height, width, heads[0].gradient_dtype, device)
+    scratches = [TileScratch(height, width, device) for _ in heads]
     sums = gradient_sums(student, needs, student.weight.dtype)
     room = weight_block(sums, heads[0], width)
     for columns in spans(student.columns, width):
@@ -127,7 +125,7 @@ def _dense_backward(
                 )
                 for head, scratch, weight_tile, logz_N in zip(heads, scratches, weight_tiles, logz, strict=True)
             ]
-            dz = gradients.tile(rows.stop - rows.start, shape)
+            dz = scratches[0].over(pair[0].z, heads[0].gradient_dtype)
             divergence_dz(pair[0], pair[1], divergence, slope[rows], scale[rows], dz, tiles)
             add_tile(sums, dz, student.hidden[rows], weight_tiles[0], rows, columns, block)
         if room is not None:

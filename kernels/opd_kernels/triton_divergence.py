@@ -147,19 +147,26 @@ def divergence_dz_kernel(
     KIND: tl.constexpr, HAS_CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    valid = column < num_columns
+    row_s = z_ptr_s + row_offset(row, z_stride_s)
+    row_t = z_ptr_t + row_offset(row, z_stride_t)
     inverse_temperature = tl.load(inverse_temperature_ptr + row)
-    z_s = tl.load(z_ptr_s + row_offset(row, z_stride_s) + column, mask=column < z_stride_s, other=0.0)
-    z_t = tl.load(z_ptr_t + row_offset(row, z_stride_t) + column, mask=column < z_stride_t, other=0.0)
-    x_s, bend = to_logits(z_s, column, valid, bias_ptr_s, inverse_temperature, softcap_s, logit_scale_s, HAS_BIAS_S, HAS_SOFTCAP_S)
-    x_t, _ = to_logits(z_t, column, valid, bias_ptr_t, inverse_temperature, softcap_t, logit_scale_t, HAS_BIAS_T, HAS_SOFTCAP_T)
-    lp, lq = log_probability(x_s, tl.load(logz_ptr_s + row)), log_probability(x_t, tl.load(logz_ptr_t + row))
-    _, slope = entry_of(lp, lq, mix, alpha, entry_clip, KIND, HAS_CLIP)
-    dx = slope - tl.exp(lp) * tl.load(slope_ptr + row)
-    dz = tl.where(x_s == float("-inf"), 0.0, dx * tl.load(scale_ptr + row) * bend)
-    target = dz_ptr + row_offset(row, dz_stride) + column
-    tl.store(target, rounded(dz, dz_ptr.dtype.element_ty), mask=column < dz_stride)
+    logz_s = tl.load(logz_ptr_s + row)
+    logz_t = tl.load(logz_ptr_t + row)
+    row_slope = tl.load(slope_ptr + row)
+    scale = tl.load(scale_ptr + row)
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        valid = column < num_columns
+        z_s = tl.load(row_s + column, mask=column < z_stride_s, other=0.0)
+        z_t = tl.load(row_t + column, mask=column < z_stride_t, other=0.0)
+        x_s, bend = to_logits(z_s, column, valid, bias_ptr_s, inverse_temperature, softcap_s, logit_scale_s, HAS_BIAS_S, HAS_SOFTCAP_S)
+        x_t, _ = to_logits(z_t, column, valid, bias_ptr_t, inverse_temperature, softcap_t, logit_scale_t, HAS_BIAS_T, HAS_SOFTCAP_T)
+        lp, lq = log_probability(x_s, logz_s), log_probability(x_t, logz_t)
+        _, slope = entry_of(lp, lq, mix, alpha, entry_clip, KIND, HAS_CLIP)
+        dz = tl.where(x_s == float("-inf"), 0.0, (slope - tl.exp(lp) * row_slope) * scale * bend)
+        tl.debug_barrier()  # dz may lie over z_s, as in `row_kernels.dense_dz`
+        target = dz_ptr + row_offset(row, dz_stride) + column
+        tl.store(target, rounded(dz, dz_ptr.dtype.element_ty), mask=column < z_stride_s)
 
 
 def divergence_rows(student: ProductTile, teacher: ProductTile, divergence: Divergence, tiles: Tiles = TILES) -> tuple[Tensor, Tensor]:
@@ -175,8 +182,11 @@ def divergence_rows(student: ProductTile, teacher: ProductTile, divergence: Dive
 def divergence_dz(
     student: ProductTile, teacher: ProductTile, divergence: Divergence, slope: Tensor, scale: Tensor, dz: Tensor, tiles: Tiles = TILES
 ) -> None:
-    """Writes scale * d D / d z of the student into dz, rounded once to its dtype; `slope` [C] is the row's sum over all columns."""
-    divergence_dz_kernel[(student.z.shape[0], triton.cdiv(student.z.shape[1], tiles.block))](
+    """Writes scale * d D / d z of the student into dz, rounded once to its dtype; `slope` [C] is the row's sum over all columns.
+
+    dz may be a view of the student's z, whose rows begin where its do.
+    """
+    divergence_dz_kernel[(student.z.shape[0],)](
         **student.arguments("s"), **_teacher(teacher), dz_ptr=dz, dz_stride=dz.stride(0), slope_ptr=slope, scale_ptr=scale,
         num_columns=student.z.shape[1], **_rule(divergence), BLOCK=tiles.block, num_warps=tiles.warps,
     )  # fmt: skip

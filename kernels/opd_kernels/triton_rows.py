@@ -1,7 +1,7 @@
 """What the Triton backend does with a chunk of whole rows: products, chosen logits, sums over the rest, exact top-k; and its scratch."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 from opd_kernels.distributed import smallest_over_ranks
 from opd_kernels.dlogits import GradientSums
 from opd_kernels.products import Projection, product_into, projection
-from opd_kernels.row_kernels import TILES, TileConstants, Tiles, gather, overwrite, row_sums
+from opd_kernels.row_kernels import TILES, TileConstants, Tiles, row_sums, take
 from opd_kernels.running import accumulate, empty_sums
 from opd_kernels.selection import RunningSums
+from opd_kernels.tiling import spans
 from opd_kernels.topk import merge
 from opd_kernels.triton_topk import TopColumns, group_size, top_columns
 from opd_kernels.types import LogitOptions, chunk_budget
@@ -32,6 +33,13 @@ class RowHead:
     inverse_temperature: Tensor  # [N] fp32
     bias: Tensor | None  # [V] fp32
     gradient_dtype: torch.dtype  # of dz: half precision where hidden is
+
+    def products(self, tokens: Tensor) -> Tensor:
+        """Products of the tokens with the given numbers [R] and all columns, in memory of their own."""
+        columns = self.head.columns
+        z = TileScratch(len(tokens), columns, tokens.device).tile(len(tokens), columns)
+        product_into(z, self.head.hidden[tokens], self.head.weight_tile(0, columns).T)
+        return z
 
     def constants(self, rows: slice, columns: slice) -> TileConstants:
         """Of the tile of those rows and columns."""
@@ -72,14 +80,19 @@ def padded(columns: int) -> int:
 
 
 class TileScratch:
-    """One flat buffer, viewed as tiles [rows, columns] with an aligned row stride and used again for every tile."""
+    """One flat fp32 buffer, viewed as tiles [rows, columns] with an aligned row stride and used again for every tile."""
 
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._flat = torch.empty(rows * padded(columns), dtype=dtype, device=device)
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self._flat = torch.empty(rows * padded(columns), dtype=torch.float32, device=device)
 
     def tile(self, rows: int, columns: int) -> Tensor:
         stride = padded(columns)
         return self._flat[: rows * stride].view(rows, stride)[:, :columns]
+
+    def over(self, tile: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tile of another dtype, of at most 4 bytes, over the memory of `tile`: each row begins where the other's does."""
+        rows, columns = tile.shape
+        return self._flat[: rows * padded(columns)].view(dtype).view(rows, -1)[:, :columns]
 
 
 def rows_in_budget(tokens: int, row_bytes: int, budget: int) -> int:
@@ -104,18 +117,17 @@ def weight_block(sums: GradientSums, head: RowHead, width: int) -> Tensor | None
 
 
 def backward_shape(head: RowHead, copies: int) -> tuple[int, int]:
-    """(rows, columns) of a backward tile with `copies` of the products and one of their gradient."""
+    """(rows, columns) of a backward tile with `copies` of the products, over one of which their gradient is written."""
     projection = head.head
     budget = chunk_budget(projection.options, projection.hidden.device, row_sets=0)
-    entry_bytes = 4 * copies + head.gradient_dtype.itemsize
-    return tile_in_budget(projection.hidden.shape[0], projection.columns, entry_bytes, 4 * projection.hidden.shape[1], budget)
+    return tile_in_budget(projection.hidden.shape[0], projection.columns, 4 * copies, 4 * projection.hidden.shape[1], budget)
 
 
-def row_chunk(head: RowHead, copies: int, *, differentiate: bool) -> int:
-    """Rows of a chunk that holds `copies` of whole rows of products and, to differentiate, one of their gradient; equal on all ranks."""
+def row_chunk(head: RowHead, copies: int) -> int:
+    """Rows of a chunk that holds `copies` of whole rows of products, over one of which a gradient may be written; equal on all ranks."""
     projection = head.head
     device, options = projection.hidden.device, projection.options
-    row_bytes = padded(projection.columns) * (4 * copies + (head.gradient_dtype.itemsize if differentiate else 0))
+    row_bytes = padded(projection.columns) * 4 * copies
     rows = rows_in_budget(projection.hidden.shape[0], row_bytes, chunk_budget(options, device, row_sets=1))
     return smallest_over_ranks(rows, options.process_group, device)
 
@@ -134,45 +146,55 @@ class RowScan:
     sums: RunningSums  # over the columns not chosen, and with a top-k neither among the best of those
     best_x: Tensor | None  # [C, k] the largest logits not chosen, in order; -inf where there are fewer
     best_ids: Tensor | None  # [C, k] int64 global ids; NO_COLUMN where there are fewer
+    redo: Tensor | None = None  # [C] bool: rows whose best and sums are to be found by sorting, see `sort_flagged`
+    redo_rows: int = 1  # as many of them at a time
 
 
 def scan_rows(z: Tensor, ids: Tensor, constants: TileConstants, vocab_start: int, k: int, tiles: Tiles = TILES) -> RowScan:
-    """Reads the logits at ids [C, K] off the products z, removes them, and sums the rest; with k > 0 sets the k largest apart."""
-    selected = torch.full(ids.shape, _NEG_INF, dtype=torch.float32, device=z.device)
-    removed = selected.clone()
-    gather(z, ids, selected, constants, vocab_start)
-    overwrite(z, ids, removed, vocab_start)
+    """Reads the logits at ids [C, K] off the products z, removes them, and sums the rest; with k > 0 sets the k largest apart.
+
+    With k > 0 some rows may be left flagged: nothing here waits for the device.
+    """
+    selected = take(z, ids, constants, vocab_start)
     if k == 0:
         return RowScan(selected=selected, sums=row_sums(z, constants, tiles), best_x=None, best_ids=None)
-    best = best_columns(z, ids - vocab_start, k, constants, tiles)
-    best_ids = torch.where(best.columns < 0, NO_COLUMN, best.columns + vocab_start)
-    return RowScan(selected=selected, sums=best.rest, best_x=best.x, best_ids=best_ids)
-
-
-def best_columns(z: Tensor, removed: Tensor, k: int, constants: TileConstants, tiles: Tiles = TILES) -> TopColumns:
-    """The k largest columns of each row but for the `removed` ones, exact; rows that the kernels decline are sorted whole."""
     group = group_size(z.shape[1], k, tiles)
-    if group is None:
-        everything = torch.arange(z.shape[0], device=z.device)
-        best = TopColumns(
-            x=z.new_empty((z.shape[0], k)),
-            columns=removed.new_empty((z.shape[0], k)),
-            rest=empty_sums(z.shape[0], z),
-            redo=torch.ones_like(everything, dtype=torch.bool),
-        )
-        rows = everything
-    else:
-        best = top_columns(z, k, group, constants, tiles)
-        rows = best.redo.nonzero().squeeze(1)
-    for part in rows.split(max(1, REDO_ELEMENTS // max(1, z.shape[1]))) if len(rows) else ():
-        again = sorted_columns(logits_of(z[part], part, constants), removed[part], k)
-        best.x[part], best.columns[part] = again.x, again.columns
-        best.rest.m[part], best.rest.l[part], best.rest.t[part] = again.rest.m, again.rest.l, again.rest.t
-    return best
+    best = top_columns(z, k, group, constants, tiles) if group is not None else sorted_parts(z, ids - vocab_start, k, constants)
+    best_ids = torch.where(best.columns < 0, NO_COLUMN, best.columns + vocab_start)
+    flagged = {} if group is None else {"redo": best.redo, "redo_rows": max(1, REDO_ELEMENTS // z.shape[1])}
+    return RowScan(selected=selected, sums=best.rest, best_x=best.x, best_ids=best_ids, **flagged)
+
+
+def sort_flagged(scan: RowScan, products: Callable[[Tensor], Tensor], ids: Tensor, constants: TileConstants, vocab_start: int) -> bool:
+    """Sorts the flagged rows of a scan whole, in place; whether there were any. Waits for the device.
+
+    products: rows [R] -> their products [R, columns], made again; ids, constants: those of all the scan's rows.
+    """
+    rows = torch.zeros(0) if scan.redo is None else scan.redo.nonzero().squeeze(1)
+    if not len(rows):
+        return False
+    for part in rows.split(scan.redo_rows):
+        again = sorted_columns(logits_of(products(part), part, constants), ids[part] - vocab_start, scan.best_x.shape[1])
+        scan.best_x[part] = again.x
+        scan.best_ids[part] = torch.where(again.columns < 0, NO_COLUMN, again.columns + vocab_start)
+        scan.sums.m[part], scan.sums.l[part], scan.sums.t[part] = again.rest.m, again.rest.l, again.rest.t
+    return True
+
+
+def sorted_parts(z: Tensor, removed: Tensor, k: int, constants: TileConstants) -> TopColumns:
+    """`sorted_columns` of products, a few rows at a time."""
+    step = max(1, REDO_ELEMENTS // max(1, z.shape[1]))
+    parts = [
+        sorted_columns(logits_of(z[rows], torch.arange(rows.start, rows.stop, device=z.device), constants), removed[rows], k)
+        for rows in spans(z.shape[0], step)
+    ]
+    rest = RunningSums(**{name: torch.cat([getattr(part.rest, name) for part in parts]) for name in ("m", "l", "t")})
+    x, columns, redo = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "columns", "redo"))
+    return TopColumns(x=x, columns=columns, rest=rest, redo=redo)
 
 
 def sorted_columns(x: Tensor, removed: Tensor, k: int) -> TopColumns:
-    """`best_columns` of logits x [R, V] by one sort of all their keys; `removed` holds columns, or anything out of range."""
+    """The k largest columns of logits x [R, V] by one sort of all their keys; `removed` holds columns to leave out, or anything out of range."""
     count = x.shape[1]
     ids = torch.arange(count, device=x.device).repeat(x.shape[0], 1)
     held = (removed >= 0) & (removed < count)

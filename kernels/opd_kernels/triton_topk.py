@@ -64,12 +64,13 @@ def group_sums_kernel(
     z = tl.load(z_ptr + row_offset(row, z_stride) + column, mask=column < z_stride, other=0.0)
     inverse_temperature = tl.load(inverse_temperature_ptr + row)
     x, _ = to_logits(z, column, column < num_columns, bias_ptr, inverse_temperature, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
-    m = tl.max(x, axis=1)
+    code = tl.max(order_code(x), axis=1)
+    m = value_of(code)
     spread = x - tl.where(m == float("-inf"), 0.0, m)[:, None]
     weight = tl.exp(spread)
     spread = tl.where(x == float("-inf"), 0.0, spread)
     place = row_offset(row, num_groups) + group
-    tl.store(code_ptr + place, tl.max(order_code(x), axis=1), mask=group < num_groups)
+    tl.store(code_ptr + place, code, mask=group < num_groups)
     tl.store(total_ptr + place, tl.sum(weight, axis=1), mask=group < num_groups)
     tl.store(centred_ptr + place, tl.sum(weight * spread, axis=1), mask=group < num_groups)
 

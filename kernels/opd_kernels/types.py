@@ -114,4 +114,4 @@ def chunk_budget(options: LogitOptions, device: torch.device, *, row_sets: int) 
     if device.type != "cuda":
         return (320 // row_sets if row_sets else 32) << 20
     free_bytes = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min((2560 if row_sets else 768) << 20, max(free_bytes // 8, 64 << 20))
+    return min((1664 if row_sets else 768) << 20, max(free_bytes // 8, 64 << 20))

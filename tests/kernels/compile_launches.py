@@ -7,9 +7,9 @@ import sys
 
 import torch
 import triton
-from opd_kernels import divergences, row_kernels, triton_divergence, triton_topk
+from opd_kernels import divergences, row_kernels, selection_kernels, triton_divergence, triton_topk
 from opd_kernels.row_kernels import TileConstants
-from opd_kernels.selection import Coefficients
+from opd_kernels.selection import Coefficients, RunningSums, Upstream
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -52,12 +52,17 @@ def launch_everything(columns: int, chosen: int, k: int, rows: int = 2) -> None:
     plain = TileConstants(inverse_temperature=vector)
     full = TileConstants(inverse_temperature=vector, bias=torch.zeros(columns), softcap=30.0, logit_scale=0.5)
     for constants in (plain, full):
-        row_kernels.gather(z, ids, values, constants, 0)
+        row_kernels.take(z, ids, constants, 0)
         row_kernels.row_sums(z, constants)
         rule = Coefficients(reference=vector, scale=vector, slope=None if constants is plain else vector, selected=values)
         row_kernels.dense_dz(z, bf16, rule, constants)
     row_kernels.overwrite(bf16, ids, values, 0)
-    row_kernels.overwrite(z, ids, values, 0)
+    for dtype in (torch.float32, torch.bfloat16):
+        row_kernels.scaled(z, vector[:1], dtype)
+    logp, *rest = selection_kernels.finalize_rows(values, ids, RunningSums(m=vector, l=vector, t=vector))
+    for other in (vector, None):
+        upstream = Upstream(logp=values, tail_logp=other, logz=other, entropy=other)
+        selection_kernels.coefficient_rows(upstream, ids, logp, *rest, vector)
     triton_topk.top_columns(z, k, triton_topk.group_size(columns, k), plain)
     rules = [divergences.forward_kl(entry_clip=0.1), divergences.reverse_kl(), divergences.jsd(0.5)]
     rules += [divergences.skew_forward_kl(0.1), divergences.skew_reverse_kl(0.1)]

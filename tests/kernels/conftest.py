@@ -4,7 +4,6 @@ On a GPU, `OPD_KERNEL_TESTS_ON=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 pytest tests
 compiles the Triton kernels instead of interpreting them (test_triton_vocab_parallel needs CPU ranks and stays as it is).
 """
 
-import functools
 import os
 
 import torch
@@ -12,4 +11,9 @@ import torch
 torch.set_num_threads(1)
 if os.environ.get("OPD_KERNEL_TESTS_ON") == "cuda":
     torch.set_default_device("cuda")
-    torch.Generator = functools.partial(torch.Generator, "cuda")
+
+    class Generator(torch.Generator):
+        def __new__(cls, device: str = "cuda") -> torch.Generator:
+            return super().__new__(cls, device)
+
+    torch.Generator = Generator

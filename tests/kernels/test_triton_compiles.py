@@ -10,7 +10,7 @@ import triton
 
 SCRIPT = Path(__file__).with_name("compile_launches.py")
 KERNELS = {
-    "gather_kernel", "overwrite_kernel", "row_sums_kernel", "dense_dz_kernel",
+    "take_kernel", "overwrite_kernel", "row_sums_kernel", "dense_dz_kernel", "scale_kernel", "finalize_kernel", "coefficients_kernel",
     "group_sums_kernel", "top_groups_kernel", "compact_kernel", "top_columns_kernel", "rest_sums_kernel",
     "divergence_value_kernel", "divergence_dz_kernel",
 }  # fmt: skip

@@ -265,6 +265,6 @@ def test_scratch_stays_within_the_budget_or_is_least(budget):
 
 
 def test_rows_start_aligned():
-    tile = triton_rows.TileScratch(3, 141, torch.float32, torch.device("cpu")).tile(2, 141)
+    tile = triton_rows.TileScratch(3, 141, torch.device("cpu")).tile(2, 141)
     assert tile.shape == (2, 141) and tile.stride() == (192, 1)
     assert triton_rows.row_head(torch.ones(2, 3), torch.ones(5, 3), LogitOptions(valid_columns=5)).inverse_temperature.tolist() == [1.0, 1.0]

@@ -1,6 +1,7 @@
 """Every row kernel alone, in the interpreter: ragged shapes, stores in place, infinities, 64-bit offsets. Outputs start as NaN."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import opd_kernels
@@ -8,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from opd_kernels import divergences, row_kernels, triton_divergence, triton_topk
+from opd_kernels import divergences, row_kernels, triton_divergence, triton_rows, triton_topk
 from opd_kernels.divergence_maths import entries
 from opd_kernels.row_kernels import TileConstants
 from opd_kernels.selection import Coefficients
@@ -49,15 +50,15 @@ def inside(ids: torch.Tensor, columns: int, first_column: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("columns", COLUMNS)
-def test_gather_reads_the_chosen_logits_and_stores_nothing_else(columns, head):
+def test_take_reads_the_chosen_logits_and_removes_them_alone(columns, head):
     z, ids, with_ = products(4, columns), chosen(4, columns, 3, first_column=100), constants(4, columns, **HEADS[head])
-    x = Guarded(4, 3, gap=0)
-    before = z.buffer.clone()
-    row_kernels.gather(z.tile, ids, x.tile, with_, 100)
-    held = inside(ids, columns, 100)
-    wanted = logits(z.tile, with_).gather(1, torch.where(held, ids - 100, 0))
-    assert (x.tile.double() - wanted)[held].abs().max() < 5e-6
-    assert (x.tile[~held] == -77.0).all() and x.bands_hold() and torch.equal(z.buffer, before)
+    before, held = z.tile.clone(), inside(ids, columns, 100)
+    wanted = logits(before, with_).gather(1, torch.where(held, ids - 100, 0))
+    x = row_kernels.take(z.tile, ids, with_, 100)
+    assert (x.double() - wanted)[held].abs().max() < 5e-6 and (x[~held] == NEG_INF).all()
+    for row, slot in held.nonzero().tolist():
+        before[row, ids[row, slot] - 100] = NEG_INF
+    assert torch.equal(z.tile, before) and z.gaps_hold()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -65,7 +66,7 @@ def test_gather_reads_the_chosen_logits_and_stores_nothing_else(columns, head):
 def test_overwrite_stores_the_chosen_columns_alone_and_rounds_once(columns, dtype):
     tile, ids = Guarded(4, columns, dtype), chosen(4, columns, 3, first_column=100)
     values = torch.randn(4, 3, generator=torch.Generator().manual_seed(2))
-    values[1, 1] = values[1, 0]
+    values = values[:, :1].expand(4, 3).contiguous()  # equal ids must have equal values
     row_kernels.overwrite(tile.tile, ids, values, 100)
     wanted = torch.full((4, columns), -77.0, dtype=dtype)
     for row, slot in inside(ids, columns, 100).nonzero().tolist():
@@ -130,6 +131,34 @@ def test_dense_dz(columns, head, dtype):
         wanted = torch.where(x == NEG_INF, 0.0, offset.exp() * factor)
         tolerance = 1e-5 if dtype == torch.float32 else 2**-8 + 1e-5
         assert ((dz.tile.double() - wanted).abs() <= tolerance * wanted.abs() + 2e-6).all() and dz.bands_hold()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_gradients_may_be_written_over_the_products(columns, dtype):
+    scratch = triton_rows.TileScratch(3, columns, torch.empty(0).device)
+    z = scratch.tile(3, columns)
+    z.copy_(products(3, columns).tile)
+    with_, zeros = constants(3, columns), torch.zeros(3)
+    rule = Coefficients(reference=zeros + 9, scale=zeros + 2, slope=None, selected=torch.zeros(3, 1))
+    apart, over = torch.empty(3, columns, dtype=dtype), scratch.over(z, dtype)
+    student = triton_divergence.ProductTile(z=z.clone(), constants=with_, logz=zeros + 20)
+    pair = replace(student, z=z), replace(student, z=products(3, columns, 1).tile)
+    row_kernels.dense_dz(z.clone(), apart, rule, with_, TILES)
+    before = z.clone()
+    row_kernels.dense_dz(z, over, rule, with_, TILES)
+    assert torch.equal(over, apart)
+    z.copy_(before)
+    triton_divergence.divergence_dz(student, pair[1], divergences.jsd(0.3), zeros, zeros + 1, apart, TILES)
+    triton_divergence.divergence_dz(*pair, divergences.jsd(0.3), zeros, zeros + 1, over, TILES)
+    assert torch.equal(over, apart)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 4095, 4097])
+def test_scaled_rounds_once(size, dtype):
+    gradient, factor = torch.randn(size, generator=torch.Generator().manual_seed(0)), torch.tensor(0.37)
+    assert torch.equal(row_kernels.scaled(gradient, factor, dtype), (gradient * factor).to(dtype))
 
 
 @pytest.mark.parametrize("clip", [None, 0.05])

@@ -50,13 +50,21 @@ def wanted_of(x: torch.Tensor, removed: torch.Tensor, k: int):
     return torch.stack(values), torch.stack(columns), torch.stack(rest)
 
 
+def best_columns(z: torch.Tensor, k: int, with_: TileConstants) -> triton_topk.TopColumns:
+    """Top columns of products z, flagged rows sorted as an operation does."""
+    removed = torch.full((z.shape[0], 1), -1)
+    scan = triton_rows.scan_rows(z, removed, with_, 0, k, TILES)
+    triton_rows.sort_flagged(scan, lambda rows: z[rows], removed, with_, 0)
+    return triton_topk.TopColumns(x=scan.best_x, columns=scan.best_ids, rest=scan.sums, redo=scan.redo)
+
+
 @pytest.mark.parametrize("kind", ["random", "ties", "constant", "cluster", "mostly_minus_infinity", "signed_zeros"])
 @pytest.mark.parametrize(("columns", "k"), [(161, 1), (161, 5), (272, 3), (95, 3), (64, 16), (33, 33)])
 def test_equals_a_stable_sort(columns, k, kind):
     guarded = Guarded(ROWS, columns)
     guarded.tile.copy_(drawn(kind, columns))
     plain = TileConstants(inverse_temperature=torch.ones(ROWS))
-    best = triton_rows.best_columns(guarded.tile, torch.full((ROWS, 1), -1), k, plain, TILES)
+    best = best_columns(guarded.tile, k, plain)
     values, ids, rest = wanted_of(guarded.tile, torch.full((ROWS, 1), -1), k)
     assert torch.equal(best.columns, ids) and torch.equal(best.x, values) and guarded.gaps_hold()
     torch.testing.assert_close(best.rest.m.double() + best.rest.l.double().log(), rest, rtol=0, atol=5e-6)
@@ -73,7 +81,7 @@ def test_too_many_equal_logits_are_flagged_and_sorted():
     z[1, 16:112] = 90.0
     plain = TileConstants(inverse_temperature=torch.ones(ROWS))
     assert triton_topk.top_columns(z, 4, 16, plain, TILES).redo.tolist() == [False, True, False, False]
-    best = triton_rows.best_columns(z, torch.full((ROWS, 1), -1), 4, plain, TILES)
+    best = best_columns(z, 4, plain)
     assert best.columns[1].tolist() == [16, 17, 18, 19]
     assert torch.equal(best.columns, wanted_of(z, torch.full((ROWS, 1), -1), 4)[1])
 
@@ -104,7 +112,7 @@ def test_a_rest_of_small_mass_keeps_its_digits():
 def test_a_nan_ranks_first():
     z = drawn("random", 272)
     z[2, 77] = float("nan")
-    best = triton_rows.best_columns(z, torch.full((ROWS, 1), -1), 3, TileConstants(inverse_temperature=torch.ones(ROWS)), TILES)
+    best = best_columns(z, 3, TileConstants(inverse_temperature=torch.ones(ROWS)))
     assert best.columns[2, 0] == 77 and best.x[2, 0].isnan() and torch.equal(best.columns[0], wanted_of(z, torch.full((ROWS, 1), -1), 3)[1][0])
 
 
@@ -150,3 +158,16 @@ def test_the_students_top_k_includes_chosen_ids(k, path):
     wanted = (case.hidden.double() @ case.weight.double().T).log_softmax(dim=1)
     assert torch.equal(ids, (case.hidden @ case.weight.T).sort(dim=1, descending=True, stable=True).indices[:, :k])
     assert (logp - wanted.gather(1, ids)).abs().max() < 3e-5
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 2000])
+def test_rows_with_too_many_equal_logits_are_projected_again(chunk_bytes):
+    case = make_case(6, 300, 8, 3)
+    case.hidden[[1, 4]] = 0.0  # every logit equal
+    scores = [
+        opd_kernels.topk_logprobs(one.hidden, one.weight, 4, always_include=case.ids[:, 1], backend=backend, chunk_bytes=chunk_bytes)
+        for one, backend in ((case, "triton"), (case.cast(torch.float64), "reference"))
+    ]
+    assert torch.equal(scores[0].ids, scores[1].ids) and set(scores[0].ids[1, 1:].tolist()) <= {0, 1, 2, 3, -1}
+    for name in ("logp", "tail_logp", "logz", "entropy"):
+        torch.testing.assert_close(getattr(scores[0], name).double(), getattr(scores[1], name), rtol=0, atol=3e-5)

@@ -74,7 +74,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below; a modul
     },
 ]
 HOMES = {  # third-party package -> modules that may import it
-    "triton": {"opd_kernels.row_kernels", "opd_kernels.triton"},
+    "triton": {"opd_kernels.row_kernels", "opd_kernels.selection_kernels", "opd_kernels.triton"},
     "deepspeed": {"opd.learner.deepspeed"},
     "transformers": {
         "opd.text.chat",
