@@ -187,6 +187,7 @@ example: opd score seq_kd data.path=FILE.jsonl
 Weights with adapters merged, tokenizer and a model card made from the run's record -> RUN/published.
 
   out=FOLDER                  elsewhere
+  adapter=true                of a LoRA run the adapters alone; else they are merged into the weights
   repo=OWNER/NAME             pushes it to the hub too; private=true is the default
 
 example: opd publish runs/tour

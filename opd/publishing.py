@@ -19,18 +19,19 @@ from opd.run.folder import read_lines
 from opd.run.named import find_run
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
-OPTIONS = ("out", "repo", "private")
+OPTIONS = ("out", "repo", "private", "adapter")
 
 
 def publish(run: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> str:
     """Write the folder (RUN/published, or `out`) and push it to `repo` where given (private unless private=false); returns a sentence.
 
-    A run's model/ holds its adapters merged into the weights; it is loaded once as a check. Raises ValueError with the fix.
+    A run's model/ holds its adapters merged into the weights; it is loaded once as a check. adapter=true: the factors alone, for peft, which
+    adds them to the base model. Raises ValueError with the fix.
     """
     options = parse_overrides(overrides)
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise ValueError(f"opd publish RUN: unknown option {unknown[0]!r}; options: {', '.join(OPTIONS)}")
-    folder, repo, private = find_run(run), str(options.get("repo", "")), options.get("private", True)
+    folder, repo, private, alone = find_run(run), str(options.get("repo", "")), options.get("private", True), options.get("adapter", False)
     model, resolved = folder / "model", folder / "resolved.json"
     if not resolved.is_file():
         raise ValueError(f"{folder} has no resolved.json: nothing says how it was trained; publish what opd train made, e.g. runs/NAME")
@@ -38,8 +39,11 @@ def publish(run: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> str:
         raise ValueError(f"{run} has no model/ yet: finish the run first (opd train with its recipe resumes it)")
     if repo and not _REPO.fullmatch(repo):
         raise ValueError(f"repo is {repo!r}; write repo=OWNER/NAME")
-    if not isinstance(private, bool):
-        raise ValueError(f"private is {private!r}; write private=true or private=false")
+    for name, value in (("private", private), ("adapter", alone)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; write {name}=true or {name}=false")
+    if alone and not (model / "adapter").is_dir():
+        raise ValueError(f"{run} trained all weights, not adapters (model.lora): publish it without adapter=true")
     if repo:
         check_login(repo)
     out = Path(str(options.get("out", folder / "published")))
@@ -47,14 +51,23 @@ def publish(run: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> str:
         raise ValueError(f"{out} exists and was not written by opd publish: give another out=FOLDER")
     pretrained.load_model(str(model))
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(model, out)
     facts = json.loads(resolved.read_text(encoding="utf-8"))
+    copy_adapter(model, out, facts) if alone else shutil.copytree(model, out, ignore=shutil.ignore_patterns("adapter"))
     rows = list(read_lines(folder / "eval.jsonl")) + list(read_lines(folder / "evaluations/eval.jsonl"))
     (out / "opd.json").write_text(json.dumps(public_facts(facts), indent=1) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(model_card(repo or folder.name, facts, rows, last_totals(folder)), encoding="utf-8")
+    (out / "README.md").write_text(model_card(repo or folder.name, facts, rows, last_totals(folder), alone), encoding="utf-8")
     if not repo:
         return f"{out}: weights, tokenizer and model card; push it with repo=OWNER/NAME"
     return f"{out} -> {push(out, repo, private)}"
+
+
+def copy_adapter(model: Path, out: Path, facts: Mapping[str, Any]) -> None:
+    """The factors and the tokenizer; adapter_config.json names the base model, by hub name or by its folder's last name."""
+    shutil.copytree(model, out, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "config.json", "generation_config.json", "adapter"))
+    shutil.copytree(model / "adapter", out, dirs_exist_ok=True)
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    given = {"base_model_name_or_path": _base(facts["recipe"]) or None}
+    (out / "adapter_config.json").write_text(json.dumps({**config, **given}, indent=1) + "\n", encoding="utf-8")
 
 
 def check_login(repo: str) -> str:
@@ -85,11 +98,14 @@ def public_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _without_folders(value) for key, value in facts.items() if key in kept}
 
 
-def model_card(name: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], totals: Mapping[str, float]) -> str:
-    """Markdown with the hub's header: what it was made from, how, and how it did."""
+def model_card(
+    name: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], totals: Mapping[str, float], alone: bool = False
+) -> str:
+    """Markdown with the hub's header: what it was made from, how, and how it did. alone: of adapters without the weights that they adapt."""
     recipe = facts["recipe"]
     base, preset = _base(recipe), PRESETS.get(recipe["data"].get("preset") or "")
-    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["opd", recipe["method"] or "opd-recipe"]}
+    header: dict[str, Any] = {"library_name": "peft" if alone else "transformers", "pipeline_tag": "text-generation"}
+    header["tags"] = ["opd", recipe["method"] or "opd-recipe"]
     if base and _REPO.fullmatch(base) and not base.startswith(("models/", "runs/")):
         header["base_model"] = base
     if preset:
@@ -98,16 +114,21 @@ def model_card(name: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, 
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---", f"# {name.rpartition('/')[2]}", "",
         f"Trained with [opd](https://pypi.org/project/opd-train/): method `{recipe['method'] or 'own objective'}`"
         + (f" ([source]({recipe['paper']}))" if recipe.get("paper") else "") + (f", from `{base}`." if base else ", from random weights."), "",
-        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in _table(recipe, facts, totals, preset)), "",
+        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in _table(recipe, facts, totals, preset, alone)), "",
     ]  # fmt: skip
     shown = [row for row in rows if row.get("split") != "dev"]
     if shown:
         lines += ["## Evaluation", "", "95 % intervals over problems.", "", "| suite, split | decoding | avg@k | pass@k | maj@k | cut | problems |"]
         lines += ["|---|---|---|---|---|---|---|", *map(_row, shown), ""]
+    imports = ["from peft import PeftModel"] * alone + ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    uses = [f'model = AutoModelForCausalLM.from_pretrained("{name}")']
+    if alone:
+        uses = [f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base or "BASE"}"), "{name}")']
     lines += [
-        "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        f'tokenizer, model = AutoTokenizer.from_pretrained("{name}"), AutoModelForCausalLM.from_pretrained("{name}")', "```", "",
-        "Adapters, if there were any, are merged into the weights. `opd.json` holds the whole recipe.",
+        "## Use", "", "```python", *imports, "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")', *uses, "```", "",
+        "These are adapters: they need the base model." if alone else "Adapters, if there were any, are merged into the weights.",
+        "`opd.json` holds the whole recipe.",
         "The licence is the base model's and the data's: add it here.", "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -118,7 +139,7 @@ def last_totals(folder: Path) -> dict[str, float]:
     return deque(read_lines(folder / "metrics.jsonl"), maxlen=1).pop() if (folder / "metrics.jsonl").is_file() else {}
 
 
-def _table(recipe: Mapping[str, Any], facts: Mapping[str, Any], totals: Mapping[str, float], preset: Any) -> list[tuple[str, str]]:
+def _table(recipe: Mapping[str, Any], facts: Mapping[str, Any], totals: Mapping[str, float], preset: Any, alone: bool) -> list[tuple[str, str]]:
     data, lora = recipe["data"], recipe["model"].get("lora")
     source = data.get("task") or (preset.path if preset else "") or Path(data.get("path") or "").name
     teachers = [f"{name}: {_short(signal['weights'])}, view {_short(signal['view'])}" for name, signal in recipe["signals"].items()]
@@ -130,7 +151,7 @@ def _table(recipe: Mapping[str, Any], facts: Mapping[str, Any], totals: Mapping[
         ("steps", f"{totals['step']:.0f} of {recipe['rollout']['prompts']} prompts x {recipe['group']}" if "step" in totals else ""),
         ("generated tokens", f"{totals['tokens/student']:,.0f}" if "tokens/student" in totals else ""),
         ("learning rate", f"{recipe['optimizer']['lr']:g}, {recipe['optimizer']['schedule']}"),
-        ("adapters", f"LoRA, rank {lora['rank']}, merged" if lora else ""),
+        ("adapters", f"LoRA, rank {lora['rank']}, {'alone' if alone else 'merged'}" if lora else ""),
         ("parameters", f"{facts['num_parameters']:,}" if "num_parameters" in facts else ""),
     ]
     return [(key, value) for key, value in found if value]

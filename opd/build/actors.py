@@ -19,6 +19,7 @@ from opd_rollout.weight_sync import Canary, SharedMemoryParcels
 from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
+from opd.build.served import SUPPORT_LIMIT, WHOLE_VOCABULARY, check_served
 from opd.build.student import served_positions
 from opd.config.recipe import Recipe
 from opd.launcher.ranks import Ranks
@@ -29,8 +30,6 @@ from opd.teacher.score import Weights
 
 Actors = ActorAddress | Mapping[str, Any]  # the launcher sends a mapping
 STUDENT = "student"
-WHOLE_VOCABULARY = 4096  # up to so many ids the actors return whole rows: exact at every id and temperature
-SUPPORT_LIMIT = 128  # log-probs a token that an actor of a larger vocabulary returns at most
 CANARY_TOKENS = 16
 TRANSFER = "opd_shared_memory"
 
@@ -83,31 +82,6 @@ def check_placement(recipe: Recipe) -> None:
         raise ValueError(f"engine.exchange: {e.exchange} is no folder; name one in memory (/dev/shm) or on a disk, as large as the weights")
     if e.kind == "vllm" and recipe.rollout.sampler != "student":
         raise ValueError("rollout.sampler lets a teacher draw tokens, which vLLM cannot: use engine=torch, or rollout.sampler=student")
-
-
-def check_served(recipe: Recipe, name: str, path: str, need: SignalNeeds) -> None:
-    """Raises ValueError for what a teacher behind vLLM cannot deliver."""
-    size, temperature, where = len(pretrained.load_tokenizer(pretrained.find_model(path))), recipe.sampling.temperature, f"signals.{name}"
-    here = "or score this teacher in the learner's process: leave out its engine: vllm"
-    if need.hidden:
-        raise ValueError(f"{where} is served by vLLM, which hands out no hidden states: use a teacher_topk or student_topk support, {here}")
-    if need.draws:
-        raise ValueError(f"{where} is served by vLLM, which cannot draw ids from a teacher's distribution: use a teacher_topk support, {here}")
-    if size <= WHOLE_VOCABULARY:
-        return
-    if need.entropy:
-        raise ValueError(
-            f"{where} is served by vLLM, which hands out the {SUPPORT_LIMIT} most likely of its {size} ids, and a weight or field of the objective "
-            f"reads its entropy, which needs all (up to {WHOLE_VOCABULARY} ids it is exact): use another weight, {here}"
-        )
-    if temperature != 1:
-        raise ValueError(
-            f"{where} is served by vLLM, which scores {size} ids at temperature 1, and sampling.temperature is {temperature}: use "
-            f"sampling.temperature=1, {here}"
-        )
-    k = max(need.k, need.union)
-    if k > SUPPORT_LIMIT:
-        raise ValueError(f"{where} is served by vLLM, which hands out {SUPPORT_LIMIT} log-probs a token at most, not k={k}: lower k, {here}")
 
 
 def student_engine(

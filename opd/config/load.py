@@ -48,7 +48,7 @@ def parse_recipe(
 ) -> Recipe:
     """Validate a mapping as a recipe: method file beneath (unless already resolved), overrides on top. Raises ValueError with the fix."""
     changes = parse_overrides(overrides)
-    check_schema(raw, origin)
+    check_schema({**raw, **{key: value for key, value in changes.items() if key == "schema_version"}}, origin)
     if "arms" in raw:
         raise ValueError(f"{origin} is a comparison of several runs: use opd compare {origin}")
     if "stages" in raw:

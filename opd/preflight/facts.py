@@ -9,14 +9,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from opd.build import pretrained, shapes
 from opd.build.problems import Problems, load_problems
-from opd.build.student import config_at, load_tokenizer, stands_in, student_config, student_path, tokenizer_at
+from opd.build.served import check_served
+from opd.build.student import config_at, load_tokenizer, served_paths, stands_in, student_config, student_path, tokenizer_at
 from opd.build.system import check_support_sizes, check_tracking, learner_kind, objective_of, parse_weights
 from opd.build.views import FOREIGN, OTHERS
 from opd.config.recipe import Recipe
 from opd.contexts import check_hints
 from opd.data.records import on_hub
 from opd.guard.rules import parse_rules
-from opd.objective import Objective
+from opd.objective import Objective, SignalNeeds
 from opd.preflight.hub import hub_answers, missing_models
 from opd.prompts import check_dataset_hint
 from opd.source import parse_source
@@ -70,6 +71,8 @@ def gather(recipe: Recipe) -> tuple[Facts, list[Finding]]:
     asked, recipe = recipe, without_hub(recipe, found)
     objective = attempt(partial(objective_of, recipe))
     weights = {name: parsed for name, signal in recipe.signals.items() if (parsed := attempt(partial(parse_weights, name, signal.weights)))}
+    for name, path in served_paths(recipe, weights).items() if objective else ():
+        attempt(partial(check_served, recipe, name, path, objective.needs.signals.get(name, SignalNeeds())))
     attempt(partial(parse_rules, recipe.guard.action, recipe.guard.rules))
     attempt(partial(learner_kind, recipe))
     attempt(partial(check_tracking, recipe.track.wandb))

@@ -8,75 +8,48 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from opd.build import system
 from opd.cli import main
 from opd.config.load import load_recipe
 from opd.config.stages import read_stages
+from opd.preflight import checks
 from opd.preflight.report import examine
+from tests.preflight.mistakes import ELSEWHERE, EXPR, KINDS, PAGE, page, write_files
 
 ROOT = Path(__file__).resolve().parents[2]
-EXPR = "recipes/runs/opsd_expr.yaml"
-GRPO = "recipes/runs/grpo_expr.yaml"
-OPD = "recipes/runs/opd_expr.yaml"
+MISTAKES = {name: mistake for group in KINDS.values() for name, mistake in group.items()}
 
 
 def sentences(recipe, overrides):
-    found, _ = examine(load_recipe(recipe, overrides))
+    """What `opd check` says; a recipe that it cannot read has one error."""
+    try:
+        found, _ = examine(load_recipe(recipe, overrides))
+    except ValueError as problem:
+        return [f"error: {problem}"]
     return [f"{finding.severity}: {finding.sentence}" for finding in found]
 
 
-def distilled(divergence, **support):
-    return [{"distill": divergence, "support": {"teacher_topk": support}}]
-
-
-MISTAKES = {
-    "greedy training": (GRPO, {"sampling.temperature": 0}, "error: sampling.temperature is 0"),
-    "truncated sampling": (EXPR, {"sampling.top_p": 0.9}, "warning: sampling.top_p or top_k cuts"),
-    "cold sampling": (GRPO, {"sampling.temperature": 0.3}, "warning: sampling.temperature=0.3"),
-    "no room": (EXPR, {"sampling.max_tokens": 512}, "error: sampling.max_tokens=512 leaves no room"),
-    "long prompts": (EXPR, {"data.max_prompt_tokens": 5}, "prompts are longer than 5 tokens"),
-    "short answers": (EXPR, {"sampling.max_tokens": 4}, "is shorter than"),
-    "minibatches": (GRPO, {"updates.minibatches": 5}, "do not divide into updates.minibatches=5"),
-    "too many minibatches": (GRPO, {"updates.minibatches": 1000}, "error: updates.minibatches=1000 exceeds"),
-    "learner budget": (EXPR, {"learner.token_budget": 8}, "warning: learner.token_budget=8"),
-    "engine budget": (EXPR, {"engine.token_budget": 8}, "warning: engine.token_budget=8"),
-    "warm-up": (EXPR, {"optimizer.warmup_steps": 999}, "error: optimizer.warmup_steps=999"),
-    "high rate": (EXPR, {"optimizer.lr": 0.1}, "warning: optimizer.lr=0.1 is high"),
-    "low rate": (EXPR, {"optimizer.lr": 1e-7, "model.lora": {"rank": 4}}, "warning: optimizer.lr=1e-07 is low for LoRA"),
-    "live teacher": (EXPR, {"teacher": "live"}, "warning: signals.main: a live teacher"),
-    "average that never moves": (EXPR, {"teacher": {"ema": {"rate": 0.0}}}, "an EMA rate of 0 never moves"),
-    "average that is live": (EXPR, {"teacher": {"ema": {"rate": 1.0}}}, "an EMA rate of 1 is the live model"),
-    "masters": (EXPR, {"model.dtype": "bfloat16", "learner.kind": "torch"}, "without fp32 masters"),
-    "bf16 on a CPU": (EXPR, {"model.dtype": "bfloat16"}, "warning: model.dtype=bfloat16 on a CPU"),
-    "flash attention": (EXPR, {"model.attention": "flash_attention_2"}, "error: model.attention=flash_attention_2 needs the package"),
-    "group of one": (GRPO, {"group": 1}, "error"),
-    "filter without groups": (EXPR, {"group": 1, "rollout.filter": "mixed_groups"}, "error: rollout.filter=mixed_groups with group=1"),
-    "few test problems": (EXPR, {"eval.final_problems": 16}, "the standard error of an accuracy near one half is 12 points"),
-    "no dev": (EXPR, {"eval.num_problems": 0}, "note: eval.num_problems=0"),
-    "no key": (EXPR, {"track.wandb": "online"}, "error: track.wandb is online, but nobody is logged in"),
-    "K above the vocabulary": (EXPR, {"objective": distilled("forward_kl", k=99)}, "support k is 99 but the vocabulary"),
-    "illegal objective": (EXPR, {"objective": distilled("reverse_kl", k=4, tail="drop")}, "error"),
-    "no such hint": (EXPR, {"view": {"hint": {"name": "poem"}}}, "error"),
-    "no such view": (EXPR, {"view": "solutoin"}, "did you mean 'solution'"),
-    "no such model": (EXPR, {"model.path": "models/expr-bsae"}, "did you mean 'expr-base'"),
-    "no such task": (EXPR, {"data.task": "exrp"}, "did you mean 'expr'"),
-    "no such file": (EXPR, {"data.task": "", "data.path": "nothing.jsonl"}, "nothing.jsonl does not exist"),
-    "no such preset": (EXPR, {"data.task": "", "data.preset": "gsm9k"}, "did you mean 'gsm8k'"),
-    "no teacher": (OPD, {"teacher": {"external": {"path": ""}}}, "an external teacher needs a model"),
-    "foreign teacher": (OPD, {"teacher": {"external": {"path": "models/route-teacher"}}}, "has another tokenizer than the student"),
-    "no such run": (EXPR, {"init": "runs/none"}, "init: runs/none is no run folder"),
-    "a shape that cannot be": (EXPR, {"model.path": "", "model.shape": {"hiden_size": 3}}, "did you mean 'hidden_size'"),
-}
-
-
 @pytest.mark.parametrize("name", MISTAKES)
-def test_every_mistake_has_its_sentence(name, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_every_mistake_has_its_sentence(name, tmp_path, monkeypatch):
+    for shared in ("recipes", "models"):
+        (tmp_path / shared).symlink_to(ROOT / shared)
+    write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("opd.build.served.WHOLE_VOCABULARY", 4)  # the embedded models' is small
+    monkeypatch.setattr("opd.preflight.facts.hub_answers", lambda: False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for variable in ("WANDB_API_KEY",):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("NETRC", "/nonexistent")
     recipe, overrides, sentence = MISTAKES[name]
     found = sentences(recipe, overrides)
     assert any(sentence in line for line in found), found
+
+
+def test_the_page_lists_all_of_them():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m tests.preflight.mistakes"
+    assert len(MISTAKES) == sum(map(len, KINDS.values())) >= 50, "names are unique"
+    assert set(ELSEWHERE.values()) <= set(globals()), "every other one has its test"
 
 
 def test_several_mistakes_are_said_at_once(monkeypatch):
@@ -98,6 +71,41 @@ def test_tokenizer_trouble(tmp_path, monkeypatch):
     assert any("8 rows beyond the" in line for line in sentences(EXPR, {"model.path": str(folder)}))
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 10}))
     assert any("they do not belong together" in line for line in sentences(EXPR, {"model.path": str(folder)}))
+
+
+def test_no_template_and_no_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder = tmp_path / "model"
+    shutil.copytree("models/expr-base", folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    for key in ("chat_template", "eos_token"):
+        settings.pop(key, None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({k: v for k, v in generation.items() if k != "eos_token_id"}))
+    found = sentences(EXPR, {"model.path": str(folder)})
+    assert any("no chat template" in line for line in found) and any("no answer could end" in line for line in found), found
+
+
+def test_versions_and_missing_packages(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    known = {"torch": "2.5.0", "peft": None, "transformers": "5.19.0"}
+    monkeypatch.setattr(checks, "_installed", lambda name: known.get(name))
+    found = sentences(EXPR, {"model.lora": {"rank": 4}})
+    assert any("torch 2.5.0 is outside the tested range (2.11 to below 2.14)" in line for line in found)
+    assert any('model.lora needs peft: pip install "opd-train[train]"' in line for line in found)
+    monkeypatch.setattr(system, "find_spec", lambda name: None)
+    assert any('deepspeed, which is not installed: pip install "opd-train[train]"' in line for line in sentences(EXPR, {"learner.kind": "deepspeed"}))
+
+
+def test_a_folder_of_another_run(tmp_path, monkeypatch):
+    for shared in ("recipes", "models"):
+        (tmp_path / shared).symlink_to(ROOT / shared)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/notes.txt").write_text("not a run")
+    assert any("runs/mine exists and is no run folder" in line for line in sentences(EXPR, {"name": "mine"}))
 
 
 def test_a_port_that_is_taken_and_a_full_disk(monkeypatch):

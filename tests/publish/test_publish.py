@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd import publishing
@@ -52,6 +53,24 @@ def test_the_folder_loads_with_adapters_merged_and_the_card_says_what_was_done(r
     assert publishing.publish(str(run)).startswith(str(out))  # again, over its own folder
 
 
+def test_the_adapter_alone_on_its_base_is_the_merged_model(run, tmp_path):
+    out = tmp_path / "adapter"
+    publishing.publish(str(run), {"adapter": True, "out": str(out)})
+    assert not list(out.glob("model*")) and not (out / "config.json").exists()
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "expr-base"
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "models/expr-base")
+    tokenizer, merged = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(run / "model")
+    ids = tokenizer("1+2", return_tensors="pt")["input_ids"]
+    before = base(ids).logits
+    found = PeftModel.from_pretrained(base, out)(ids).logits
+    assert (found - merged(ids).logits).abs().max() < 1e-5 < (found - before).abs().max()
+    card = (out / "README.md").read_text()
+    assert "library_name: peft" in card and "LoRA, rank 4, alone" in card
+    assert 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("expr-base")' in card
+    publishing.publish(str(run), {"out": str(tmp_path / "merged")})
+    assert not (tmp_path / "merged/adapter").exists() and (tmp_path / "merged/model.safetensors").is_file()
+
+
 def test_a_push_uploads_the_folder_and_private_is_the_default(run, monkeypatch):
     calls = []
     monkeypatch.setattr(publishing.huggingface_hub, "get_token", lambda: "fake")
@@ -83,7 +102,8 @@ def test_what_cannot_be_published_is_named(run, monkeypatch, tmp_path, capfd):
         ([str(run), "repo=me/model"], "nobody is logged in to the hub: run `hf auth login`, or set HF_TOKEN"),
         ([str(run), "repo=model"], "write repo=OWNER/NAME"),
         ([str(run), "repo=me/model", "private=maybe"], "write private=true or private=false"),
-        ([str(run), "rep=me/model"], "unknown option 'rep'; options: out, repo, private"),
+        ([str(run), "rep=me/model"], "unknown option 'rep'; options: out, repo, private, adapter"),
+        ([str(run), "adapter=1"], "write adapter=true or adapter=false"),
         ([str(tmp_path / "none")], "/none does not exist"),
         ([str(tmp_path / "half")], "has no model/ yet: finish the run first"),
         ([str(run), f"out={tmp_path / 'mine'}"], "exists and was not written by opd publish"),
