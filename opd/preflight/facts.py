@@ -71,7 +71,7 @@ def gather(recipe: Recipe) -> tuple[Facts, list[Finding]]:
     asked, recipe = recipe, without_hub(recipe, found)
     objective = attempt(partial(objective_of, recipe))
     weights = {name: parsed for name, signal in recipe.signals.items() if (parsed := attempt(partial(parse_weights, name, signal.weights)))}
-    for name, path in served_paths(recipe, weights).items() if objective else ():
+    for name, path in (attempt(partial(served_paths, recipe, weights)) or {}).items() if objective else ():
         attempt(partial(check_served, recipe, name, path, objective.needs.signals.get(name, SignalNeeds())))
     attempt(partial(parse_rules, recipe.guard.action, recipe.guard.rules))
     attempt(partial(learner_kind, recipe))
