@@ -17,6 +17,12 @@ LATEX = {
     "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", MINUS: r"$-$", "\N{MULTIPLICATION SIGN}": r"$\times$",
 }  # fmt: skip
 
+DECODINGS = {"test_temperature_1": PRIMARY, "test_greedy": GREEDY}
+RUN_COLUMNS = (
+    "arm", "seed", "state", *DECODINGS, "entropy_first", "entropy_last", "length_first", "length_last", "dev_first", "dev_best", "dev_last",
+    "generated_tokens", "learner_and_teacher_tokens", "seconds",
+)  # fmt: skip
+
 
 def write_pairs(path: Path, summary: Summary) -> None:
     """A row a pair and decoding: left minus right as fractions, with interval, p and verdict."""
@@ -43,6 +49,24 @@ def write_curves(path: Path, summary: Summary) -> None:
         for point in run.curve
     ]  # fmt: skip
     _write(path, rows, ("arm", "seed", "step", "accuracy"))
+
+
+def write_runs(path: Path, summary: Summary) -> None:
+    """A row a run: accuracies on test, entropy (nats) and answer length (tokens) of its first and last step, dev before, at best and at the end."""
+    rows = []
+    for arm in summary.arms:
+        for run in arm.runs:
+            row: dict[str, Any] = {"arm": arm.name, "seed": run.seed, "state": run.state}
+            row |= {name: float(run.finals[decoding].row["avg@k"]) for name, decoding in DECODINGS.items() if decoding in run.finals}
+            for name, vital in (("entropy", "entropy/student"), ("length", "length/mean")):
+                if series := run.vitals.get(vital):
+                    row |= {f"{name}_first": series[0][2], f"{name}_last": series[-1][2]}
+            if run.curve:
+                accuracies = [point.accuracy for point in run.curve]
+                row |= {"dev_first": accuracies[0], "dev_best": max(accuracies), "dev_last": accuracies[-1]}
+            row |= {"generated_tokens": run.end.generated_tokens, "learner_and_teacher_tokens": run.end.scored_tokens, "seconds": run.end.seconds}
+            rows.append({column: row.get(column, "") for column in RUN_COLUMNS})
+    _write(path, rows, RUN_COLUMNS)
 
 
 def write_breakdowns(path: Path, found: Sequence[Breakdown]) -> None:

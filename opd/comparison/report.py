@@ -16,7 +16,7 @@ from opd.comparison.breakdown import Breakdown, breakdowns
 from opd.comparison.charts import Axes, Level, interval_bar, interval_scale, line_chart, percent_axes, plain_axes
 from opd.comparison.costs import TOKENS
 from opd.comparison.curves import VITAL_LABELS, band, first_alarms, marks, passed_band, vital_band
-from opd.comparison.exports import latex_table, write_breakdowns, write_curves, write_pairs
+from opd.comparison.exports import latex_table, write_breakdowns, write_curves, write_pairs, write_runs
 from opd.comparison.figures import write_figures
 from opd.comparison.jobs import Tuned
 from opd.comparison.results import GREEDY, PRIMARY, RunResult
@@ -33,12 +33,13 @@ def write_report(folder: Path, summary: Summary) -> Path:
     write_csv(folder / "results.csv", summary)
     write_pairs(folder / "pairs.csv", summary)
     write_curves(folder / "curves.csv", summary)
+    write_runs(folder / "runs.csv", summary)
     write_breakdowns(folder / "breakdown.csv", found)
     (folder / "results.tex").write_text(latex_table(summary), encoding="utf-8")
     pictures = write_figures(folder, summary)
     page = folder / "report.html"
     scratch = page.with_name(".report.html.tmp")
-    beside = ["results.csv", "pairs.csv", "curves.csv", "breakdown.csv", "results.tex", *(path.name for path in pictures)]
+    beside = ["results.csv", "pairs.csv", "curves.csv", "runs.csv", "breakdown.csv", "results.tex", *(path.name for path in pictures)]
     scratch.write_text(render(summary, folder, found, beside), encoding="utf-8")
     scratch.replace(page)
     return page

@@ -233,6 +233,13 @@ def test_csv_files_hold_every_pair_and_every_point(made):
     assert float(row["difference"]) == pytest.approx(summary.pair("opd", "grpo").interval.mean, rel=1e-5) and row["verdict"] == "better"
     points_of = list(csv.DictReader((page.parent / "curves.csv").open()))
     assert len(points_of) == sum(len(run.curve) for arm in summary.arms for run in arm.runs)
+    of_runs = list(csv.DictReader((page.parent / "runs.csv").open()))
+    assert [(row["arm"], int(row["seed"])) for row in of_runs] == [(arm.name, run.seed) for arm in summary.arms for run in arm.runs]
+    run = next(run for arm in summary.arms if arm.name == "grpo" for run in arm.runs)
+    row = next(row for row in of_runs if (row["arm"], int(row["seed"])) == ("grpo", run.seed))
+    assert float(row["test_temperature_1"]) == pytest.approx(run.finals[PRIMARY].row["avg@k"], rel=1e-5)
+    assert float(row["dev_last"]) == pytest.approx(run.curve[-1].accuracy, rel=1e-5)
+    assert float(row["dev_best"]) == pytest.approx(max(point.accuracy for point in run.curve), rel=1e-5)
 
 
 class Landmarks(HTMLParser):
