@@ -1,13 +1,18 @@
-"""SIGKILL to random processes of training runs, until so many have died: `python benchmarks/kills.py --kills 50`.
+"""SIGKILL to random processes of training runs, until so many have died: `python benchmarks/kills.py --kills 50 [--engine vllm]`.
 
 Each run has two learner ranks, an engine process a rank, and their launcher. A victim is any of their processes, at a random moment from the
 start on. A launcher that died is started again with the same command; whatever else dies, the run has to go on or stop so that the same command
 resumes. Every run must end with the model, bit for bit, of a run that nobody disturbed, a ledger in which every step used its own prompts once,
 and no process left.
+
+--engine vllm: the learner is also Ray's driver, the student and its teacher are vLLM actors (AsyncLLM, whose engines are processes of their
+own), and answers are written a step ahead of the learner. Victims: driver, both actors, both engines. vLLM's sums depend on which requests meet
+in a batch, so the undisturbed run's numbers are met within 1e-3 instead of bit for bit; its tokens, prompts and ledger are the same.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -20,6 +25,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 STEPS, PROMPTS = 60, 4
 RECIPE = {
     "method": "opsd",
@@ -38,6 +44,16 @@ RECIPE = {
     "optimizer": {"lr": 1e-2},
     "track": {"wandb": "disabled", "samples_every": 0},
 }
+VLLM = {
+    **RECIPE,
+    "model": {"shape": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}},
+    "teacher": {"external": {"path": str(ROOT / "models/expr-base"), "engine": "vllm"}},
+    "objective": [{"distill": "reverse_kl", "support": {"teacher_topk": {"k": 4, "tail": "bucket"}}}],
+    "engine": {"kind": "vllm", "mode": "async", "restarts": 40, "deadline_seconds": 300},
+    "asynchrony": {"max_staleness": 1},
+    "learner": {"kind": "torch"},
+}
+del VLLM["launch"]
 MARK = "OPD_KILLED"
 PATIENCE_SECONDS = 900.0
 
@@ -53,6 +69,41 @@ def processes(folder: Path) -> dict[int, str]:
         except OSError:
             continue
     return found
+
+
+def victims_of(folder: Path, name: str, launcher: int) -> dict[int, str]:
+    """pid -> role of what may be killed: everything, or with vLLM the driver, the actors and their engines."""
+    alive, path = processes(folder), folder / "runs" / name / "status.json"
+    if not name.startswith("vllm"):
+        return alive
+    roles = json.loads(path.read_text()).get("roles", {}) if path.is_file() else {}
+    known = {one["pid"]: actor.removesuffix("-0") + " actor" for actor, one in roles.items() if one.get("pid")}
+    found = {launcher: "driver"}
+    for pid, command in commands(folder).items():
+        if "VllmActor" in command:
+            found[pid] = known.get(pid, "actor (starting)")
+        elif "EngineCore" in command:
+            found[pid] = known.get(parent_of(pid), "actor").removesuffix(" actor") + " engine"
+    return found
+
+
+def commands(folder: Path) -> dict[int, str]:
+    """pid -> command line of every living process that works in `folder`: what Ray and vLLM start overwrites its environment with titles."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z" and os.readlink(entry / "cwd") == str(folder):
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+        except OSError:
+            continue
+    return found
+
+
+def parent_of(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def role(command: str) -> str:
@@ -88,7 +139,7 @@ def wait_a_while(dice: random.Random, launcher: subprocess.Popen[bytes], run: Pa
 
 def survivors(folder: Path) -> dict[int, str]:
     until = time.monotonic() + 30.0
-    while (left := processes(folder)) and time.monotonic() < until:
+    while (left := {**processes(folder), **commands(folder)}) and time.monotonic() < until:
         time.sleep(0.1)
     return left
 
@@ -103,9 +154,12 @@ def disturbed(folder: Path, name: str, dice: random.Random, kills: int) -> dict[
         else:
             launcher.wait(PATIENCE_SECONDS)
         if launcher.poll() is None:
-            alive = processes(folder)
+            alive = victims_of(folder, name, launcher.pid)
             victim = dice.choice(sorted(alive))
-            os.kill(victim, signal.SIGKILL)
+            try:
+                os.kill(victim, signal.SIGKILL)
+            except ProcessLookupError:  # it was just ending
+                continue
             victims.append({"role": alive[victim], "after_step": num_steps(run)})
             if victim != launcher.pid:
                 continue
@@ -120,14 +174,20 @@ def disturbed(folder: Path, name: str, dice: random.Random, kills: int) -> dict[
     return {"victims": victims, "launchers_started_again": resumed, "clean_stops_resumed": stopped, "seconds": time.monotonic() - started}
 
 
-def check(run: Path, undisturbed: Path) -> None:
-    """Raises AssertionError unless the ledger is whole and the model is the undisturbed one."""
+def check(run: Path, undisturbed: Path, vllm: bool) -> None:
+    """Raises AssertionError unless the ledger is whole and the model is the undisturbed one (with vLLM: its tokens and losses are)."""
     for name in ("ledger.jsonl", "metrics.jsonl"):
         rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
         assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), f"{run.name}: {name} has steps twice or not at all"
         if name == "ledger.jsonl":
             assert [row["drawn"] for row in rows] == [PROMPTS * row["step"] for row in rows], f"{run.name}: prompts drawn twice or left out"
             assert rows == [json.loads(line) for line in (undisturbed / name).read_text().splitlines()], f"{run.name}: other prompts"
+        elif vllm:
+            for one, other in zip(rows, (json.loads(line) for line in (undisturbed / name).read_text().splitlines()), strict=True):
+                assert one["tokens/student"] == other["tokens/student"], f"{run.name}: other answers in step {one['step']}"
+                assert math.isclose(one["loss/total"], other["loss/total"], rel_tol=1e-3), f"{run.name}: another loss in step {one['step']}"
+    if vllm:
+        return
     weights = "model/model.safetensors"
     assert (run / weights).read_bytes() == (undisturbed / weights).read_bytes(), f"{run.name}: another model than that of the undisturbed run"
 
@@ -136,21 +196,29 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--kills", type=int, default=50)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kills.json")
+    options.add_argument("--engine", choices=("process", "vllm"), default="process")
+    options.add_argument("--out", type=Path, help="default: kills.json or kills_vllm.json under benchmarks/results/")
     chosen = options.parse_args()
+    vllm = chosen.engine == "vllm"
+    out = chosen.out or Path(__file__).parent / "results" / ("kills_vllm.json" if vllm else "kills.json")
     dice, runs = random.Random(chosen.seed), []
     with tempfile.TemporaryDirectory(prefix="kills-") as scratch:
-        folder = Path(scratch)
-        (folder / "r.json").write_text(json.dumps(RECIPE))
-        disturbed(folder, "undisturbed", dice, 0)
+        folder = Path(scratch).resolve()
+        (folder / "r.json").write_text(json.dumps(VLLM if vllm else RECIPE))
+        disturbed(folder, f"undisturbed-{chosen.engine}", dice, 0)
         while (left := chosen.kills - sum(len(run["victims"]) for run in runs)) > 0:
-            runs.append(disturbed(folder, f"run-{len(runs)}", dice, left))
-            check(folder / "runs" / f"run-{len(runs) - 1}", folder / "runs/undisturbed")
-            print(f"run {len(runs)}: {len(runs[-1]['victims'])} kills, model and ledger as if nobody had been killed", flush=True)
+            name = f"{chosen.engine}-{len(runs)}"
+            runs.append(disturbed(folder, name, dice, left))
+            check(folder / "runs" / name, folder / f"runs/undisturbed-{chosen.engine}", vllm)
+            print(f"run {len(runs)}: {len(runs[-1]['victims'])} kills, ended as if nobody had been killed", flush=True)
+            write(out, runs, chosen.seed)  # after every run: what was done stays, also when this is cut off
+
+
+def write(out: Path, runs: list[dict[str, Any]], seed: int) -> None:
     roles = Counter(victim["role"] for run in runs for victim in run["victims"])
-    result = {"kills": sum(roles.values()), "by_role": dict(sorted(roles.items())), "runs": runs, "seed": chosen.seed}
+    result = {"kills": sum(roles.values()), "by_role": dict(sorted(roles.items())), "runs": runs, "seed": seed}
     result |= {"steps_a_run": STEPS, "machine": {"cpus": os.cpu_count(), "system": platform.platform()}, "date": time.strftime("%Y-%m-%d")}
-    chosen.out.write_text(json.dumps(result, indent=1) + "\n")
+    out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opd_rollout.engine import Engine
+from opd_rollout.engine import Engine, EngineLost
 
 from opd import loop_async
 from opd.ahead import Ahead
@@ -23,7 +23,7 @@ from opd.build.views import template_notes
 from opd.config.load import load_recipe, refuse_method
 from opd.config.recipe import Recipe
 from opd.config.stages import read_stages
-from opd.errors import Paused
+from opd.errors import Paused, RunFailed
 from opd.eval import Codec, EvalResult, EvalSettings, decoding_name, final_results, write_evaluation
 from opd.eval import evaluate as evaluate_problems
 from opd.examination.run import EVALUATION_SEED
@@ -142,8 +142,7 @@ def train_rank(
         held.callback(parts.engine.close)
         for note in parts.problems.notes:
             view.say(f"data: {note}")
-        choices = {name: parse_weights(name, signal.weights) for name, signal in recipe.signals.items()}
-        for note in template_notes(recipe, parts.tokenizer, choices):
+        for note in template_notes(recipe, parts.tokenizer, {name: parse_weights(name, one.weights) for name, one in recipe.signals.items()}):
             view.say(f"template: {note}")
         audit_engine(recipe, parts, view)
         with ranks.announcing():
@@ -370,6 +369,8 @@ def _recording(folder: Path, run: TrainingRun, view: LiveView, status: Reports, 
         with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
             status.write("failed", f"{type(error).__name__}: {error}")
             error_file.write_text(traceback.format_exc(), encoding="utf-8")
+        if isinstance(error, EngineLost):
+            raise RunFailed(str(error)) from error
         if is_out_of_memory(error) and not isinstance(error, ValueError):
             raise ValueError(
                 "out of memory outside of the learner's micro-batches: lower engine.token_budget (generation), learner.token_budget (teacher "

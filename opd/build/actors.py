@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
 from opd.build.served import SUPPORT_LIMIT, WHOLE_VOCABULARY, check_served
-from opd.build.student import served_positions
+from opd.build.student import served_positions, student_path
 from opd.config.recipe import Recipe
 from opd.launcher.ranks import Ranks
 from opd.launcher.sweep import MARK, marked_processes
 from opd.learner.types import Learner
+from opd.learner.weights import FACTOR, whole_shape
 from opd.objective.terms import SignalNeeds
 from opd.teacher.score import Weights
 
@@ -100,6 +102,9 @@ def student_engine(
     e, config, where = recipe.engine, model.config, address_of(actors)
     files = ModelFiles(config=json.dumps({**config.to_dict(), "architectures": [type(model).__name__]}, default=str))
     runner = _runner_settings(recipe, served_positions(recipe, config), -1 if vocab_size <= WHOLE_VOCABULARY else 20, transfer=TRANSFER)
+    if e.lora == "adapters":
+        files, runner = ModelFiles(folder=student_path(recipe)), replace(runner, transfer="", adapter=adapter_config(recipe, model))
+        shapes = {name: tuple(whole_shape(parameter)) for name, parameter in model.named_parameters() if FACTOR in name}
     settings = EngineSettings(
         vocab_size=vocab_size, manifest=shapes, chunk=e.chunk, load_seconds=e.deadline_seconds, leads=ranks.leads, limits=_limits(recipe),
         in_flight=recipe.asynchrony.in_flight,
@@ -118,6 +123,14 @@ def student_engine(
     ) if asked else None  # fmt: skip
     engine.load_weights(learner.weights(learner.version))
     return engine
+
+
+def adapter_config(recipe: Recipe, model: torch.nn.Module) -> str:
+    """The adapter_config.json (peft) of the model's factors; vLLM reads rank, scale and the names of the adapted modules."""
+    assert recipe.model.lora
+    adapted = sorted({name.split(FACTOR)[0].rpartition(".")[2] for name, _ in model.named_parameters() if FACTOR in name})
+    content = {"peft_type": "LORA", "r": recipe.model.lora.rank, "lora_alpha": recipe.model.lora.alpha, "target_modules": adapted}
+    return json.dumps({**content, "bias": "none", "task_type": "CAUSAL_LM"})
 
 
 def served_teachers(

@@ -99,7 +99,7 @@ def build_parts(
     sent = shapes(model)
     if recipe.model.lora:
         add_adapters(model, recipe)
-    learner, vocab_size = make_learner(recipe, model, tokenizer, average_of(choices)), len(tokenizer)
+    learner, vocab_size = make_learner(recipe, model, tokenizer, average_of(choices), distant), len(tokenizer)
     stop_ids = chat.stop_ids(tokenizer, model.generation_config)
     asked = [encode(prompt) for prompt in problems.dev[:CANARY_PROMPTS]]
     if distant:
@@ -211,7 +211,7 @@ def add_adapters(model: torch.nn.Module, recipe: Recipe) -> None:
     add_lora(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=recipe.seed)
 
 
-def make_learner(recipe: Recipe, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, average: EMA | None) -> Learner:
+def make_learner(recipe: Recipe, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, average: EMA | None, distant: bool = False) -> Learner:
     """The learner that the recipe names; "auto" is deepspeed where it imports."""
     o, le, updates = recipe.optimizer, recipe.learner, recipe.updates
     optimizer = OptimizerSettings(
@@ -220,9 +220,9 @@ def make_learner(recipe: Recipe, model: torch.nn.Module, tokenizer: PreTrainedTo
     )  # fmt: skip
     settings = LearnerSettings(
         temperature=recipe.sampling.temperature, token_budget=le.token_budget, packed=le.packed, pad_id=pad_id(tokenizer),
-        chunk_bytes=le.chunk_bytes, minibatches=updates.minibatches, epochs=updates.epochs,
-        ema_rate=average and average.rate, ema_every=average.every if average else 1,
-        gradient_checkpointing=recipe.model.gradient_checkpointing, merge_adapters=speaks_apart(recipe),
+        chunk_bytes=le.chunk_bytes, minibatches=updates.minibatches, epochs=updates.epochs, ema_rate=average and average.rate,
+        ema_every=average.every if average else 1, gradient_checkpointing=recipe.model.gradient_checkpointing,
+        merge_adapters=speaks_apart(recipe), adapters_alone=distant and recipe.engine.lora == "adapters",
     )  # fmt: skip
     vocab_size = len(tokenizer)
     if learner_kind(recipe) == "torch":

@@ -106,6 +106,9 @@ class Engine(_Frozen):
     deadline_seconds: float = Field(default=600.0, gt=0, description="a chunk, a weight update or a start that takes longer restarts the actor")
     straggler_factor: float = Field(default=4.0, gt=1, description="a chunk that takes so many times the median is given to an idle actor too")
     restarts: NonNegative = Field(default=10, description="restarts of one actor before the run goes on without it")
+    lora: Literal["merged", "adapters"] = Field(
+        default="merged", description="a LoRA student's weights for vLLM: merged and whole, or its factors alone, over the base model's folder"
+    )
     exchange: str = Field(default="/dev/shm", description="folder for a version of the weights on its way to the actors (CPU), as large as one")
 
 
@@ -342,6 +345,15 @@ class Recipe(_Frozen):
                 f"engine.placement=colocated: actors sleep while the learner works, so they cannot answer ahead of it "
                 f"(asynchrony.max_staleness={self.asynchrony.max_staleness}): use engine.placement=separate, or asynchrony.max_staleness=0"
             )
+        if self.engine.lora == "adapters":
+            lacks = {
+                "engine.kind=vllm": self.engine.kind == "vllm",
+                "model.lora.rank": self.model.lora is not None,
+                "model.path or init (actors read the base model's weights there)": bool(self.model.path or self.init) and self.model.init != "random",
+                "asynchrony.in_flight=false (an answer keeps the factors that it began with)": not self.asynchrony.in_flight,
+            }
+            if missing := [name for name, there in lacks.items() if not there]:
+                raise ValueError(f"engine.lora=adapters needs {' and '.join(missing)}; or use engine.lora=merged")
         if self.engine.kind == "vllm" and self.engine.mode == "offline" and self.asynchrony.in_flight:
             raise ValueError(
                 "asynchrony.in_flight: vLLM's offline engine cannot pause in mid-answer: use engine.mode=async, or asynchrony.in_flight=false"

@@ -15,7 +15,7 @@ import torch
 from opd.api import train_rank
 from opd.build.system import check_tracking
 from opd.config.recipe import Recipe
-from opd.errors import Paused, Preempted, TooManySkipped
+from opd.errors import Paused, Preempted, RunFailed, TooManySkipped
 from opd.launcher.beacon import Beacon
 from opd.launcher.ranks import is_lost_peer, join_ranks
 from opd.run.live import LiveView, PhaseClock
@@ -71,6 +71,8 @@ def _outcome(beacon: Beacon) -> tuple[str, str]:
         return "paused" if isinstance(stopped, Paused) else "preempted", str(stopped)
     except TooManySkipped as failed:
         return "skipped", str(failed)
+    except RunFailed as failed:
+        return "failed", str(failed)
     except KeyboardInterrupt:
         return "interrupted", ""
     except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:

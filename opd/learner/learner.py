@@ -25,7 +25,7 @@ from opd.learner.packing import num_rows, pack, pad_to, to_device
 from opd.learner.policy import Policy
 from opd.learner.schedule import learning_rate
 from opd.learner.types import LearnerSettings, Observer, OptimizerSettings, Updater, Weights
-from opd.learner.weights import GatheredWeights
+from opd.learner.weights import FACTOR, GatheredWeights
 from opd.objective.compose import denominators
 from opd.objective.meters import meters
 from opd.objective.terms import Needs, Objective
@@ -157,11 +157,13 @@ class PolicyLearner:
 
     def weights(self, version: int) -> WeightSource:
         """The student's weights for an engine, under Hugging Face names (see LearnerSettings.merge_adapters)."""
-        model, merged = self.policy.model, self.settings.merge_adapters and bool(adapted_layers(self.policy.model))
+        model, alone = self.policy.model, self.settings.adapters_alone
+        merged = self.settings.merge_adapters and not alone and bool(adapted_layers(model))
+        own = [(name, parameter) for name, parameter in model.named_parameters() if not alone or FACTOR in name]
         if self._updater.sharded and not merged:
-            return GatheredWeights(model, self._updater, version)
+            return GatheredWeights(own, self._updater, version)
         with self._updater.whole_weights():
-            named = merged_tensors(model) if merged else [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+            named = merged_tensors(model) if merged else [(name, parameter.detach()) for name, parameter in own]
             if self._updater.sharded:
                 named = [(name, tensor.clone()) for name, tensor in named]
         return ModuleWeights(version=version, named=tuple(named))

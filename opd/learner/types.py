@@ -46,7 +46,7 @@ class LearnerSettings:
     optimiser steps on one batch of rollouts. ema_rate: shadow <- (1 - rate) shadow + rate weights every ema_every rollout steps (rate 1: a
     copy that old); None keeps none.
     merge_adapters: `weights` sends LoRA merged into Hugging Face names (an engine with a module of its own); otherwise the module's own
-    parameters (an engine that shares it).
+    parameters (an engine that shares it). adapters_alone: it sends LoRA's factors and nothing else (an engine that has the base model).
     """
 
     temperature: float = 1.0
@@ -57,6 +57,7 @@ class LearnerSettings:
     minibatches: int = 1
     epochs: int = 1
     merge_adapters: bool = False
+    adapters_alone: bool = False
     ema_rate: float | None = None
     ema_every: int = 1
     gradient_checkpointing: bool = False

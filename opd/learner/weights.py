@@ -1,6 +1,6 @@
 """Weights of a sharded student on their way to an engine."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from opd_rollout.types import WeightMetadata
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from opd.learner.types import Updater
 
 BUCKET_ELEMENTS = 16 << 20
+FACTOR = ".lora_"  # in the names of LoRA's factors (peft)
 
 
 class GatheredWeights:
@@ -17,10 +18,10 @@ class GatheredWeights:
     Nothing is collective while the consumer works on a bucket, so a slow engine cannot hold the other ranks inside a gather.
     """
 
-    def __init__(self, model: nn.Module, updater: Updater, version: int) -> None:
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], updater: Updater, version: int) -> None:
         self.version = version
         self._updater = updater
-        self._named = list(model.named_parameters())
+        self._named = list(named)
 
     def metadata(self) -> WeightMetadata:
         return WeightMetadata(

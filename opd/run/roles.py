@@ -22,11 +22,14 @@ class ActorStatus(Protocol):
     @property
     def in_flight(self) -> int: ...
 
+    @property
+    def pid(self) -> int: ...
+
 
 def of_actors(engines: Iterable[tuple[int, Iterable[ActorStatus]]]) -> dict[str, dict[str, Any]]:
     """Name -> state, seconds in that state and requests in flight; `waiting` (of all actors of its engine): requests that none has yet."""
     return {
-        actor.name: {"state": actor.state, "seconds": actor.seconds, "in_flight": actor.in_flight, "waiting": waiting}
+        actor.name: {"state": actor.state, "seconds": actor.seconds, "in_flight": actor.in_flight, "waiting": waiting, "pid": actor.pid}
         for waiting, actors in engines
         for actor in actors
     }

@@ -13,13 +13,15 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
 
+from opd_rollout.engine import EngineLost
+
 LOG = logging.getLogger("opd.rollout")
 POLL_SECONDS = 0.25
 RETRY_SECONDS = 0.3
 MAX_TRIES = 4
 
 
-class ActorsLost(RuntimeError):
+class ActorsLost(EngineLost):
     """No actor is left that could do the work, or the engine was closed."""
 
 
@@ -56,12 +58,16 @@ class Replica:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStatus:
-    """state: starting | generating | idle | updating | poisoned | restarting | gone, for `seconds`; in_flight: requests that it has."""
+    """state: starting | generating | idle | updating | poisoned | restarting | gone, for `seconds`; in_flight: requests that it has.
+
+    pid: of its process, as it was when it last came up; 0 before.
+    """
 
     name: str
     state: str
     seconds: float
     in_flight: int
+    pid: int
 
 
 @dataclass(slots=True)
@@ -111,7 +117,10 @@ class Pool:
             self.note()
             now = time.monotonic()
             shown = [
-                ReplicaStatus(name=r.name, state=r.shown, seconds=round(now - r.shown_since, 1), in_flight=self._requests_at(r))
+                ReplicaStatus(
+                    name=r.name, state=r.shown, seconds=round(now - r.shown_since, 1), in_flight=self._requests_at(r),
+                    pid=self.facts[r.name].pid if r.name in self.facts else 0,
+                )
                 for r in self.replicas
             ]
             return sum(batch.requests_waiting() for batch in self._batches), shown
@@ -235,7 +244,8 @@ class _Batch:
     def check_alive(self) -> None:
         if all(replica.state == "dead" for replica in self._replicas):
             raise ActorsLost(
-                "every actor is gone and does not come back (see engine.restarts); run the same command again to go on from the last checkpoint"
+                "every actor is gone and does not come back (Ray has died, or see engine.restarts); run the same command again to go on from "
+                "the last checkpoint"
             )
 
     def _load(self, replica: Replica) -> int:

@@ -6,6 +6,10 @@ from typing import Protocol
 from opd_rollout.types import Completion, GenerateRequest, Sampling, ScoreRequest, TokenScores, WeightSource
 
 
+class EngineLost(RuntimeError):
+    """What generates is gone and does not come back; the message says why and how to go on."""
+
+
 class Engine(Protocol):
     """Completions and scores come back in the order of the requests."""
 

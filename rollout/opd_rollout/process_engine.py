@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opd_rollout.engine import EngineLost
 from opd_rollout.torch_engine import TorchEngine
 from opd_rollout.types import Completion, GenerateRequest, ModuleWeights, Sampling, ScoreRequest, TokenScores, WeightSource
 
@@ -26,7 +27,7 @@ POLL_SECONDS = 0.2
 WRITES, VERSION, BEATS = range(3)  # of the shared counters
 
 
-class GeneratorLost(RuntimeError):
+class GeneratorLost(EngineLost):
     """The generator's process died or stalled more often than it may be replaced."""
 
 

@@ -2,13 +2,16 @@
 
 import asyncio
 import os
+import tempfile
+from collections import deque
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opd_rollout.shared_memory import Written
+from opd_rollout.shared_memory import Written, read
 from opd_rollout.types import Sampling
 from opd_rollout.vllm_scores import from_fixed_ids, from_rows, from_vocabulary
 from opd_rollout.vllm_types import Answers, ModelFiles, RunnerFacts, RunnerSettings, Scored, ScoreJob
@@ -31,8 +34,9 @@ class VllmActor:
     def __init__(self) -> None:
         self._runner: Any = None
         self._opened: tuple[ModelFiles, RunnerSettings] | None = None
-        self._stamp, self._version = "", 0
+        self._stamp, self._version, self._num_adapters = "", 0, 0
         self._changing = asyncio.Lock()
+        self._adapters: deque[tuple[Any, tempfile.TemporaryDirectory[str]]] = deque(maxlen=2)  # the one before serves answers under way
 
     async def open(self, model: ModelFiles, settings: RunnerSettings) -> RunnerFacts:
         """Start vLLM, once; the same call again does nothing. Raises ValueError for a model that vLLM cannot load."""
@@ -130,7 +134,8 @@ class VllmActor:
         return from_vocabulary(job, dense[:, :vocab_size], temperature)
 
     async def load(self, written: Written, version: int, stamp: str, in_flight: bool = False) -> None:
-        """Put weights of `version` in place of the old ones, from a file; nothing where they, or newer ones, are.
+        """Put weights of `version` in place of the old ones, from a file; nothing where they, or newer ones, are. LoRA factors, where the engine
+        takes those, serve requests from now on.
 
         Answers under way end first or, with `in_flight` and an async engine, go on under the new ones. A failure leaves no version: the caller
         restarts this actor.
@@ -140,9 +145,21 @@ class VllmActor:
         async with self._changing:
             if self._serves(stamp):
                 return
+            assert self._opened is not None
+            if adapter := self._opened[1].adapter:
+                await self._adopt(adapter, written)
+                self._version, self._stamp = version, stamp
+                return
             await self.begin(in_flight)
             await self.transfer("update_weights", {"update_info": info})
             await self.end(version, stamp)
+
+    async def _adopt(self, config: str, written: Written) -> None:
+        folder, self._num_adapters = tempfile.TemporaryDirectory(prefix="opd-adapter-"), self._num_adapters + 1
+        runner = import_module("opd_rollout.vllm_runner")
+        request = runner.adapter_request(self._num_adapters, Path(folder.name), config, read(written))
+        await self._runner.call("add_lora", request)
+        self._adapters.append((request, folder))
 
     async def begin(self, in_flight: bool = False) -> None:
         """Hold generation and open an update."""
@@ -179,7 +196,7 @@ class VllmActor:
 
     async def _run(self, prompts: Sequence[Any], params: Sequence[Any]) -> list[Any]:
         try:
-            return await self._runner.run(prompts, params)
+            return await self._runner.run(prompts, params, self._adapters[-1][0] if self._adapters else None)
         except Exception as error:
             if type(error).__name__ in ("EngineDeadError", "EngineGenerateError"):
                 os._exit(EXIT_ENGINE_DEAD)  # the engine process is gone: a dead actor is noticed at once and started anew

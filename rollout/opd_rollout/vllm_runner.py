@@ -1,18 +1,23 @@
 """vLLM's two engines behind one set of coroutines: AsyncLLM (an engine process, can pause) and the offline LLM (in this process)."""
 
 import asyncio
+import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
+import torch
 import vllm
+from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
+from vllm.config.lora import MaxLoRARanks
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -28,7 +33,7 @@ class Runner(Protocol):
 
     facts: RunnerFacts
 
-    async def run(self, prompts: Sequence[TokensPrompt], params: Sequence[SamplingParams]) -> list[RequestOutput]: ...
+    async def run(self, prompts: Sequence[TokensPrompt], params: Sequence[SamplingParams], lora: LoRARequest | None) -> list[RequestOutput]: ...
 
     async def call(self, method: str, *args: Any, **keywords: Any) -> Any:
         """A method that both engines have under the same name."""
@@ -50,11 +55,12 @@ class OfflineRunner:
         self._llm: LLM = self._thread.submit(lambda: LLM(disable_log_stats=True, **options)).result()
         self.facts = _facts(self._llm.llm_engine.vllm_config)
 
-    async def run(self, prompts: Sequence[TokensPrompt], params: Sequence[SamplingParams]) -> list[RequestOutput]:
-        return await self._do(lambda: self._llm.generate(list(prompts), list(params), use_tqdm=False))
+    async def run(self, prompts: Sequence[TokensPrompt], params: Sequence[SamplingParams], lora: LoRARequest | None) -> list[RequestOutput]:
+        return await self._do(lambda: self._llm.generate(list(prompts), list(params), lora_request=lora, use_tqdm=False))
 
     async def call(self, method: str, *args: Any, **keywords: Any) -> Any:
-        return await self._do(lambda: getattr(self._llm, method)(*args, **keywords))
+        owner = self._llm if hasattr(self._llm, method) else self._llm.llm_engine  # add_lora
+        return await self._do(lambda: getattr(owner, method)(*args, **keywords))
 
     async def hold(self, *, keep: bool = True) -> None:
         """Calls wait for each other anyway."""
@@ -72,13 +78,14 @@ class AsyncRunner:
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(disable_log_stats=True, **options))
         self.facts, self._count = _facts(self._llm.vllm_config), 0
 
-    async def run(self, prompts: Sequence[TokensPrompt], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+    async def run(self, prompts: Sequence[TokensPrompt], params: Sequence[SamplingParams], lora: LoRARequest | None) -> list[RequestOutput]:
         first, self._count = self._count, self._count + len(prompts)
-        return list(await asyncio.gather(*(self._one(*pair, str(first + i)) for i, pair in enumerate(zip(prompts, params, strict=True)))))
+        asked = enumerate(zip(prompts, params, strict=True))
+        return list(await asyncio.gather(*(self._one(*pair, str(first + i), lora) for i, pair in asked)))
 
-    async def _one(self, prompt: TokensPrompt, params: SamplingParams, name: str) -> RequestOutput:
+    async def _one(self, prompt: TokensPrompt, params: SamplingParams, name: str, lora: LoRARequest | None) -> RequestOutput:
         last = None
-        async for output in self._llm.generate(prompt, params, name):
+        async for output in self._llm.generate(prompt, params, name, lora_request=lora):
             last = output
         assert last is not None and last.finished, "vLLM ended a request without an answer"
         return last
@@ -104,6 +111,10 @@ def open_runner(model: ModelFiles, settings: RunnerSettings) -> Runner:
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": settings.kv_bytes}
     else:
         options |= {"gpu_memory_utilization": settings.memory_share, "enable_sleep_mode": settings.sleeps}
+    if settings.adapter:
+        rank = json.loads(settings.adapter)["r"]
+        fitting = min(size for size in get_args(MaxLoRARanks) if size >= rank)
+        options |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": fitting}
     if settings.transfer:
         options |= {"weight_transfer_config": WeightTransferConfig(backend=settings.transfer), "worker_extension_cls": EXTENSION}
     runner = {"async": AsyncRunner, "offline": OfflineRunner}[settings.mode]
@@ -112,6 +123,13 @@ def open_runner(model: ModelFiles, settings: RunnerSettings) -> Runner:
     with tempfile.TemporaryDirectory(prefix="opd-model-") as folder:
         Path(folder, "config.json").write_text(model.config, encoding="utf-8")
         return runner({**options, "model": folder, "load_format": "dummy"})
+
+
+def adapter_request(number: int, folder: Path, config: str, named: Sequence[tuple[str, torch.Tensor]]) -> LoRARequest:
+    """Writes the factors as peft does, under the names of the adapted module, and names them for vLLM."""
+    (folder / "adapter_config.json").write_text(config, encoding="utf-8")
+    save_file({f"base_model.model.{name.replace('.default.', '.')}": tensor.clone() for name, tensor in named}, folder / "adapter_model.safetensors")
+    return LoRARequest(lora_name=str(number), lora_int_id=number, lora_path=str(folder))
 
 
 def generation_params(seed: int, *, temperature: float, top_p: float, top_k: int, max_tokens: int, stop_ids: Sequence[int]) -> SamplingParams:

@@ -20,7 +20,8 @@ class RunnerSettings:
 
     mode: async (an engine process of its own, can pause in mid-answer) or offline (in the actor). positions: longest sequence, tokens.
     max_logprobs: columns that a scoring request may ask for, -1 for the whole vocabulary. kv_bytes: key-value cache on a CPU; memory_share:
-    of a GPU's memory. transfer: weight-transfer backend, "" for weights that stay.
+    of a GPU's memory. transfer: weight-transfer backend, "" for weights that stay. adapter: text of an adapter_config.json (peft) where updates
+    bring LoRA factors over the folder's weights.
     """
 
     mode: Literal["async", "offline"]
@@ -31,6 +32,7 @@ class RunnerSettings:
     kv_bytes: int = 64 << 20
     memory_share: float = 0.9
     transfer: str = ""
+    adapter: str = ""
     sleeps: bool = False
     options: tuple[tuple[str, Any], ...] = ()
 

@@ -1,6 +1,7 @@
 """Answers ahead of the learner with the real vLLM: one actor with AsyncLLM, whose engine is a process of its own, for the whole module."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -212,6 +213,39 @@ def check_spans(parts, asked, drawn, weights, before):
                 gap = (logp - completion.logprobs)[start:end].double().mean()
                 assert torch.allclose(ratio[start:end].double(), gap.exp(), rtol=1e-5)
                 assert drew == version or end - start < 8 or abs(gap) > 1e-3, "the versions differ, else nothing is shown"
+
+
+def test_lora_factors_alone_make_the_actor_the_learner(actors):
+    """Over the base model's folder, without a word of its weights: a hundredth of the bytes, the same log-probs, a version of its own each."""
+    synchronous = {"asynchrony.max_staleness": 0, "asynchrony.in_flight": False, "engine.mode": "offline"}
+    parts = build_parts(recipe(**synchronous, **{"model.lora.rank": 4, "engine.lora": "adapters"}), actors=actors)
+    asked = [GenerateRequest(prompt_ids=parts.encode(p), seed=request_seed(3, p.id, n, 0)) for n, p in enumerate(parts.source._stream.take(12))]
+    model, before = parts.learner.policy.model, None
+    for version in (0, 1, 2):
+        if version:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.add_(0.1 * torch.randn(parameter.shape) if ".lora_" in name else 0.0)
+            parts.learner.version = version
+            parts.engine.load_weights(parts.learner.weights(version))
+        drawn = parts.engine.generate(asked, Sampling(max_tokens=24, stop_ids=parts.stop_ids))
+        assert {v for c in drawn for v, _, _ in c.versions} == {version} and parts.engine.last_gap.mean < 1e-4
+        for own, theirs in zip(learners_logprobs(parts, asked, drawn), drawn, strict=True):
+            assert torch.allclose(own, theirs.logprobs, atol=1e-4, rtol=0)
+        assert before is None or max((a - b).abs().max() for a, b in zip(learners_logprobs(parts, asked, before), own_of(before), strict=True)) > 1e-2
+        before = drawn
+    sent = parts.learner.weights(3).metadata()
+    assert all(".lora_" in name for name in sent.names)
+    assert sum(math.prod(shape) for shape in sent.shapes) < 0.1 * parts.num_parameters
+    victim = pid(actors)
+    os.kill(victim, signal.SIGKILL)
+    again = parts.engine.generate(asked, Sampling(max_tokens=24, stop_ids=parts.stop_ids))
+    assert [c.token_ids for c in again] == [c.token_ids for c in drawn] and pid(actors) != victim, "a new actor gets the factors again"
+    parts.engine.close()
+
+
+def own_of(drawn):
+    return [completion.logprobs for completion in drawn]
 
 
 def signals(logp, completion):
