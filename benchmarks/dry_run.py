@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128, help="new tokens an answer")
+    parser.add_argument("--only", choices=RECIPES)
     parser.add_argument("--recipe", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/dry_run.json")
     o = parser.parse_args()
@@ -66,7 +67,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     facts = {"date": time.strftime("%Y-%m-%d"), "device": device, "torch": torch.__version__, "scale": o.scale, "steps": o.steps, "rows": []}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    for recipe in RECIPES:
+    for recipe in [o.only] if o.only else RECIPES:
         command = [sys.executable, __file__, "--recipe", recipe]
         for name in ("scale", "steps", "prompts", "tokens"):
             command += [f"--{name}", str(getattr(o, name))]

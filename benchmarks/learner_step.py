@@ -107,6 +107,13 @@ def side_ours(o: argparse.Namespace) -> dict[str, Any]:
         step()
         profile.runcall(step)
         pstats.Stats(profile, stream=sys.stderr).sort_stats("cumulative").print_stats(45)
+    if o.kernels:
+        step()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as kernels:
+            step()
+            torch.cuda.synchronize()
+        print(kernels.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=70), file=sys.stderr)
     found = timed(step, o.device, o.repeats)
     return found | {f"{name}_seconds": statistics.median(values[2:]) for name, values in parts.items()}
 
@@ -180,6 +187,7 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=512, help="tokens")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="with --side ours: Python's profile of a step, on stderr")
+    parser.add_argument("--kernels", action="store_true", help="with --side ours: the GPU's kernels of a step, on stderr")
     parser.add_argument("--side", choices=("ours", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/learner_step.json")
     o = parser.parse_args()

@@ -125,15 +125,15 @@ def tables(
     planned: list[tuple[str, Task, Sizes]], rounds: int, *, minutes: float = float("inf"), name: str = "", folder: Path = RESULTS
 ) -> list[dict[str, Any]]:
     """Measures in order, shows each table as it is done and, with a name, writes the file; leaves out what no longer fits `minutes`."""
-    done, longest, deadline = [], 0.0, time.monotonic() + 60 * minutes
+    done, slowest, deadline = [], 0.0, time.monotonic() + 60 * minutes  # slowest: seconds a system of a table
     for kind, task, sizes in planned:
         began = time.monotonic()
-        if began + longest > deadline:
-            left = f"{deadline - began:.0f} s are left, and a table has taken up to {longest:.0f} s"
+        if began + slowest * len(task.systems) > deadline:
+            left = f"{deadline - began:.0f} s are left, and it may take {slowest * len(task.systems):.0f} s"
             done.append({"task": task.name, "sizes": asdict(sizes), "skipped": left})
         else:
             done.append(table(kind, task, sizes, rounds))
-            longest = max(longest, time.monotonic() - began)
+            slowest = max(slowest, (time.monotonic() - began) / len(task.systems))
         show(done[-1:])
         print(f"({time.monotonic() - began:.0f} s)", flush=True)
         if name:
