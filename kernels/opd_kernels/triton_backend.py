@@ -39,6 +39,7 @@ from opd_kernels.triton_rows import (
     backward_shape,
     kernels_on,
     padded,
+    padded_tile,
     project,
     row_chunk,
     row_head,
@@ -115,7 +116,7 @@ def _select_all(head: RowHead, ids: Tensor, topk: int, tiles: Tiles) -> Selected
     budget = chunk_budget(projection.options, device, row_sets=0)
     chunk = rows_in_budget(ids.shape[0], 4 * padded(columns), budget)
     scratch = TileScratch(chunk, columns, device)
-    weight_tile = projection.weight_tile(0, columns)
+    weight_tile = padded_tile(projection, slice(0, columns))
     scans = []
     for rows in spans(ids.shape[0], chunk):
         z = project(scratch.tile(rows.stop - rows.start, columns), projection, rows, weight_tile)
@@ -208,17 +209,19 @@ def _backward_tiles(head: RowHead, ids: Tensor, rule: Coefficients, needs: tuple
     room = weight_block(sums, head, width)
     for columns in spans(projection.columns, width):
         shape = columns.stop - columns.start
-        weight_tile = projection.weight_tile(columns.start, columns.stop)
-        block = None if sums.weight is None else sums.weight[columns] if room is None else room[:shape]
+        weight_tile = padded_tile(projection, columns)
+        written = slice(columns.start, columns.start + len(weight_tile))
+        block = None if sums.weight is None else sums.weight[written] if room is None else room[: len(weight_tile)]
         for rows in spans(ids.shape[0], height):
             z = project(products.tile(rows.stop - rows.start, shape), projection, rows, weight_tile)
             dz = products.over(z, head.gradient_dtype)
+            wide = products.over(z, head.gradient_dtype, len(weight_tile))
             part = _rows_of(rule, rows)
             dense_dz(z, dz, part, head.constants(rows, columns), tiles)
             overwrite(dz, ids[rows], part.selected, projection.options.vocab_start + columns.start)
-            add_tile(sums, dz, projection.hidden[rows], weight_tile, rows, columns, block)
+            add_tile(sums, wide, projection.hidden[rows], weight_tile, rows, written, block)
         if room is not None:
-            sums.weight[columns] = block
+            sums.weight[written] = block
     reduce_hidden_gradient(sums.hidden, projection.options.process_group)
     return sums
 
@@ -243,9 +246,9 @@ def fused_sparse_loss(
         projection, columns = head.head, slice(0, options.valid_columns)
         chunk = row_chunk(head, 1)
         products = TileScratch(chunk, columns.stop, ids.device)
-        weight_tile = projection.weight_tile(0, columns.stop)
-        sums = gradient_sums(projection, needs, torch.float32)
-        block = None if sums.weight is None else sums.weight[columns]
+        weight_tile = padded_tile(projection, columns)
+        sums, written = gradient_sums(projection, needs, torch.float32), slice(0, len(weight_tile))
+        block = None if sums.weight is None else sums.weight[written]
         losses, auxes = [], []
         for rows in spans(ids.shape[0], chunk):
             constants, tokens = head.constants(rows, columns), rows.stop - rows.start
@@ -263,7 +266,8 @@ def fused_sparse_loss(
                 dz, rule = products.over(z, head.gradient_dtype), _row_rule(head, upstream, ids[rows], found, rows)
                 dense_dz(z, dz, rule, constants, tiles)
                 overwrite(dz, ids[rows], rule.selected, options.vocab_start)
-                add_tile(sums, dz, projection.hidden[rows], weight_tile, rows, columns, block)
+                wide = products.over(z, head.gradient_dtype, len(weight_tile))
+                add_tile(sums, wide, projection.hidden[rows], weight_tile, rows, written, block)
         reduce_hidden_gradient(sums.hidden, options.process_group)
     loss = attach(torch.stack(losses).sum(), sums, hidden, weight, options.bias, None, scaled)
     return loss, {name: torch.cat([aux[name] for aux in auxes]) for name in auxes[0]}
@@ -278,7 +282,7 @@ def topk_logprobs(
         projection, columns = head.head, slice(0, options.valid_columns)
         chunk = row_chunk(head, 1)
         products = TileScratch(chunk, columns.stop, hidden.device)
-        weight_tile = projection.weight_tile(0, columns.stop)
+        weight_tile = padded_tile(projection, columns)
         included = hidden.new_full((hidden.shape[0], 1), -1, dtype=torch.int64) if always_include is None else always_include[:, None]
         scans = []
         for rows in spans(hidden.shape[0], chunk):

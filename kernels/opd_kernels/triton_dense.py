@@ -13,7 +13,7 @@ from opd_kernels.precomputed import attach, needs_gradient
 from opd_kernels.row_kernels import TILES, Tiles, row_sums, scaled
 from opd_kernels.tiling import spans
 from opd_kernels.triton_divergence import ProductTile, divergence_dz, divergence_rows
-from opd_kernels.triton_rows import RowHead, TileScratch, backward_shape, kernels_on, project, row_chunk, row_head, weight_block
+from opd_kernels.triton_rows import RowHead, TileScratch, backward_shape, kernels_on, padded_tile, project, row_chunk, row_head, weight_block
 from opd_kernels.types import Divergence, HeadInputs, LogitOptions
 
 
@@ -79,7 +79,8 @@ def _dense_rows(
     group = student.options.process_group
     chunk = row_chunk(heads[0], 2)
     scratches = [TileScratch(chunk, columns.stop, device) for _ in heads]
-    weight_tiles = [head.head.weight_tile(0, columns.stop) for head in heads]
+    weight_tiles = [padded_tile(head.head, columns) for head in heads]
+    written = slice(0, len(weight_tiles[0]))
     parts = []
     for rows in spans(tokens, chunk):
         pair = []
@@ -94,7 +95,8 @@ def _dense_rows(
             dz = scratches[0].over(pair[0].z, heads[0].gradient_dtype)
             scale = token_weight[rows] * student.options.logit_scale * heads[0].inverse_temperature[rows]
             divergence_dz(pair[0], pair[1], divergence, slope, scale, dz, tiles)
-            add_tile(sums, dz, student.hidden[rows], weight_tiles[0], rows, columns, None if sums.weight is None else sums.weight[columns])
+            wide = scratches[0].over(pair[0].z, heads[0].gradient_dtype, written.stop)
+            add_tile(sums, wide, student.hidden[rows], weight_tiles[0], rows, written, None if sums.weight is None else sums.weight[written])
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -114,8 +116,9 @@ def _dense_backward(
     room = weight_block(sums, heads[0], width)
     for columns in spans(student.columns, width):
         shape = columns.stop - columns.start
-        weight_tiles = [head.head.weight_tile(columns.start, columns.stop) for head in heads]
-        block = None if sums.weight is None else sums.weight[columns] if room is None else room[:shape]
+        weight_tiles = [padded_tile(head.head, columns) for head in heads]
+        written = slice(columns.start, columns.start + len(weight_tiles[0]))
+        block = None if sums.weight is None else sums.weight[written] if room is None else room[: len(weight_tiles[0])]
         for rows in spans(slope.shape[0], height):
             pair = [
                 ProductTile(
@@ -127,8 +130,9 @@ def _dense_backward(
             ]
             dz = scratches[0].over(pair[0].z, heads[0].gradient_dtype)
             divergence_dz(pair[0], pair[1], divergence, slope[rows], scale[rows], dz, tiles)
-            add_tile(sums, dz, student.hidden[rows], weight_tiles[0], rows, columns, block)
+            wide = scratches[0].over(pair[0].z, heads[0].gradient_dtype, len(weight_tiles[0]))
+            add_tile(sums, wide, student.hidden[rows], weight_tiles[0], rows, written, block)
         if room is not None:
-            sums.weight[columns] = block
+            sums.weight[written] = block
     reduce_hidden_gradient(sums.hidden, student.options.process_group)
     return sums

@@ -38,8 +38,7 @@ class RowHead:
         """Products of the tokens with the given numbers [R] and all columns, in memory of their own."""
         columns = self.head.columns
         z = TileScratch(len(tokens), columns, tokens.device).tile(len(tokens), columns)
-        product_into(z, self.head.hidden[tokens], self.head.weight_tile(0, columns).T)
-        return z
+        return project(z, self.head, tokens, padded_tile(self.head, slice(0, columns)))
 
     def constants(self, rows: slice, columns: slice) -> TileConstants:
         """Of the tile of those rows and columns."""
@@ -89,10 +88,13 @@ class TileScratch:
         stride = padded(columns)
         return self._flat[: rows * stride].view(rows, stride)[:, :columns]
 
-    def over(self, tile: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tile of another dtype, of at most 4 bytes, over the memory of `tile`: each row begins where the other's does."""
-        rows, columns = tile.shape
-        return self._flat[: rows * padded(columns)].view(dtype).view(rows, -1)[:, :columns]
+    def over(self, tile: Tensor, dtype: torch.dtype, columns: int | None = None) -> Tensor:
+        """A tile of another dtype, of at most 4 bytes, over the memory of `tile`: each row begins where the other's does.
+
+        columns: more than the tile's, into the padding of its rows.
+        """
+        rows, own = tile.shape
+        return self._flat[: rows * padded(own)].view(dtype).view(rows, -1)[:, : own if columns is None else columns]
 
 
 def rows_in_budget(tokens: int, row_bytes: int, budget: int) -> int:
@@ -113,7 +115,7 @@ def weight_block(sums: GradientSums, head: RowHead, width: int) -> Tensor | None
     """fp32 room for a block of the weight's gradient, where it cannot be added up in place."""
     if sums.weight is None or sums.weight.dtype == torch.float32:
         return None
-    return torch.empty((width, head.head.weight.shape[1]), dtype=torch.float32, device=sums.weight.device)
+    return torch.empty((padded(width), head.head.weight.shape[1]), dtype=torch.float32, device=sums.weight.device)
 
 
 def backward_shape(head: RowHead, copies: int) -> tuple[int, int]:
@@ -132,9 +134,20 @@ def row_chunk(head: RowHead, copies: int) -> int:
     return smallest_over_ranks(rows, options.process_group, device)
 
 
-def project(z: Tensor, head: Projection, rows: slice, weight_tile: Tensor) -> Tensor:
-    """Writes the products of some rows with a weight tile into z."""
-    product_into(z, head.hidden[rows], weight_tile.T)
+def padded_tile(head: Projection, columns: slice) -> Tensor:
+    """Rows of the weight for some columns, and for as much of the padding of a scratch tile's rows as the weight has rows for.
+
+    cuBLAS takes a kernel three times slower where the number of columns is odd, as valid vocabularies are. What the padding holds is never
+    read, and its gradients are zeros.
+    """
+    stop = min(head.weight.shape[0], columns.start + padded(columns.stop - columns.start))
+    return head.weight_tile(columns.start, max(columns.stop, stop))
+
+
+def project(z: Tensor, head: Projection, rows: slice | Tensor, weight_tile: Tensor) -> Tensor:
+    """Writes the products of some rows with a weight tile (see `padded_tile`) into z."""
+    wide = z.as_strided((z.shape[0], weight_tile.shape[0]), z.stride())
+    product_into(wide, head.hidden[rows], weight_tile.T)
     return z
 
 
