@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from itertools import count
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from opd.build import problems as building
 from opd.build.problems import check_fits_memory, load_problems
 from opd.config.load import parse_recipe
+from opd.data import tables
 from opd.data.records import read_records
 from opd.data.stream import LazyStream
 from opd.prompts import judged_record
@@ -196,3 +198,25 @@ def test_a_killed_run_ends_bitwise_as_if_it_had_not_been(tmp_path):
     assert drawn[0] == drawn[1] and (tmp_path / "runs/whole/model/model.safetensors").read_bytes() == (
         tmp_path / "runs/broken/model/model.safetensors"
     ).read_bytes()
+
+
+def test_a_data_set_of_the_hub_is_streamed_from_a_record_on(tmp_path, monkeypatch):
+    """The library's own streaming over a local file in the place of the hub; nothing but the rows that are drawn is asked for."""
+    path = write(tmp_path, [record(n) for n in range(20)])
+    real, asked = datasets.load_dataset, []
+
+    def fake_load(name, subset, *, split, streaming):
+        asked.append((name, subset, split, streaming))
+        return real("json", data_files=str(path), split="train", streaming=streaming, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(tables.datasets, "load_dataset", fake_load)
+    places = [place for place, _ in read_records("owner/name", start=17, lazy=True)]
+    assert places == ["owner/name/train[17]", "owner/name/train[18]", "owner/name/train[19]"] and asked == [("owner/name", None, "train", True)]
+    recipe = data_recipe("owner/name", buffer=4)
+    whole = load_problems(recipe, None).stream
+    broken = load_problems(recipe, None).stream
+    taken = ids(whole.take(40))
+    broken.take(11)
+    again = load_problems(recipe, None).stream
+    again.load_state(json.loads(json.dumps(broken.state())))
+    assert ids(again.take(29)) == taken[11:] and all(streaming for *_, streaming in asked)
