@@ -176,6 +176,7 @@ def test_a_file_larger_than_memory_is_not_read_whole(tmp_path, monkeypatch):
         load_problems(data_recipe(path, stream=False), None)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_bitwise_as_if_it_had_not_been(tmp_path):
     """A bad record and a long one on the way, several passes, a filter with refills; killed in the middle of a pass."""
     records = [record(n) for n in range(11)]
