@@ -30,7 +30,7 @@ def write_pairs(path: Path, summary: Summary) -> None:
         {
             "left": pair.left, "right": pair.right, "decoding": pair.decoding, "difference": pair.interval.mean, "low": pair.interval.low,
             "high": pair.interval.high, "df": pair.interval.df, "p": pair.interval.p_value, "holm_p": pair.holm_p, "verdict": pair.verdict,
-            "seeds": pair.interval.seeds, "problems": pair.interval.problems, "detectable": pair.detectable,
+            "seeds": pair.interval.seeds, "problems": pair.interval.problems, "detectable": pair.detectable, "seeds_needed": pair.seeds_needed or "",
         }
         for pair in summary.pairs
     ]  # fmt: skip

@@ -97,6 +97,7 @@ def _row(arm: ArmSummary, summary: Summary) -> dict[str, Any]:
     pair = summary.pair(arm.name, summary.reference.name)
     row |= _interval_cells(f"minus_{summary.reference.name}", pair.interval if pair else None)
     row |= {"verdict": pair.verdict if pair else "", "holm_p": pair.holm_p if pair else "", "holm_over": pair.family if pair else ""}
+    row |= {"detectable": _number(pair.detectable, 4) if pair else "", "seeds_needed": (pair.seeds_needed or "") if pair else ""}
     row |= _interval_cells("gain_over_base", arm.gain)
     row["learned"] = "" if arm.learned is None else arm.learned
     for cost in summary.costs:
