@@ -1,7 +1,8 @@
 """The comparison's report in a real headless Chromium: python benchmarks/report_pages.py [FOLDER for screenshots]
 
 Builds a page of 10 arms x 5 seeds and one of 2 arms x 1 seed from fabricated run folders, opens each at desktop and phone width, in light and in
-dark, and checks: nothing is wider than the window, every part that scrolls can be reached by keyboard, no text has a contrast below 4.5.
+dark, and checks: nothing is wider than the window or cut off, the four answers are on the first screen of a desktop, every part that scrolls can be
+reached by keyboard, no text has a contrast below 4.5.
 Needs a chromium with its driver and `pip install selenium`.
 """
 
@@ -35,9 +36,12 @@ for (const e of document.querySelectorAll("p,th,td,small,dt,dd,li,a,figcaption,c
   const [a, b] = [shine(getComputedStyle(e).color), shine(behind(e))];
   least = Math.min(least, (Math.max(a, b) + .05) / (Math.min(a, b) + .05));
 }
+const texts = [...document.querySelectorAll("th,td,dd,dt,p,li,summary")].filter(e => !e.closest(".scroll, pre"));
+const cut = texts.filter(e => e.scrollWidth > e.clientWidth + 1).length;
+const answers = Math.round(document.querySelector(".answers").getBoundingClientRect().bottom);
 const closed = [...document.querySelectorAll(".scroll, pre")].filter(e => e.scrollWidth > e.clientWidth && e.tabIndex < 0).length;
 return {page: document.documentElement.scrollWidth, window: document.documentElement.clientWidth, height: document.documentElement.scrollHeight,
-  contrast: Math.round(least * 10) / 10, scrolled_without_keyboard: closed};
+  answers_end: answers, cut, contrast: Math.round(least * 10) / 10, scrolled_without_keyboard: closed};
 """
 
 
@@ -64,7 +68,8 @@ def look(path: Path, shots: Path | None) -> bool:
             driver.get(path.resolve().as_uri())
             found = driver.execute_script(CHECK)
             print(json.dumps({"page": path.parent.name, "at": label, "dark": dark, "KiB": path.stat().st_size >> 10, **found}))
-            good &= found["page"] <= found["window"] and found["contrast"] >= 4.5 and not found["scrolled_without_keyboard"]
+            good &= found["page"] <= found["window"] and found["contrast"] >= 4.5 and not found["scrolled_without_keyboard"] and not found["cut"]
+            good &= label == "phone" or found["answers_end"] <= height
             if shots:
                 shots.mkdir(parents=True, exist_ok=True)
                 clip = {"x": 0, "y": 0, "width": width, "height": found["height"], "scale": 1}

@@ -158,7 +158,7 @@ def interval_bar(pair: PairSummary, reach: float) -> str:
 
 def interval_scale(reach: float) -> str:
     """The axis of a forest plot in percentage points."""
-    ticks = [tick / 100 for tick in round_ticks(100 * reach, wanted=2)[1:]]
+    ticks = [tick / 100 for tick in round_ticks(100 * reach, wanted=2)[1:] or round_ticks(100 * reach, wanted=4)[1:]]
     marks = [(-tick, f"\N{MINUS SIGN}{100 * tick:g}") for tick in reversed(ticks)] + [(0.0, "0")] + [(tick, f"+{100 * tick:g}") for tick in ticks]
     texts = "".join(f'<text x="{_along(value, reach):.1f}" y="14" text-anchor="middle">{text}</text>' for value, text in marks)
     return f'<svg class="scale" viewBox="0 0 {BAR_WIDTH} 18" width="{BAR_WIDTH}" height="18" aria-hidden="true">{texts}</svg>'
