@@ -50,7 +50,7 @@ def rich_table(summary: Summary) -> Table:
             _to_target(arm),
             "" if ratio is None or ratio.value is None else ratio_text(Ratio(value=ratio.value, at_least=ratio.at_least)),
         )
-        if not arm.trained and summary.base_at_best is not None:
+        if arm.name == summary.comparison.base and summary.base_at_best is not None:
             decoding, interval = summary.base_at_best
             table.add_row(f"{arm.label}, {decoding}", _with_interval(interval), *[""] * 6)
     return table

@@ -83,8 +83,9 @@ def audit(folder: Path, rows: Sequence[Mapping[str, Any]], evaluations: Sequence
                 found.append(f"{name} tokens: the steps add up to {total}, the counter says {counted}")
         if abs((taken := sum(row["seconds/step"] for row in rows)) - rows[-1]["seconds/total"]) > 1e-6 * taken:
             found.append(f"seconds: the steps add up to {taken:.6f}, the counter says {rows[-1]['seconds/total']:.6f}")
-    if rows and "tokens/evaluation" in rows[-1]:
-        before = sum(row["tokens"] for row in evaluations if row["split"] == "dev" and row["step"] < rows[-1]["step"])
+    earlier = [row for row in evaluations if row["split"] == "dev" and rows and row["step"] < rows[-1]["step"]]
+    if rows and "tokens/evaluation" in rows[-1] and all("tokens" in row for row in earlier):  # exports of W&B know accuracies only
+        before = sum(row["tokens"] for row in earlier)
         checked.append("evaluations before the last step")
         if before != rows[-1]["tokens/evaluation"]:
             found.append(f"evaluation tokens: eval.jsonl adds up to {before}, the counter says {rows[-1]['tokens/evaluation']:.0f}")

@@ -16,6 +16,7 @@ from opd.comparison.exports import escaped, latex_table
 from opd.comparison.report import write_report
 from opd.comparison.results import GREEDY, PRIMARY, read_run
 from opd.comparison.summary import summarise
+from opd.comparison.table import rich_table
 from opd.comparison.wording import (
     amount,
     duration,
@@ -270,3 +271,13 @@ def test_the_page_can_be_read_by_ear_and_used_by_keyboard(made):
             assert attrs["tabindex"] == "0" and attrs["role"] == "region" and attrs["aria-label"]
     levels = [int(tag[1]) for tag in tags if re.fullmatch(r"h\d", tag)]
     assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+
+
+def test_only_the_base_has_a_row_at_its_best_decoding(made, tmp_path):
+    """A second untrained arm, such as a teacher that is examined, is not given the base's."""
+    comparison = made[0].comparison
+    arms = {"base": comparison.arms["base"], "wise": comparison.arms["base"].model_copy(update={"label": "wise"}), "opd": comparison.arms["opd"]}
+    runs = [replace(run, arm=name) for name, of in (("base", "base"), ("wise", "base"), ("opd", "opd")) for run in made[0].arm(of).runs]
+    summary = summarise(comparison.model_copy(update={"arms": arms, "baseline": "opd"}), runs, {})
+    assert write_report(tmp_path, summary).read_text().count(" at its best<small>") == 1
+    assert [cell for cell in rich_table(summary).columns[0]._cells if "greedy" in cell] == ["base, greedy"]

@@ -10,7 +10,7 @@ from opd.cli import main
 from opd.config.load import load_recipe, parse_recipe, recipe_hash
 from opd.run.folder import read_lines
 from opd.run.spending import QUANTITIES, Rates, Spent, kilowatt_hours, money, role_seconds, used_up
-from opd.timing.ledger import as_dict, read_ledger
+from opd.timing.ledger import as_dict, audit, read_ledger
 from tests.run.forked import TINY, Fault, opd_process, recipe_file
 
 RECIPE = {
@@ -168,3 +168,11 @@ def test_rules_that_cannot_work_are_refused(tmp_path, keys, message):
 def test_prices_do_not_make_another_run():
     plain, priced = (parse_recipe({**TINY, "prices": prices}) for prices in ({}, {"device_hour": 3.0}))
     assert recipe_hash(plain) == recipe_hash(priced)
+
+
+def test_evaluations_that_an_export_tells_no_tokens_of_are_not_compared(tmp_path):
+    """A W&B export of a run of our own has the counter of evaluation tokens, but evaluations with accuracies alone."""
+    rows = [{"step": 3, "tokens/evaluation": 80.0}]
+    assert audit(tmp_path, rows, [{"step": 0, "split": "dev", "avg@k": 0.5}]) == ([], [])
+    known = [{"step": 0, "split": "dev", "tokens": 79, "generations": "none"}]
+    assert audit(tmp_path, rows, known)[1] == ["evaluation tokens: eval.jsonl adds up to 79, the counter says 80"]
