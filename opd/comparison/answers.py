@@ -186,7 +186,7 @@ def _sure(summary: Summary) -> str:
     if pair is None:
         return ""
     interval, left, right = pair.interval, summary.arm(pair.left).label, summary.arm(pair.right).label
-    data = f"{interval.seeds} seed{'s' if interval.seeds > 1 else ''} x {interval.problems} problems"
+    data = f"{interval.seeds} seed{'s' if interval.seeds > 1 else ''} × {interval.problems} problems"
     if not math.isfinite(interval.low):
         return f"Nothing can be said: {data} leave no spread to judge by."
     chance = "may be chance" if pair.verdict == "unresolved" else "is not explained by chance"

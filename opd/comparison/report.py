@@ -230,7 +230,8 @@ def setup(summary: Summary) -> list[tuple[str, str]]:
         rows.append(("Search", "none: every arm as its recipe says"))
     if runs:
         facts = runs[-1].facts
-        models = sorted({run.recipe.get("model", {}).get("path", "") for run in runs} - {""})
+        starting = [run for arm in summary.arms if arm.trained or arm.name == comparison.base for run in arm.runs]
+        models = sorted({run.recipe.get("model", {}).get("path", "") for run in starting} - {""})
         hardware = facts.get("hardware", {})
         unnamed = "not recorded" if any(arm.runs for arm in comparison.arms.values()) else "random weights"
         rows.append(("Starting model", ", ".join(models) or unnamed))

@@ -94,7 +94,7 @@ def test_the_answers_say_what_the_tables_say(made):
     assert ratio == pytest.approx(2, rel=0.5) and f"{ratio:.2f}\N{MULTIPLICATION SIGN}" in found[QUESTIONS[2]]
     assert f"(p {row['p (Holm)']}, corrected for {pair.family} differences)" in found[QUESTIONS[3]]
     assert f"A true difference of {row['resolvable difference']} points" in found[QUESTIONS[3]]
-    assert f"measured with {pair.interval.seeds} seeds x 128 problems, it speaks about new seeds and new problems" in found[QUESTIONS[3]]
+    assert f"measured with {pair.interval.seeds} seeds × 128 problems, it speaks about new seeds and new problems" in found[QUESTIONS[3]]
 
 
 def test_every_number_of_the_tables_of_differences_is_the_summarys(made):
@@ -145,7 +145,7 @@ def test_one_seed_is_said_to_be_one_seed(made):
     comparison = made[0].comparison.model_copy(update={"seeds": [0]})
     runs = [run for arm in made[0].arms for run in arm.runs if run.seed == 0]
     said = dict(answers(summarise(comparison, runs, {})))["How sure is that?"]
-    assert "measured with 1 seed x 128 problems, it speaks about new problems, these seeds only, and what another seed gives is not known." in said
+    assert "measured with 1 seed × 128 problems, it speaks about new problems, these seeds only, and what another seed gives is not known." in said
 
 
 def with_recipes(summary, changes) -> Summary:
