@@ -224,12 +224,12 @@ def make_learner(recipe: Recipe, model: torch.nn.Module, tokenizer: PreTrainedTo
         ema_every=average.every if average else 1, gradient_checkpointing=recipe.model.gradient_checkpointing,
         merge_adapters=speaks_apart(recipe), adapters_alone=distant and recipe.engine.lora == "adapters",
     )  # fmt: skip
-    vocab_size = len(tokenizer)
     if learner_kind(recipe) == "torch":
-        return torch_learner(model, optimizer, settings, vocab_size=vocab_size)
-    from opd.learner.deepspeed_learner import deepspeed_learner
+        return torch_learner(model, optimizer, settings, vocab_size=len(tokenizer))
+    from opd.learner.deepspeed_learner import OFFLOADED, deepspeed_learner
 
-    return deepspeed_learner(model, optimizer, settings, vocab_size=vocab_size, zero_stage=le.zero_stage)
+    options = {"vocab_size": len(tokenizer), "zero_stage": le.zero_stage, "zero_options": OFFLOADED if le.offload else {}}
+    return deepspeed_learner(model, optimizer, settings, **options)
 
 
 def learner_kind(recipe: Recipe) -> str:

@@ -198,6 +198,7 @@ class Learner(_Frozen):
     chunk_bytes: Positive = Field(default=64 << 20, description="bytes of logits held at once by the head")
     packed: bool = Field(default=False, description="packed sequences instead of padded rows")
     zero_stage: Literal[0, 1, 2, 3] = Field(default=0, description="DeepSpeed ZeRO stage")
+    offload: bool = Field(default=False, description="DeepSpeed keeps masters and moments in host memory and updates there; ZeRO 1 and above")
     max_skipped: NonNegative = Field(
         default=5, description="updates in a row that may be refused for a non-finite loss or gradient before the run stops"
     )
@@ -347,11 +348,10 @@ class Recipe(_Frozen):
             )
         if self.engine.lora == "adapters":
             lacks = {
-                "engine.kind=vllm": self.engine.kind == "vllm",
-                "model.lora.rank": self.model.lora is not None,
+                "engine.kind=vllm": self.engine.kind == "vllm", "model.lora.rank": self.model.lora is not None,
                 "model.path or init (actors read the base model's weights there)": bool(self.model.path or self.init) and self.model.init != "random",
                 "asynchrony.in_flight=false (an answer keeps the factors that it began with)": not self.asynchrony.in_flight,
-            }
+            }  # fmt: skip
             if missing := [name for name, there in lacks.items() if not there]:
                 raise ValueError(f"engine.lora=adapters needs {' and '.join(missing)}; or use engine.lora=merged")
         if self.engine.kind == "vllm" and self.engine.mode == "offline" and self.asynchrony.in_flight:
@@ -372,6 +372,8 @@ class Recipe(_Frozen):
     @model_validator(mode="after")
     def _ranks_fit(self) -> "Recipe":
         nodes, count = self.launch.nodes, self.launch.nodes * self.learner.ranks
+        if self.learner.offload and (self.learner.kind == "torch" or not self.learner.zero_stage):
+            raise ValueError("learner.offload is DeepSpeed's, from ZeRO 1 on: use learner.kind=deepspeed learner.zero_stage=1, or offload=false")
         if count > 1 and self.learner.kind == "torch":
             raise ValueError("learner.kind torch is one process: use learner.kind=deepspeed, or learner.ranks=1")
         if nodes > 1 and self.engine.kind == "vllm" and not self.ray.address:

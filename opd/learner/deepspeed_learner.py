@@ -25,6 +25,7 @@ from opd.learner.types import LearnerSettings, OptimizerSettings
 from opd.learner.weights import whole_shape
 
 DEADLINE = timedelta(minutes=30)
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}}  # further keys of "zero_optimization"
 
 
 def deepspeed_learner(
@@ -203,6 +204,7 @@ def engine_config(zero: Mapping[str, Any], largest_norm: float, low_precision: b
         "gradient_clipping": largest_norm if zero["stage"] else 0.0,
         "zero_optimization": dict(zero),
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # an offloaded state is torch's AdamW's too: no C++ compiler needed
     }
     if low_precision:
         config |= {"bf16": {"enabled": True}, "communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from opd.learner.deepspeed_learner import deepspeed_learner
+from opd.learner.deepspeed_learner import OFFLOADED, deepspeed_learner
 from opd.objective import build_objective
 from tests.learner import cases
 
@@ -76,6 +76,14 @@ def main(out: Path, stage: int, other: str = "") -> None:
     if world > 1:
         learner = build(cases.tiny_model(), RATE, cases.settings())
         result["idle"] = summary(learner, run(learner, cases.NLL, rank, world, idle_step=1))
+        learner.close()
+    if world == 1 or stage == 2:  # bf16 weights over fp32 masters; the optimiser's state in host memory
+        learner = build(cases.tiny_model(dtype=torch.bfloat16), RATE, cases.settings())
+        result["bf16"] = summary(learner, run(learner, cases.HYBRID, rank, world))
+        learner.close()
+    if stage == 2:
+        learner = build(cases.tiny_model(), RATE, cases.settings(ema_rate=0.3), zero_options={**options, **OFFLOADED})
+        result["offloaded"] = summary(learner, run(learner, cases.HYBRID, rank, world))
         learner.close()
     if world > 1 and stage < 2:
         learner = build(cases.tiny_model(), RATE, cases.settings())

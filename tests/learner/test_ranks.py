@@ -64,6 +64,13 @@ def test_two_ranks_are_one(alone, tmp_path, stage):
     assert all(torch.isfinite(tensor).all() for tensor in pair["nan"]["weights"].values())
     assert pair["idle"]["skipped"] == [""] * 3, "a rank without answers takes part"
 
+    if stage == 2:
+        assert pair["bf16"]["losses"] == approx(alone["bf16"]["losses"], rel=2e-2, abs=1e-4)
+        assert gap(pair["bf16"]["weights"], alone["bf16"]["weights"]) < 2e-2
+        assert {tensor.dtype for tensor in pair["bf16"]["weights"].values()} == {torch.bfloat16}
+        assert pair["offloaded"]["losses"] == approx(pair["hybrid"]["losses"], abs=1e-6)
+        assert gap(pair["offloaded"]["weights"], pair["hybrid"]["weights"]) < 1e-6
+
     if stage < 2:  # memory runs out on rank 0 alone; both replay
         assert pair["memory"]["budget"] == 32
         assert pair["memory"]["losses"] == approx(pair["memory_wanted"]["losses"], abs=1e-5)

@@ -212,6 +212,8 @@ def test_a_roll_back_drops_what_the_weights_that_were_taken_back_wrote(tmp_path,
         ({"engine.kind": "vllm", "engine.mode": "offline", "asynchrony.max_staleness": 1, "asynchrony.in_flight": True}, "engine.mode=async"),
         ({**APART, "asynchrony.in_flight": True}, "max_staleness=1 or more"),
         ({"engine.replicas": 2}, "engine.kind=process"),
+        ({"learner.offload": True}, "from ZeRO 1 on: use learner.kind=deepspeed learner.zero_stage=1"),
+        ({"learner.offload": True, "learner.kind": "torch", "learner.zero_stage": 2}, "from ZeRO 1 on"),
         ({"engine.kind": "vllm", "engine.lora": "adapters"}, "needs model.lora.rank and model.path or init .*; or use engine.lora=merged"),
         ({"engine.lora": "adapters", "model.lora.rank": 4, "model.init": "random"}, "needs engine.kind=vllm and model.path or init .actors read"),
         (

@@ -125,6 +125,7 @@ def test_a_method_trains_and_resumes_bitwise(here, method, kind):
 )
 def test_zero_stages_train_and_resume_bitwise_on_one_rank(here, stage, dtype, lora):
     changes = {"learner.kind": "deepspeed", "learner.zero_stage": stage, "model.dtype": dtype, "model.lora": lora, "teacher": {"ema": {"rate": 0.3}}}
+    changes["learner.offload"] = stage == 2
     JUDGED.clear()
     by_text.stop_after = 0
     whole = train("opsd", "whole", **changes)
