@@ -62,6 +62,8 @@ def checked(verify: Verifier, check: Callable[[], None]) -> Verifier:
         check()
         return verify(prompt, text)
 
+    if not hasattr(verify, "__qualname__"):  # a partial: the record of a run names the verifier, watched or not
+        one.__qualname__ = type(verify).__name__
     return Batched(many) if hasattr(verify, "many") else one
 
 

@@ -13,6 +13,7 @@ import torch
 from opd.types import Prompt, Verdict
 from opd.verify import MathVerifier, as_verifier, final_answer, gold_problem, judge, make_verifier
 from opd.verify import math as math_module
+from opd.verify.adapt import checked
 from opd.verify.answers import last_number, marked_answer, read_number
 
 SAMPLE = Path(__file__).parent / "gsm8k_like.jsonl"
@@ -330,3 +331,11 @@ def test_final_answer_gives_one_spelling_an_answer():
     assert {final_answer(prompt("1"), text) for text in ("#### 1,000", "it is $1000.00", "\\boxed{1000}")} == {"1000"}
     assert final_answer(prompt("1"), "first\nParis ") == "Paris"
     assert final_answer(prompt("1"), "") == ""
+
+
+def test_a_watched_verifier_keeps_its_name():
+    """A run records it, and `opd bundle` compares: there nobody watches."""
+    for choice in ("math", {"math": {"deadline_seconds": 1}}, "exact", "task"):
+        verify = make_verifier(choice)
+        watched = checked(verify, lambda: None)
+        assert getattr(watched, "__qualname__", type(watched).__name__) == getattr(verify, "__qualname__", type(verify).__name__)
