@@ -1,7 +1,7 @@
 """One self-distillation step, ours against TRL's SDFTTrainer: same base, prompts, hints, batch, new tokens and divergence.
 
     python benchmarks/sdft_step.py                 # both sides, both vocabularies, 3 rounds in turn -> benchmarks/results/sdft_step.json
-    python benchmarks/sdft_step.py --rounds 1 --steps 6 --out /tmp/try.json
+    python benchmarks/sdft_step.py --rounds 1 --vocabularies 32000 --add    # one more round of one row, beside those that the results have
 
 Each side runs in its own process with the machine's cores; the figure is the median wall time of steps 4.. and the process's peak resident memory.
 Setting: frozen teacher that sees the facts, reverse KL over the full vocabulary, 32 prompts x 1 sample, at most 72 new tokens, AdamW lr 3e-4.
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, NEW_TOKENS, LEARNING_RATE = 32, 72, 3e-4
@@ -117,12 +118,22 @@ def side(name: str, base: Path, steps: int) -> dict[str, float]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def summary(vocabulary: int | str, steps: int, rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """A row of the results: medians of both sides, and the median over the rounds of their ratio."""
+    row: dict[str, Any] = {"vocabulary": vocabulary, "steps": steps, "rounds": rounds}
+    for figure in ("seconds", "peak_mib"):
+        row |= {f"{figure}_{name}": statistics.median(r[name][figure] for r in rounds) for name in ("trl", "opd")}
+        row[f"{figure}_ratio"] = statistics.median(r["opd"][figure] / r["trl"][figure] for r in rounds)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30, help="for the embedded base; a large vocabulary gets a third of them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocabularies", type=int, nargs="*", default=[0, 32000], help="0: the embedded base's own")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/sdft_step.json")
+    parser.add_argument("--add", action="store_true", help="keep the rows and rounds that --out holds, and add to them")
     parser.add_argument("--side", choices=("trl", "opd"))
     parser.add_argument("--base", type=Path)
     options = parser.parse_args()
@@ -132,20 +143,19 @@ def main() -> None:
         peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
         print(json.dumps({"seconds": statistics.median(seconds[3:]), "peak_mib": peak}))
         return
-    table = []
+    stored = json.loads(options.out.read_text())["rows"] if options.add and options.out.exists() else []
+    table = {row["vocabulary"]: row for row in stored}
     for vocabulary in options.vocabularies:
         with tempfile.TemporaryDirectory() as scratch:
             base = make_base(vocabulary, Path(scratch))
             steps = options.steps // 3 if vocabulary else options.steps
             rounds = [{name: side(name, base, steps) for name in ("trl", "opd")} for _ in range(options.rounds)]
-        row = {"vocabulary": vocabulary or "embedded base", "steps": steps, "rounds": rounds}
-        for figure in ("seconds", "peak_mib"):
-            row[f"{figure}_trl"] = statistics.median(r["trl"][figure] for r in rounds)
-            row[f"{figure}_opd"] = statistics.median(r["opd"][figure] for r in rounds)
-            row[f"{figure}_ratio"] = statistics.median(r["opd"][figure] / r["trl"][figure] for r in rounds)
-        table.append(row)
-        print({k: v for k, v in row.items() if k != "rounds"})
-    facts = {"date": time.strftime("%Y-%m-%d"), "cpus": os.cpu_count(), "machine": platform.machine(), "rows": table}
+        name = vocabulary or "embedded base"
+        if name in table and table[name]["steps"] != steps:
+            parser.error(f"{options.out} has rounds of {table[name]['steps']} steps for {name}; add more of the same number")
+        table[name] = summary(name, steps, [*(table[name]["rounds"] if name in table else []), *rounds])
+        print({k: v for k, v in table[name].items() if k != "rounds"})
+    facts = {"date": time.strftime("%Y-%m-%d"), "cpus": os.cpu_count(), "machine": platform.machine(), "rows": list(table.values())}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(facts, indent=1) + "\n")
     shutil.rmtree(ROOT / "benchmarks/__pycache__", ignore_errors=True)

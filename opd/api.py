@@ -16,7 +16,7 @@ from opd_rollout.engine import Engine, EngineLost
 from opd import loop_async
 from opd.ahead import Ahead
 from opd.build.audit import audit_engine
-from opd.build.devices import device_facts
+from opd.build.devices import device_facts, with_chunk_bytes
 from opd.build.spending import num_devices, rates_of
 from opd.build.system import Parts, actors_of, build_parts, check_tracking, input_facts, is_sharded, open_sink, parse_weights
 from opd.build.views import template_notes
@@ -130,7 +130,7 @@ def train_rank(
     ranks, status = clock.ranks, clock.status
     with contextlib.ExitStack() as held:
         held.callback(view.close)
-        existed = folder.is_dir()
+        asked, recipe, existed = recipe, ranks.first(with_chunk_bytes(recipe, folder)), folder.is_dir()
         with ranks.announcing():
             if existed and ranks.leads:
                 held.enter_context(claimed(folder))
@@ -147,7 +147,7 @@ def train_rank(
         audit_engine(recipe, parts, view)
         with ranks.announcing():
             if ranks.leads:
-                open_run(folder, recipe, facts(recipe, parts))
+                open_run(folder, asked, facts(recipe, parts))
                 if not existed:
                     held.enter_context(claimed(folder))
         ranks.wait()
@@ -229,7 +229,7 @@ def facts(recipe: Recipe, parts: Parts) -> dict[str, Any]:
     """What resolved.json adds to the recipe: what was chosen, and hashes of template and data."""
     return {
         **input_facts(recipe, parts.tokenizer),
-        **device_facts(),
+        **device_facts(recipe),
         "verifier": getattr(parts.problems.verify, "__qualname__", type(parts.problems.verify).__name__),
         "allow": list(parts.objective.allowed),
         "num_parameters": parts.num_parameters,

@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from harness import RESULTS, Sizes, extra_bytes_in_child, measure, print_extra_bytes, report
+from harness import RESULTS, Sizes, add_the_rest, extra_bytes_in_child, measure, print_extra_bytes, report, stored_tables
 from systems import sparse_task
 
 BASE = {
@@ -31,7 +31,7 @@ TINY = {"tokens": (16, 32), "columns": (300, 600)}
 LABELS = {"tokens": "tokens N", "columns": "vocabulary V"}
 
 
-def tables(device: str, quick: bool, rounds: int) -> list[dict[str, Any]]:
+def tables(device: str, quick: bool, rounds: int, times_only: bool) -> list[dict[str, Any]]:
     base, grid = (Sizes(tokens=16, columns=300, hidden_size=16, chosen=4), TINY) if quick else (BASE[device], GRID[device])
     task = sparse_task(gpu=False)
     if device == "cuda":
@@ -41,9 +41,15 @@ def tables(device: str, quick: bool, rounds: int) -> list[dict[str, Any]]:
     for axis, values in grid.items():
         for value in values:
             sizes = replace(base, **{axis: value})
-            rows = measure(task, sizes, memory_of, warmup=1, rounds=rounds, patience=1.5)
+            rows = measure(task, sizes, memory_of, warmup=1 if device == "cuda" else 0, rounds=rounds, patience=1.5, times_only=times_only)
             results.append({"task": task.name, "axis": axis, "sizes": asdict(sizes), "rows": rows})
     return results
+
+
+def with_the_rest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tables with memory and errors beside the times."""
+    task, memory_of = sparse_task(gpu=False), functools.partial(extra_bytes_in_child, __file__)
+    return [add_the_rest(table, task, memory_of) for table in results]
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
@@ -75,6 +81,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", choices=("times", "rest"), help="'times', then 'rest' (memory, errors and the plot): the same in two runs; CPU")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--sizes", help=argparse.SUPPRESS)
@@ -84,8 +91,13 @@ def main() -> None:
         print_extra_bytes(sparse_task(gpu=False), options.memory_of, Sizes(**json.loads(options.sizes)))
         return
     name = f"scaling_{options.device}" + ("_quick" if options.quick else "")
-    results = tables(options.device, options.quick, 1 if options.quick else options.rounds)
+    if options.only == "rest":
+        results = with_the_rest(stored_tables(options.results / f"{name}.json"))
+    else:
+        results = tables(options.device, options.quick, 1 if options.quick else options.rounds, options.only == "times")
     path = report(name, results, options.results)
+    if options.only == "times":
+        return
     plot(results, path.with_suffix(".png"))
     print(f"plot in {path.with_suffix('.png')}")
 

@@ -14,6 +14,7 @@ from opd_kernels.chunked_rows import RowChunks, add_gradients, fill, part_of, ro
 from opd_kernels.distributed import combine_sums, reduce_hidden_gradient, sum_ranks
 from opd_kernels.divergence_maths import entries
 from opd_kernels.dlogits import GradientSums, add_tile, gradient_sums
+from opd_kernels.exponentials import exp_into
 from opd_kernels.first_order import first_order
 from opd_kernels.precomputed import attach, needs_gradient
 from opd_kernels.products import Projection, Scratch, logits_into, projection, softcap_slope
@@ -102,10 +103,10 @@ def _forward(
         selected, _ = select_chunk(part_s, chunks, ids[rows], tail=True, entropy=wanted, student_topk=0, keep_logits=True)
         chosen.append((selected.logp, selected.tail_logp, selected.logz, selected.entropy if wanted else selected.logz))
         logz_s, logz_t = selected.logz, _fill_teacher(part_t, chunks)
-        sums = _chunk_sums(part_s, chunks, divergence, logz_s, logz_t)
-        parts.append((sums.logz_s, sums.logz_t, sums.divergence, sums.slope))
+        value, slope = _chunk_sums(part_s, chunks, divergence, logz_s, logz_t, keep=gradients is not None)
+        parts.append((logz_s, logz_t, value, slope))
         if gradients is not None:
-            _add_chunk(gradients, part_s, chunks, rows, divergence, sums, token_weight[rows])
+            _add_chunk(gradients, part_s, chunks, rows, slope, token_weight[rows])
     if gradients is not None:
         reduce_hidden_gradient(gradients.hidden, student.options.process_group)
     logz_s, logz_t, values, slopes = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -127,35 +128,40 @@ def _fill_teacher(head: Projection, chunks: RowChunks) -> Tensor:
     return sums.m + sums.l.log()
 
 
-def _chunk_sums(head: Projection, chunks: RowChunks, divergence: Divergence, logz_s: Tensor, logz_t: Tensor) -> TokenSums:
-    """Turns both sides' logits in scratch into log-probabilities and sums values and slopes over the columns."""
+def _chunk_sums(head: Projection, chunks: RowChunks, divergence: Divergence, logz_s: Tensor, logz_t: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
+    """(D, sum of slopes) [C] from both sides' logits in scratch, over the columns of all ranks.
+
+    With `keep` scratch holds p and the slopes afterwards, both times the softcap's slope.
+    """
     tokens = head.hidden.shape[0]
-    lp, lq = (chunks.logits.view(copy, tokens, head.columns) for copy in (0, 1))
-    totals = lp.new_zeros(2, tokens)
+    scratch_p, scratch_q = (chunks.logits.view(copy, tokens, head.columns) for copy in (0, 1))
+    totals = scratch_p.new_zeros(2, tokens)
     for rows in spans(tokens, _narrow(chunks.inner)):
-        value, slope = entries(divergence, normalized(lp[rows], logz_s[rows]), normalized(lq[rows], logz_t[rows]))
+        p, q = scratch_p[rows], scratch_q[rows]
+        lp, lq = (chunks.tiles.view(area, *p.shape) for area in (0, 1))
+        softcap = softcap_slope(p, head, rows) if keep and head.options.softcap is not None else None
+        normalized(p, logz_s[rows], out=lp)
+        normalized(q, logz_t[rows], out=lq)
+        value, slope = entries(divergence, lp, lq, exp_into(lp, out=p), exp_into(lq, out=q))
         totals[0, rows] = value.sum(dim=1)
         totals[1, rows] = slope.sum(dim=1)
-    totals = sum_ranks(totals, head.options.process_group)
-    return TokenSums(logz_s=logz_s, logz_t=logz_t, divergence=totals[0], slope=totals[1])
+        if softcap is not None:
+            p.mul_(softcap)
+            slope = slope * softcap
+        if keep:
+            q.copy_(slope)
+    divergence_C, slope_C = sum_ranks(totals, head.options.process_group)
+    return divergence_C, slope_C
 
 
-def _add_chunk(
-    gradients: GradientSums,
-    head: Projection,
-    chunks: RowChunks,
-    rows: slice,
-    divergence: Divergence,
-    sums: TokenSums,
-    token_weight: Tensor,
-) -> None:
+def _add_chunk(gradients: GradientSums, head: Projection, chunks: RowChunks, rows: slice, slope_C: Tensor, token_weight: Tensor) -> None:
+    """Adds the gradients of a chunk from what `_chunk_sums` kept: (slope - p * sum of slopes) times the row's weight."""
     tokens = head.hidden.shape[0]
-    lp_rows, lq_rows = (chunks.logits.view(copy, tokens, head.columns) for copy in (0, 1))
-    for inner in spans(tokens, _narrow(chunks.inner)):
-        lp, lq = (normalized(x[inner], logz[inner]) for x, logz in ((lp_rows, sums.logz_s), (lq_rows, sums.logz_t)))
-        part = TokenSums(logz_s=sums.logz_s[inner], logz_t=sums.logz_t[inner], divergence=sums.divergence[inner], slope=sums.slope[inner])
-        lp_rows[inner] = _dlogits(lp, lq, head, inner, divergence, part, token_weight[inner])
-    add_gradients(gradients, lp_rows, head, chunks, rows)
+    p, slope = (chunks.logits.view(copy, tokens, head.columns) for copy in (0, 1))
+    scale = (token_weight * head.row_scale())[:, None]
+    for inner in spans(tokens, chunks.inner):
+        p[inner].mul_(-slope_C[inner, None]).add_(slope[inner]).mul_(scale[inner])
+    add_gradients(gradients, p, head, chunks, rows)
 
 
 def _backward(
@@ -179,8 +185,9 @@ def _backward(
             logits_into(x_s, student, rows, tiles[0], columns.start)
             logits_into(x_t, teacher, rows, tiles[1], columns.start)
             lp, lq = normalized(x_s, sums.logz_s[rows]), normalized(x_t, sums.logz_t[rows])
-            part = TokenSums(logz_s=sums.logz_s[rows], logz_t=sums.logz_t[rows], divergence=upstream[rows], slope=sums.slope[rows])
-            dlogits = _dlogits(lp, lq, student, rows, divergence, part, upstream[rows])
+            dlogits = _dlogits(lp, lq, student, rows, divergence, sums.slope[rows], upstream[rows])
+            if student.options.softcap is not None:
+                dlogits.mul_(softcap_slope(x_s, student, rows))
             add_tile(gradients, dlogits, student.hidden[rows], tiles[0], rows, columns, target)
         if block is not None:
             gradients.weight[columns] = target
@@ -188,20 +195,18 @@ def _backward(
     return gradients
 
 
-def normalized(x: Tensor, logz: Tensor) -> Tensor:
+def normalized(x: Tensor, logz: Tensor, out: Tensor | None = None) -> Tensor:
     """Log-probabilities of logits x [C, cv], at least -1e4."""
-    return (x - logz[:, None]).clamp_(min=FLOOR)
+    return torch.sub(x, logz[:, None], out=out).clamp_(min=FLOOR)
 
 
-def _dlogits(lp: Tensor, lq: Tensor, head: Projection, rows: slice, divergence: Divergence, sums: TokenSums, token_weight: Tensor) -> Tensor:
-    """Gradient of sum(token_weight * D) with respect to a tile of the student's products."""
-    _, slope = entries(divergence, lp, lq)
+def _dlogits(lp: Tensor, lq: Tensor, head: Projection, rows: slice, divergence: Divergence, slope_C: Tensor, token_weight: Tensor) -> Tensor:
+    """Gradient of sum(token_weight * D) with respect to a tile of the student's logits times what the row's options scale them by."""
+    p = exp_into(lp, out=torch.empty_like(lp))
+    _, slope = entries(divergence, lp, lq, p, exp_into(lq, out=torch.empty_like(lq)))
     scale = head.row_scale()
     scale = token_weight * (scale[rows] if isinstance(scale, Tensor) else scale)
-    dlogits = (slope - lp.exp() * sums.slope[:, None]).mul_(scale[:, None])
-    if head.options.softcap is None:
-        return dlogits
-    return dlogits.mul_(softcap_slope(lp + sums.logz_s[:, None], head, rows))
+    return (slope - p.mul_(slope_C[:, None])).mul_(scale[:, None])
 
 
 def _narrow(rows: int) -> int:

@@ -15,14 +15,14 @@ from opd_kernels.types import Divergence
 _NEG_INF = float("-inf")
 
 
-def entries(divergence: Divergence, lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
-    """(value, slope) of each entry; value sums to D, slope is d value / d lp up to a multiple of p."""
+def entries(divergence: Divergence, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """(value, slope) of each entry, p = exp(lp) and q = exp(lq); value sums to D, slope is d value / d lp up to a multiple of p."""
     if divergence.name == "elementwise":
         value, slope = divergence.value(lp, lq), divergence.slope(lp, lq)
     elif divergence.entry_clip is None:
-        return _balanced(divergence, lp, lq)
+        return _balanced(divergence, lp, lq, p, q)
     else:
-        value, slope = _plain(divergence, lp, lq)
+        value, slope = _plain(divergence, lp, lq, p, q)
     if divergence.entry_clip is None:
         return value, slope
     keep = value <= divergence.entry_clip
@@ -35,9 +35,9 @@ def log_mixture(divergence: Divergence, lp: Tensor, lq: Tensor) -> Tensor:
     return torch.logaddexp(lq + _log(share_q), lp + _log(1.0 - share_q))
 
 
-def _plain(divergence: Divergence, lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
+def _plain(divergence: Divergence, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """The entries as published, and their exact slopes."""
-    p, q, alpha, mix = lp.exp(), lq.exp(), divergence.alpha, divergence.mix
+    alpha, mix = divergence.alpha, divergence.mix
     if divergence.name == "forward_kl":
         return q * (lq - lp), -q
     if divergence.name == "reverse_kl":
@@ -52,8 +52,8 @@ def _plain(divergence: Divergence, lp: Tensor, lq: Tensor) -> tuple[Tensor, Tens
     return p * (lp - lm), p * (lp - lm + 1.0 - alpha * share)
 
 
-def _balanced(divergence: Divergence, lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
-    p, q, alpha = lp.exp(), lq.exp(), divergence.alpha
+def _balanced(divergence: Divergence, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    alpha = divergence.alpha
     gap = p - q
     if divergence.name == "forward_kl":
         return q * (lq - lp) + gap, gap
@@ -61,7 +61,7 @@ def _balanced(divergence: Divergence, lp: Tensor, lq: Tensor) -> tuple[Tensor, T
         slope = p * (lp - lq)
         return slope - gap, slope
     if divergence.name == "jsd":
-        return _plain(divergence, lp, lq)
+        return _plain(divergence, lp, lq, p, q)
     lm = log_mixture(divergence, lp, lq)
     share = (lp - lm).exp()
     if divergence.name == "skew_forward_kl":

@@ -20,6 +20,7 @@ from opd_rollout.types import Sampling
 from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
+from opd.build.devices import chunk_bytes_of
 from opd.build.problems import Problems, load_problems, without_long, without_long_ones
 from opd.build.stored import open_stores
 from opd.build.student import external_model, load_model, load_tokenizer, pad_id, room_for_prompts, served_paths, smallest_room, student_path
@@ -148,7 +149,7 @@ def watched(verify: Verifier, modules: Collection[torch.nn.Module], check: Calla
 
 def make_engine(recipe: Recipe, model: torch.nn.Module, pad: int, vocab_size: int, check: Callable[..., None] | None) -> Any:
     """The engine around the module, in this process or, as copies, in processes of its own."""
-    e, chunk_bytes = recipe.engine, recipe.learner.chunk_bytes
+    e, chunk_bytes = recipe.engine, chunk_bytes_of(recipe)
     if e.kind != "process":  # vLLM without its actors (opd eval, opd replay): the same weights speak here
         return TorchEngine(model, pad_id=pad, token_budget=e.token_budget, chunk_bytes=chunk_bytes, vocab_size=vocab_size)
     settings = ChildSettings(
@@ -220,7 +221,7 @@ def make_learner(recipe: Recipe, model: torch.nn.Module, tokenizer: PreTrainedTo
     )  # fmt: skip
     settings = LearnerSettings(
         temperature=recipe.sampling.temperature, token_budget=le.token_budget, packed=le.packed, pad_id=pad_id(tokenizer),
-        chunk_bytes=le.chunk_bytes, minibatches=updates.minibatches, epochs=updates.epochs, ema_rate=average and average.rate,
+        chunk_bytes=chunk_bytes_of(recipe), minibatches=updates.minibatches, epochs=updates.epochs, ema_rate=average and average.rate,
         ema_every=average.every if average else 1, gradient_checkpointing=recipe.model.gradient_checkpointing,
         merge_adapters=speaks_apart(recipe), adapters_alone=distant and recipe.engine.lora == "adapters",
     )  # fmt: skip
@@ -284,11 +285,10 @@ def make_teacher(kind: str, recipe: Recipe, learner: Learner, module: torch.nn.M
     if module is None:
         weights = {"live": "live", "ema": "ema", "frozen": "adapter_off"}[kind]
         return Weights(scores=partial(learner.teacher_pass, weights=weights), head=partial(learner.head, weights))
-    le = recipe.learner
+    le, temperature = recipe.learner, recipe.sampling.temperature
     teacher = LocalTeacher(
-        module, temperature=recipe.sampling.temperature, token_budget=le.token_budget, chunk_bytes=le.chunk_bytes, packed=le.packed,
-        vocab_size=vocab_size,
-    )  # fmt: skip
+        module, temperature=temperature, token_budget=le.token_budget, chunk_bytes=chunk_bytes_of(recipe), packed=le.packed, vocab_size=vocab_size
+    )
     return Weights(scores=teacher.scores, head=teacher.head)
 
 

@@ -67,6 +67,7 @@ FACTS: Mapping[str, tuple[str, Effect]] = {  # key of resolved.json -> what it i
     "accelerators": ("GPUs", "numerics"),
     "cuda": ("CUDA", "numerics"),
     "threads": ("threads of a process", "numerics"),
+    "chunk_bytes": ("bytes of logits held at once", "numerics"),
     "devices": ("devices held", "no"),  # what is paid for
     "created": ("started", "no"),
     "changed_on_resume": ("changed on a resume", "numerics"),

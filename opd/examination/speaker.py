@@ -11,6 +11,7 @@ from opd_rollout.torch_engine import TorchEngine
 from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
+from opd.build.devices import chunk_bytes_of
 from opd.build.student import load_model, pad_id, student_path
 from opd.config.recipe import Recipe
 from opd.text import chat
@@ -38,7 +39,7 @@ def open_speaker(recipe: Recipe, server: str) -> Speaker:
     model = load_model(recipe, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")
     e = recipe.engine
     engine = TorchEngine(
-        model, pad_id=pad_id(tokenizer), token_budget=e.token_budget, chunk_bytes=recipe.learner.chunk_bytes, vocab_size=len(tokenizer)
+        model, pad_id=pad_id(tokenizer), token_budget=e.token_budget, chunk_bytes=chunk_bytes_of(recipe), vocab_size=len(tokenizer)
     )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return Speaker(name=f"{path} {pretrained.fingerprint([path])}", tokenizer=tokenizer, engine=engine, stop_ids=stop_ids, positions=positions)

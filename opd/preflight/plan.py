@@ -8,6 +8,7 @@ from statistics import mean
 
 import torch
 
+from opd.build.devices import chunk_bytes_from, free_bytes
 from opd.build.student import absent_teachers
 from opd.build.system import learner_kind, objective_of
 from opd.build.views import OTHERS
@@ -116,7 +117,7 @@ def make_plan(facts: Facts, device: Device) -> Plan:
         "libraries": {"this process": _resident() if on_cpu else 2 * 10**9},
         "learner": learner_memory(
             student, ranks=ranks, zero_stage=r.learner.zero_stage if deepspeed else 0, checkpointing=r.model.gradient_checkpointing,
-            average=any(kind == "ema" for kind, _ in facts.weights.values()), micro_tokens=micro, chunk_bytes=r.learner.chunk_bytes,
+            average=any(kind == "ema" for kind, _ in facts.weights.values()), micro_tokens=micro, chunk_bytes=_chunk_bytes(r, device),
         ),
         "engine": engine_memory(
             student, rows=min(answers, max(1, r.engine.token_budget // longest)), tokens=longest,
@@ -189,6 +190,14 @@ def _seconds(
 
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def _chunk_bytes(recipe: Recipe, device: Device) -> int:
+    """What a run on the device will choose, there being nothing else on a GPU."""
+    if recipe.learner.chunk_bytes != "auto":
+        return recipe.learner.chunk_bytes
+    on_cpu = device.name == "this CPU"
+    return chunk_bytes_from(free_bytes(torch.device("cpu")) if on_cpu else device.memory, "cpu" if on_cpu else "cuda")
 
 
 def _machine_memory() -> int:

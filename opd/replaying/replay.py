@@ -18,6 +18,7 @@ from torch import Tensor
 
 from opd.api import make_system
 from opd.build import pretrained
+from opd.build.devices import recorded_chunk_bytes
 from opd.build.system import Parts, add_adapters, average_of, build_parts, check_support_sizes, input_facts, make_learner, objective_of, parse_weights
 from opd.config.load import load_recipe, parse_overrides, parse_recipe
 from opd.config.recipe import Recipe
@@ -95,6 +96,8 @@ def run_recipe(folder: Path) -> tuple[Recipe, Mapping[str, Any]]:
             "again alone; train with asynchrony.max_staleness=0 to make bundles"
         )
     overrides = {"learner.kind": resolved.get("learner", "auto"), "track.wandb": "disabled", "engine.kind": "torch", "engine.replicas": 1}
+    if chunk_bytes := recorded_chunk_bytes(resolved):
+        overrides["learner.chunk_bytes"] = chunk_bytes
     return parse_recipe(resolved["recipe"], overrides, origin=str(path), resolved=True), resolved
 
 

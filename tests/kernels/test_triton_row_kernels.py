@@ -174,7 +174,7 @@ def test_divergence_rows_and_gradients(kind, clip):
         logp.append(x.log_softmax(dim=1))
         pair.append(triton_divergence.ProductTile(z=z.tile, constants=with_, logz=x.logsumexp(dim=1).float()))
     value, slope = triton_divergence.divergence_rows(*pair, divergence, TILES)
-    wanted_value, wanted_slope = entries(divergence, *logp)
+    wanted_value, wanted_slope = entries(divergence, *logp, *(one.exp() for one in logp))
     assert (value - wanted_value.sum(dim=1)).abs().max() < 1e-5 and (slope - wanted_slope.sum(dim=1)).abs().max() < 1e-5
     dz, scale = Guarded(rows, columns), torch.tensor([1.0, -2.0, 0.0, 0.5])
     triton_divergence.divergence_dz(*pair, divergence, slope, scale, dz.tile, TILES)
