@@ -195,10 +195,7 @@ class Learner(_Frozen):
     kind: Literal["auto", "torch", "deepspeed"] = Field(default="auto", description="auto: deepspeed where it imports, else torch")
     ranks: Positive = Field(default=1, description="learner processes on this machine (deepspeed), one a GPU where there are GPUs")
     token_budget: Positive = Field(default=16384, description="tokens of a micro-batch, padding included")
-    chunk_bytes: Literal["auto"] | Positive = Field(
-        default="auto",
-        description="bytes of logits held at once by the head; auto: 1/64 of the machine's free memory (64 to 320 MiB), 1/32 of a GPU's (64 to 2560)",
-    )
+    chunk_bytes: Literal["auto"] | Positive = Field(default="auto", description="bytes of logits held at once; auto: by the memory free at the start")
     packed: bool = Field(default=False, description="packed sequences instead of padded rows")
     zero_stage: Literal[0, 1, 2, 3] = Field(default=0, description="DeepSpeed ZeRO stage")
     offload: bool = Field(default=False, description="DeepSpeed keeps masters and moments in host memory and updates there; ZeRO 1 and above")
