@@ -6,7 +6,7 @@ A method file (`recipes/methods/`) and a run file (`recipes/runs/`) share this t
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from opd.config.model import Model, Target
 from opd.config.rollout import Rollout
@@ -250,6 +250,11 @@ class Guard(_Frozen):
     ngram: Positive = Field(default=8, description="tokens in a row, taken from a teacher's view, that count as a leak")
     rate_factor: float = Field(default=0.5, gt=0, le=1, description="multiplies the learning rate at every roll back")
     max_roll_backs: NonNegative = Field(default=2, description="after so many the next alarm pauses")
+
+    @field_validator("action", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # as YAML reads it
 
 
 class Track(_Frozen):

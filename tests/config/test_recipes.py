@@ -76,3 +76,7 @@ def test_override_values_are_yaml_and_scientific_numbers():
         "d": "",
         "e": "text",
     }
+
+
+def test_off_is_a_word_in_an_override_too():
+    assert load_recipe("opsd_expr", ["guard.action=off"]).guard.action == "off"
