@@ -6,7 +6,7 @@ A method file (`recipes/methods/`) and a run file (`recipes/runs/`) share this t
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from opd.config.model import Model, Target
 from opd.config.rollout import Rollout
@@ -211,9 +211,7 @@ class Launch(_Frozen):
     node_rank: NonNegative = Field(default=0, description="number of this machine, from 0; machine 0 writes the run folder")
     master: str = Field(default="", description="HOST:PORT of machine 0 where there are several; a free port that the others reach")
     restarts: NonNegative = Field(default=3, description="restarts after a dead or stalled rank before giving up; a new checkpoint resets the count")
-    extend: bool = Field(
-        default=False, description="a run whose learning rate falls goes on to more steps than it was begun with (with a constant rate any may)"
-    )
+    extend: bool = Field(default=False, description="go on to more steps though the learning rate falls with them (with a constant rate any run may)")
     deadline_seconds: float = Field(default=1800.0, gt=0, description="a rank that shows no sign of life for so long has stalled, seconds")
 
 
@@ -240,7 +238,7 @@ class Checkpoint(_Frozen):
 class Guard(_Frozen):
     """Rules that watch the run for collapse, leaks, style drift and reward hacking; see docs/guard_rails.md."""
 
-    action: Literal["off", "warn", "pause", "roll_back"] = Field(
+    action: Annotated[Literal["off", "warn", "pause", "roll_back"], BeforeValidator(lambda v: "off" if v is False else v)] = Field(  # as YAML reads it
         default="warn",
         description="what a rule does unless `rules` says otherwise: warn; pause (save and stop); roll_back (the weights of the last good "
         "checkpoint, the questions that come next)",
@@ -250,11 +248,6 @@ class Guard(_Frozen):
     ngram: Positive = Field(default=8, description="tokens in a row, taken from a teacher's view, that count as a leak")
     rate_factor: float = Field(default=0.5, gt=0, le=1, description="multiplies the learning rate at every roll back")
     max_roll_backs: NonNegative = Field(default=2, description="after so many the next alarm pauses")
-
-    @field_validator("action", mode="before")
-    @classmethod
-    def _off(cls, value: Any) -> Any:
-        return "off" if value is False else value  # as YAML reads it
 
 
 class Track(_Frozen):
