@@ -238,7 +238,7 @@ class Checkpoint(_Frozen):
 class Guard(_Frozen):
     """Rules that watch the run for collapse, leaks, style drift and reward hacking; see docs/guard_rails.md."""
 
-    action: Annotated[Literal["off", "warn", "pause", "roll_back"], BeforeValidator(lambda v: "off" if v is False else v)] = Field(  # YAML reads it so
+    action: Annotated[Literal["off", "warn", "pause", "roll_back"], BeforeValidator(lambda v: "off" if v is False else v)] = Field(  # YAML
         default="warn",
         description="what a rule does unless `rules` says otherwise: warn; pause (save and stop); roll_back (the weights of the last good "
         "checkpoint, the questions that come next)",
