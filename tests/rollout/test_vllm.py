@@ -242,11 +242,11 @@ def ended(process, folder):
     assert not list((folder / "weights").iterdir())
 
 
-STEPS = 14
+STEPS = 12
 
 
-def test_kills_of_the_actor_the_driver_and_ray_leave_nothing_and_lose_nothing(tmp_path):
-    """One undisturbed run; one whose actor, then driver, then raylet is killed by SIGKILL in a step, and that the same command resumes."""
+def test_kills_of_the_actor_and_of_the_driver_leave_nothing_and_lose_nothing(tmp_path):
+    """One undisturbed run; one whose actor, then whose driver is killed by SIGKILL in a step, and that the same command resumes."""
     folders = [tmp_path / name for name in ("whole", "killed")]
     for folder in folders:
         (folder / "weights").mkdir(parents=True)
@@ -267,16 +267,6 @@ def test_kills_of_the_actor_the_driver_and_ray_leave_nothing_and_lose_nothing(tm
     process.wait()
     wait_for(lambda: not of_run(folder), 20)
     assert len(list((folder / "weights").iterdir())) == 1, "a file stays until the next start"
-    process = start(folder, *words)
-    wait_for(lambda: len(rows(folder)) >= 10)
-    [raylet] = [pid for pid, line in of_run(folder).items() if "raylet/raylet" in line]
-    os.kill(raylet, signal.SIGKILL)
-    assert process.wait(timeout=400) == 1
-    last = (folder / "said").read_text().strip().splitlines()[-1]
-    assert last.startswith("opd: every actor is gone and does not come back (Ray has died, ") and "Traceback" not in (folder / "said").read_text()
-    assert json.loads((folder / "runs/run/status.json").read_text())["state"] == "failed"
-    wait_for(lambda: not of_run(folder), 20)
-    assert not list((folder / "weights").iterdir())
     ended(start(folder, *words), folder)
     assert "resumed after step" in (folder / "said").read_text()
     whole, killed = (rows(folder, "ledger.jsonl") for folder in folders)
