@@ -19,3 +19,7 @@ class NotReproduced(Exception):
 
 class RunFailed(Exception):
     """A process of the run failed, and the launcher could not go on from the last checkpoint; the message says which, where and why."""
+
+
+class Unreachable(ValueError):
+    """A data set of the hub that cannot be read here."""

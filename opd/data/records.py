@@ -16,10 +16,6 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-class Unreachable(ValueError):
-    """A data set of the hub that cannot be read here."""
-
-
 def read_records(source: str, *, subset: str = "", split: str = "train", limit: int = 0, start: int = 0, lazy: bool = False) -> Records:
     """(place, record) pairs of a file or hub data set, in order; the first `limit` of them, 0 for all. start: records that are passed over.
 

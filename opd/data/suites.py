@@ -12,7 +12,8 @@ from typing import Any
 from opd.config.choices import nearest
 from opd.data.presets import Preset, Record, find_preset, lettered
 from opd.data.programs import tests_of_record
-from opd.data.records import Records, Unreachable, read_records
+from opd.data.records import Records, read_records
+from opd.errors import Unreachable
 
 BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 LETTER = "{question}\n\nPlease reason step by step, and put the letter of your choice within \\boxed{{}}."

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import pyarrow.parquet
 
-from opd.data.records import Unreachable
+from opd.errors import Unreachable
 
 Records = Iterator[tuple[str, dict[str, Any]]]
 
