@@ -69,8 +69,9 @@ def _in_contexts(sample: Sample, objective: Objective, contexts: Mapping[str, tu
     """The sample in the student's own context and in every view that a term learns under; each term's route is 0 in the others."""
     completion = sample.judged.completion
     if not contexts:
-        seen_there = completion.source == VIEW and sample.prepared is not None
-        return [replace(sample, prepared=replace(sample.prepared, old_logp=completion.logprobs))] if seen_there else [sample]
+        if completion.source != VIEW or sample.prepared is None:
+            return [sample]
+        return [replace(sample, prepared=replace(sample.prepared, old_logp=completion.logprobs))]
     old_logp = completion.logprobs if sample.prepared is None or completion.source == VIEW else sample.prepared.old_logp
     found = []
     for context in ("", *sorted(contexts)):
