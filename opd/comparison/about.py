@@ -1,12 +1,16 @@
 """What a reader must know of an arm and its data before its numbers: a sentence each, made from the resolved recipe."""
 
+import ast
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from opd.comparison.results import RunResult
 from opd.comparison.summary import ArmSummary
 
 REWARDED = ("group_centered", "leave_one_out", "max_rl", "raw_reward", "pair_preference", "verdict_sign")  # opd.credit.CREDITS, without its torch
+PACKAGE = Path(__file__).parents[1]
 OWN = {"frozen": "a frozen copy of the starting model", "live": "the student itself, with the weights that it has at that moment"}
 
 
@@ -58,6 +62,40 @@ def splits(recipe: Mapping[str, Any]) -> str:
     return f"{text}; test is looked at once, when a run is over{unused}."
 
 
+def task(recipe: Mapping[str, Any]) -> str:
+    """What is asked and what is checked, in the embedded task's own words; for other data the file and who judges. Empty where nobody recorded it."""
+    data = recipe.get("data", {})
+    if data.get("task"):
+        asked, checked = (_described(f"tasks/{data['task']}.py", name) for name in ("", "verify"))
+        checked = checked.split(" parts: ")[0]
+        return f"The task, {data['task']}: {asked}" + (f" What is checked: {checked[0].lower()}{checked[1:]}" if checked else "") if asked else ""
+    where = data.get("preset") or data.get("path")
+    return f"The task: questions of {where}, answers judged by verifier {_name(data.get('verifier', 'auto'))}." if where else ""
+
+
+def sizes(arm: ArmSummary) -> str:
+    """Parameters of the model that an arm trains or examines; empty where nobody recorded it."""
+    found = dict.fromkeys(int(run.facts["num_parameters"]) for run in arm.runs if run.facts.get("num_parameters"))
+    return " or ".join(f"{number:,} parameters" for number in found)
+
+
+@cache
+def _described(module: str, function: str) -> str:
+    """A docstring of our sources in one line, read without importing (and so without torch); empty where there is none."""
+    path = PACKAGE / module
+    if not path.is_file():
+        return ""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = [tree] if not function else [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    return " ".join((ast.get_docstring(nodes[0]) or "").split()) if nodes else ""
+
+
+def _view(name: str) -> str:
+    """facts -> "facts: facts that the answer needs, without the way to it"; the bare name for a function of the user's own."""
+    said = _described("views.py", name).split(". ")[0].rstrip(".")
+    return f"{name}: {said[0].lower()}{said[1:]}" if said else name
+
+
 def _recipe(arm: ArmSummary) -> Mapping[str, Any]:
     first: RunResult | None = next((run for run in arm.runs if run.recipe), None)
     return first.recipe if first else {}
@@ -87,7 +125,7 @@ def _teacher(name: str, signal: Mapping[str, Any]) -> str:
         who = f"a moving average of the student's weights (rate {settings.get('rate', 0.05):g})"
     else:
         who = OWN.get(_name(weights), _name(weights))
-    sees = "which sees the question only, as the student does" if view == "plain" else f"which is also shown what the student is not (view {view})"
+    sees = "which sees the question only, as the student does" if view == "plain" else f"which is also shown what the student is not (view {_view(view)})"
     return f"{'teacher' if name == 'main' else name}: {who}, {sees}"
 
 

@@ -1,6 +1,7 @@
 """The report's sentences: every one is made from the numbers of the summary, the same ones that its tables show."""
 
 import math
+from itertools import combinations
 
 from opd.comparison.about import examined, teacher_paths
 from opd.comparison.costs import SCORED, SECONDS, TOKENS
@@ -10,6 +11,7 @@ from opd.comparison.summary import ArmSummary, PairSummary, Summary
 from opd.comparison.wording import listed, p_text, percent, percent_interval, points, points_interval, ratio_text, reach_text, spent
 
 FEW_SEEDS = 5
+WIDE = 0.05  # a difference of accuracies that nobody would call a tie
 
 
 def sentences(summary: Summary) -> list[str]:
@@ -45,6 +47,10 @@ def _winner(summary: Summary) -> str:
     others = {arm.name for arm in summary.ranked[1:]}
     pairs = [pair for pair in summary.pairs if pair.left == best.name and pair.decoding == PRIMARY and pair.right in others]
     words = ("better", "unresolved", "worse")
+    unresolved = {pair.right for pair in pairs if pair.verdict == "unresolved"}
+    tied = [best, *(arm for arm in summary.ranked if arm.name in unresolved)]
+    if len(tied) > 1 and not _resolved_among(summary, tied):
+        return _tie(summary, tied)
     by_verdict = {word: [_with_accuracy(summary.arm(pair.right)) for pair in pairs if pair.verdict == word] for word in words}
     parts = [
         f"it is better than {listed(by_verdict['better'])}" if by_verdict["better"] else "",
@@ -54,6 +60,38 @@ def _winner(summary: Summary) -> str:
     second = "; ".join(part for part in parts if part)
     text = f"{best.label} has the highest test accuracy at temperature 1: {percent(test.mean)} % (95 % interval {percent_interval(test)})."
     return f"{text} {second[0].upper()}{second[1:]}." if second else text
+
+
+def _resolved_among(summary: Summary, arms: list[ArmSummary]) -> bool:
+    found = [summary.pair(left.name, right.name) for left, right in combinations(arms, 2)]
+    return any(pair is not None and pair.verdict != "unresolved" for pair in found)
+
+
+def _tie(summary: Summary, tied: list[ArmSummary]) -> str:
+    """The arms that no resolved difference separates, then which arms all of them beat, and which only some do."""
+    shown = [f"{arm.label} {percent(test.mean)} % ({percent_interval(test)})" for arm in tied if (test := arm.test()) is not None]
+    separated = "the difference between them is unresolved" if len(tied) == 2 else "no difference between them is resolved"
+    text = f"{listed(shown)} are tied for the highest test accuracy at temperature 1 (95 % intervals): {separated}{_wide(tied)}."
+    names, beaten, partly = {arm.name for arm in tied}, [], []
+    for other in summary.ranked:
+        if other.name in names:
+            continue
+        above = [arm.label for arm in tied if (pair := summary.pair(arm.name, other.name)) is not None and pair.verdict == "better"]
+        if len(above) == len(tied):
+            beaten.append(_with_accuracy(other))
+        else:
+            partly.append(f"{listed(above) or 'none of them'} {'is' if len(above) < 2 else 'are'} resolved to be better than {_with_accuracy(other)}")
+    everyone = "both" if len(tied) == 2 else "all of them"
+    parts = [f"{everyone} are better than {listed(beaten)}"] if beaten else []
+    second = "; ".join([*parts, *(f"only {part}" if not part.startswith("none") else part for part in partly)])
+    return f"{text} {second[0].upper()}{second[1:]}." if second else text
+
+
+def _wide(tied: list[ArmSummary]) -> str:
+    """Arms of a tie that are far below its first one: too little is known of them, which is not the same as being as good."""
+    best = tied[0].test()
+    far = [arm.label for arm in tied[1:] if best is not None and (test := arm.test()) is not None and best.mean - test.mean >= WIDE]
+    return f", of {listed(far)} for want of certainty and not for being close" if far else ""
 
 
 def _with_accuracy(arm: ArmSummary) -> str:
@@ -86,7 +124,17 @@ def _alone(summary: Summary) -> str:
 
 
 def _cost(summary: Summary) -> str:
-    return f"{_whole_run(summary)}. {_to_target(summary)}."
+    return f"{_whole_run(summary)}. {_to_target(summary)}{_at_equal_cost(summary)}."
+
+
+def _at_equal_cost(summary: Summary) -> str:
+    """Kinds of cost at which, once equal, no arm differs from the baseline beyond chance."""
+    kinds = []
+    for cost in summary.matched_costs:
+        found = [arm.matched[cost] for arm in summary.arms if cost in arm.matched and arm.matched[cost].verdict is not None]
+        if found and all(matched.verdict == "unresolved" for matched in found):
+            kinds.append(f"{cost} ({spent(cost, found[0].cost)})")
+    return f"; at equal {listed(kinds)} no difference to {summary.reference.label} on dev is resolved" if kinds else ""
 
 
 def _whole_run(summary: Summary) -> str:
@@ -141,7 +189,8 @@ def _reference_to_target(best: ArmSummary, reference: ArmSummary) -> str:
     needed = reach_text(found, TOKENS) if found.typical is not None else _missed(found)
     if ratio.value is None:
         return f"{needed} ({ratio.why})"
-    return f"{needed} ({_ratio_words(ratio)} as many)" if ratio.at_least else f"{needed}, {_ratio_words(ratio)} as many"
+    many = f"{_ratio_words(ratio)} as many as {best.label}"
+    return f"{needed}, so it needs {many}" if ratio.at_least else f"{needed}, {many}"
 
 
 def _lead(ratio: Ratio | None, best: ArmSummary) -> str:
@@ -149,9 +198,9 @@ def _lead(ratio: Ratio | None, best: ArmSummary) -> str:
     if ratio is None or ratio.value is None:
         return ""
     if ratio.low is None:
-        return f", a lead over {best.label} without an interval"
+        return f", a lead over {best.label} without an interval: {best.label} needed {_ratio_words(ratio)} as many"
     word = "beyond chance" if ratio.low > 1 else "that may be chance (unresolved)"
-    return f", a lead over {best.label} {word}: {_ratio_words(ratio)}"
+    return f", a lead over {best.label} {word}: {best.label} needed {_ratio_words(ratio)} as many"
 
 
 def cheaper_text(summary: Summary) -> str:
@@ -165,7 +214,7 @@ def cheaper_text(summary: Summary) -> str:
     if not texts:
         return ""
     best = summary.ranked[0]
-    text = f"Generated tokens to the target that {best.label}, the most accurate arm, needed over those of another arm"
+    text = f"Generated tokens to the target that {best.label}, the most accurate arm, needed over those of another arm (above 1\N{MULTIPLICATION SIGN} the other arm needed fewer)"
     return f"{text}, paired by seed, not corrected for the number of arms: {'; '.join(texts)}."
 
 

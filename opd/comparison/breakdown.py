@@ -45,8 +45,8 @@ def breakdowns(summary: Summary) -> list[Breakdown]:
 
 def _hardness(summary: Summary) -> tuple[dict[str, str], str]:
     """Problem -> how often it was solved: by the untrained arm, or where there is none, by all arms."""
-    base = [arm for arm in summary.arms if not arm.trained and arm.finished and PRIMARY in arm.finished[0].finals]
-    arms = base or [arm for arm in summary.arms if arm.finished]
+    base = [arm for arm in summary.arms if arm.name == summary.comparison.base and arm.finished and PRIMARY in arm.finished[0].finals]
+    arms = base or [arm for arm in summary.arms if arm.finished]  # of several untrained arms only the base: a teacher is not what they start from
     rows = [run.finals[PRIMARY].by_problem["avg@k"] for arm in arms for run in arm.finished if PRIMARY in run.finals]
     if not rows:
         return {}, ""
@@ -56,7 +56,9 @@ def _hardness(summary: Summary) -> tuple[dict[str, str], str]:
     answers = f"{k} answer{'s' if k > 1 else ''}"
     who = f"{base[0].label} was right on them: never, sometimes or always in {answers}" if base else "all arms were right on them"
     chosen = base[0].label if base else "every arm"
-    return labels, f"Problems by how often {who}. The groups were made with the answers of {chosen}, whose own accuracy they therefore give away."
+    absent = [level for level in LEVELS if level not in labels.values()]
+    none = f" No problem was {' or '.join(absent)}." if absent else ""
+    return labels, f"Problems by how often {who}. The groups were made with the answers of {chosen}, whose own accuracy they therefore give away.{none}"
 
 
 def _grouped(summary: Summary, by: str, note: str, labels: Mapping[str, str], order: list[str]) -> Breakdown:

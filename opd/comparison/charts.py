@@ -25,7 +25,8 @@ class Level:
 class Axes:
     """How a chart counts: names of both axes, numbers of the ticks as text, ticks of the upright one from `low` to `high`; doubling: x is 1, 2, 4 ...
 
-    y_said: a value as labels say it, rounded as tables round it.
+    y_said: a value as labels say it, rounded as tables round it. x_unit: x in what the ticks count (60: x is in seconds, ticks are round
+    minutes); x_name: its name after a number.
     """
 
     x_label: str
@@ -37,6 +38,8 @@ class Axes:
     high: float
     step: float
     doubling: bool = False
+    x_unit: float = 1.0
+    x_name: str = ""
 
 
 def percent_axes(bands: Sequence[Band], levels: Sequence[Level], *, x_label: str, x_number: Callable[[float], str], **options: bool) -> Axes:
@@ -72,7 +75,7 @@ def line_chart(bands: Sequence[Band], axes: Axes, *, levels: Sequence[Level] = (
         parts.append(f'<polygon class="band {drawn.style}" points="{" ".join(upper + lower[::-1])}"/>')
     for drawn in bands:
         line = " ".join(frame.point(x, y) for x, y in zip(drawn.x, drawn.mean, strict=True))
-        ending = f"{drawn.label}: {axes.y_said(drawn.mean[-1])} at {axes.x_number(drawn.x[-1])}"
+        ending = f"{drawn.label}: {axes.y_said(drawn.mean[-1])} at {axes.x_number(drawn.x[-1])}{axes.x_name}"
         parts.append(f'<polyline class="line {drawn.style}" points="{line}"><title>{escape(ending)}</title></polyline>')
     parts += [_mark(frame, mark) for mark in marks if mark.x <= frame.right]
     said = "; ".join(f"{b.label} from {axes.y_said(b.mean[0])} to {axes.y_said(b.mean[-1])}" for b in bands)
@@ -108,7 +111,7 @@ def _axes(frame: _Frame) -> str:
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{escape(axes.y_number(value))}</text>')
     doublings = [2.0**n for n in range(int(math.log2(frame.right)) + 1)] if axes.doubling else []
-    for value in doublings or round_ticks(frame.right):
+    for value in doublings or [tick * axes.x_unit for tick in round_ticks(frame.right / axes.x_unit, wanted=4 if axes.x_unit == 1 else 5)]:
         x = frame.across(value)
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(axes.x_number(value)) if value else "0"}</text>')
     parts.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(axes.x_label)}</text>')

@@ -50,7 +50,7 @@ def costs_of(runs: Sequence[RunResult], rates: Rates, devices: int) -> dict[str,
 class Matched:
     """An arm's dev accuracy at a cost that all arms reached, linear between evaluations; intervals over seeds, the dev problems being these.
 
-    difference: minus the baseline's, paired by seed; verdict after Holm over the arms. detectable: the smallest true difference that such an
+    difference: minus the baseline's, paired by seed; holm_p, verdict: after Holm over the arms. detectable: the smallest true difference that such an
     interval would show with a probability of 80 %; seeds_needed: how many would resolve this one, None for more than 100. All None for the
     baseline and without shared seeds.
     """
@@ -59,6 +59,7 @@ class Matched:
     accuracy: Interval
     difference: Interval | None
     verdict: Verdict | None
+    holm_p: float | None = None
     detectable: float | None = None
     seeds_needed: int | None = None
 
@@ -86,6 +87,7 @@ def at_equal_cost(arms: Mapping[str, Sequence[RunResult]], take: Cost, baseline:
             matched[name],
             difference=differences[name],
             verdict=verdict(differences[name], p_value=p_value),
+            holm_p=p_value,
             detectable=detectable_difference(differences[name], level=level),
             seeds_needed=paired_seeds_to_resolve(pairs[name], level=level),
         )

@@ -13,7 +13,7 @@ from opd.comparison.results import PRIMARY
 from opd.comparison.summary import Summary
 
 COLOURS = ("#2a78d6", "#eb6834", "#1baf7a", "#4a3aa7", "#e34948", "#008300", "#e87ba4", "#b97700")
-GREY = "#71716d"
+GREY, INK = "#71716d", "#16181d"
 
 
 def write_figures(folder: Path, summary: Summary) -> list[Path]:
@@ -28,7 +28,8 @@ def write_figures(folder: Path, summary: Summary) -> list[Path]:
         if summary.base_dev is not None:
             axes.axhline(100 * summary.base_dev, color=GREY, linestyle=":", linewidth=1)
         paths += _save(figure, folder / f"accuracy-vs-{cost.replace(',', '').replace(' ', '-')}")
-    passed = [(styles.get(arm.name, -1), found) for arm in summary.arms if (found := passed_band(arm, "")) is not None]
+    untrained = [arm.name for arm in summary.arms if not arm.trained]
+    passed = [(styles[arm.name] if arm.trained else -1 - untrained.index(arm.name), found) for arm in summary.arms if (found := passed_band(arm, "")) is not None]
     if passed:
         figure, axes = _axes("k", "pass@k on test, temperature 1 (%)")
         axes.set_xscale("log", base=2)
@@ -62,8 +63,8 @@ def _save(figure: Figure, path: Path) -> list[Path]:
 
 def _curves(axes: Axes, bands: Sequence[tuple[int, Band]], *, scale: float) -> None:
     for style, found in bands:
-        colour = COLOURS[style % len(COLOURS)] if style >= 0 else GREY  # -1: the untrained arm
-        dash = ":" if style < 0 else "-" if style < len(COLOURS) else "--"
+        colour = COLOURS[style % len(COLOURS)] if style >= 0 else GREY if style == -1 else INK  # -1: the base; below: other untrained arms
+        dash = (":" if style == -1 else "-.") if style < 0 else "-" if style < len(COLOURS) else "--"
         axes.fill_between(found.x, [scale * y for y in found.low], [scale * y for y in found.high], color=colour, alpha=0.14, linewidth=0)
         axes.plot(found.x, [scale * y for y in found.mean], dash, color=colour, linewidth=1.8, label=found.label)
     axes.grid(alpha=0.25)

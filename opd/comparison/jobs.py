@@ -5,12 +5,14 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from opd.comparison.config import Budget, Comparison, arm_overrides, arm_recipe
 from opd.comparison.results import RunResult, dev_score, read_run
-from opd.config.load import recipe_hash
+from opd.config.load import parse_recipe, recipe_hash
+from opd.config.recipe import Recipe
 from opd.run.spending import Rates
 
 
@@ -105,10 +107,29 @@ def _job(comparison: Comparison, root: Path, arm: str, seed: int, point: Mapping
         point=point,
         recipe=settings.recipe,
         overrides=arm_overrides(comparison, arm, seed, point, tuning=tuning),
-        folder=root / comparison.name / ("tune" if tuning else "runs") / arm / f"{words}seed-{seed}-{recipe_hash(recipe)}",
+        folder=_folder(root / comparison.name / ("tune" if tuning else "runs") / arm, f"{words}seed-{seed}", recipe),
         by=settings.by or ("" if settings.train else "evaluate"),
         budget=(comparison.tune.budget if tuning and comparison.tune else None) or comparison.budget,
     )
+
+
+def _folder(parent: Path, stem: str, recipe: Recipe) -> Path:
+    """parent/stem-HASH; where that is not there, a finished run of the same recipe whose hash is of an older version, which knew fewer keys."""
+    wanted = recipe_hash(recipe)
+    folder = parent / f"{stem}-{wanted}"
+    if folder.exists():
+        return folder
+    others = sorted(path for path in parent.glob(f"{escape(stem)}-*") if path.name.rpartition("-")[0] == stem and run_state(path)[0] == "finished")
+    return next((path for path in others if _recorded_hash(path) == wanted), folder)
+
+
+def _recorded_hash(folder: Path) -> str:
+    """Today's hash of the recipe that a run recorded: keys that it did not know get their defaults, values that it recorded stay. "" for none."""
+    resolved = folder / "resolved.json"
+    try:
+        return recipe_hash(parse_recipe(json.loads(resolved.read_text(encoding="utf-8"))["recipe"], resolved=True)) if resolved.is_file() else ""
+    except ValueError:  # a key that is gone: not today's recipe
+        return ""
 
 
 def _short(value: Any) -> str:

@@ -1,6 +1,7 @@
 """report.html: one self-contained page that opens offline, with CSV, LaTeX, PNG and SVG files beside it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from opd.comparison import answers, wording
-from opd.comparison.about import about, splits
+from opd.comparison.about import about, examined, sizes, splits, task
 from opd.comparison.arms import recipe_rows
 from opd.comparison.breakdown import Breakdown, breakdowns
 from opd.comparison.charts import Axes, Level, interval_bar, interval_scale, line_chart, percent_axes, plain_axes
@@ -19,9 +20,11 @@ from opd.comparison.curves import VITAL_LABELS, band, first_alarms, marks, passe
 from opd.comparison.exports import latex_table, write_breakdowns, write_curves, write_pairs, write_runs
 from opd.comparison.figures import write_figures
 from opd.comparison.jobs import Tuned
+from opd.comparison.provenance import commits_row, data_row, wall_clock, warnings
 from opd.comparison.results import GREEDY, PRIMARY, RunResult
 from opd.comparison.summary import ArmSummary, PairSummary, Summary
 from opd.comparison.table import write_csv
+from opd.comparison.wording import listed
 
 NUM_STYLES = 8
 
@@ -49,6 +52,8 @@ def render(summary: Summary, folder: Path, found: list[Breakdown], beside: list[
     """The page as text; run folders are named relative to `folder`, `beside` are the files that lie there."""
     comparison = summary.comparison
     styles = {arm.name: f"s{n % NUM_STYLES}{' dashed' if n >= NUM_STYLES else ''}" for n, arm in enumerate(_trained(summary))}
+    untrained = [arm.name for arm in summary.arms if not arm.trained]
+    styles |= {name: "base" if n == 0 else "base other" for n, name in enumerate(untrained)}
     return (
         _environment()
         .get_template("report.html.j2")
@@ -58,7 +63,7 @@ def render(summary: Summary, folder: Path, found: list[Breakdown], beside: list[
             comparison=comparison,
             arms=summary.arms,
             reference=summary.reference,
-            styles={arm.name: styles.get(arm.name, "base") for arm in summary.arms},
+            styles=styles,
             charts=charts(summary, styles),
             vitals=vitals(summary, styles),
             passed=passed(summary, styles),
@@ -100,6 +105,7 @@ def _environment() -> Environment:
             "per_point_text",
             "detectable_text",
             "p_text",
+            "seeds_text",
         )  # fmt: skip
     }
     environment.globals |= {"recipe_text": recipe_text, "tuned_text": tuned_text, "trial_rows": trial_rows, "max": max, "len": len, "about": about}
@@ -112,6 +118,10 @@ def _said(summary: Summary) -> dict[str, Any]:
     return {
         "answers": answers.answers(summary),
         "notes": answers.notes(summary),
+        "warnings": warnings(summary),
+        "tasks": [said for said in dict.fromkeys(task(run.recipe) for arm in summary.arms for run in arm.runs) if said],
+        "begun": begun(summary),
+        "wall_clock": wall_clock(summary),
         "cheaper": answers.cheaper_text(summary),
         "few": answers.FEW_SEEDS,
         "known_recipes": [arm.label for arm in known],
@@ -141,6 +151,16 @@ def failures(summary: Summary) -> list[tuple[str, list[int], str]]:
     return [(label, seeds, reason) for (label, reason), seeds in found.items()]
 
 
+def begun(summary: Summary) -> str:
+    """Why the line of the base may lie beside the beginnings of the curves: other answers of the same model. Empty where there is no such line."""
+    base = next((run for arm in summary.arms if arm.name == summary.comparison.base for run in arm.finished), None)
+    other = next((run for arm in _trained(summary) for run in arm.finished if PRIMARY in run.dev_answers), None)
+    if summary.base_dev is None or base is None or other is None:
+        return ""
+    ours, theirs = (f"{count} answer{'s' if count > 1 else ''}" for count in (base.dev_answers[PRIMARY], other.dev_answers[PRIMARY]))
+    return f"The dotted line is the base, {ours} a dev problem; a curve begins with {theirs} a problem, drawn anew, so it may begin beside that line."
+
+
 def charts(summary: Summary, styles: Mapping[str, str]) -> list[tuple[str, Markup]]:
     """(title, SVG) of dev accuracy against each kind of cost."""
     drawn = []
@@ -151,10 +171,12 @@ def charts(summary: Summary, styles: Mapping[str, str]) -> list[tuple[str, Marku
         bands = [found for arm in _trained(summary) if (found := band(arm, take, styles[arm.name])) is not None]
         if all(found.x[-1] <= 0 for found in bands):
             continue
-        number = wording.duration if cost.endswith("seconds") else _tick
-        axes = percent_axes(bands, levels, x_label=cost, x_number=number)
+        unit, name = wording.time_unit(max(found.x[-1] for found in bands)) if cost.endswith("seconds") else (1.0, "")
+        label = f"{cost.removesuffix('-seconds').removesuffix(' seconds')} time, {name}" if name else cost
+        number = partial(_in_unit, unit) if name else _tick
+        axes = replace(percent_axes(bands, levels, x_label=label, x_number=number), x_unit=unit, x_name=f" {name}" if name else "")
         crosses = [mark for arm in _trained(summary) for mark in marks(arm, take, styles[arm.name])]
-        drawn.append((f"Accuracy against {cost}", Markup(line_chart(bands, axes, levels=levels, marks=crosses))))
+        drawn.append((f"Accuracy against {label.removesuffix(f', {name}') if name else cost}", Markup(line_chart(bands, axes, levels=levels, marks=crosses))))
     return drawn
 
 
@@ -196,6 +218,10 @@ def _plain_times(factor: float, value: float) -> str:
     return f"{factor * value:.3g}"
 
 
+def _in_unit(unit: float, value: float) -> str:
+    return f"{value / unit:.3g}"
+
+
 def _tick(value: float) -> str:
     text = wording.amount(value)
     return text.replace(".0 k", " k").replace(".00 M", " M")
@@ -221,24 +247,41 @@ def setup(summary: Summary) -> list[tuple[str, str]]:
     finals = [final for arm in summary.arms for run in arm.finished for final in run.finals.values()]
     rows = [("Budget of a run", comparison.budget.spell(comparison.prices.currency)), ("Seeds", ", ".join(map(str, comparison.seeds)))]
     if finals:
-        rows.append(("Problems", f"{finals[0].row['n_problems']} test problems of {finals[0].row['suite']}, the same for every run"))
+        alike = len({frozenset(final.by_problem["avg@k"]) for final in finals}) == 1
+        shared = "the same for every run" if alike else "not the same in every run: a difference is over those that both arms answered"
+        rows.append(("Problems", f"{finals[0].row['n_problems']} test problems of {finals[0].row['suite']}, {shared}"))
     rows += [("Dev and test", said) for said in dict.fromkeys(splits(run.recipe) for run in runs) if said]
     if comparison.tune is not None:
         grid = "; ".join(f"{key} in {', '.join(map(_plain, values))}" for key, values in comparison.tune.grid.items())
-        rows.append(("Search", f"{grid}, for every trained arm; by dev accuracy ({comparison.tune.metric}), seeds {_joined(comparison.tune.seeds)}"))
+        how = f"by dev accuracy ({comparison.tune.metric}), seeds {_joined(comparison.tune.seeds)}; of equal ones the first of the grid"
+        rows.append(("Search", f"{grid}, for every trained arm; {how}"))
     else:
         rows.append(("Search", "none: every arm as its recipe says"))
     if runs:
         facts = runs[-1].facts
-        starting = [run for arm in summary.arms if arm.trained or arm.name == comparison.base for run in arm.runs]
-        models = sorted({run.recipe.get("model", {}).get("path", "") for run in starting} - {""})
         hardware = facts.get("hardware", {})
-        unnamed = "not recorded" if any(arm.runs for arm in comparison.arms.values()) else "random weights"
-        rows.append(("Starting model", ", ".join(models) or unnamed))
+        rows.append(("Starting model", _starting_model(summary)))
+        others = [f"{path} ({arm.label}): no arm starts from it" for arm in summary.arms if arm.name != comparison.base and (path := examined(arm))]
+        rows += [("Examined only", said) for said in others]
         rows.append(("Machine", f"{hardware.get('cpu', '')}, {hardware.get('cpus', '?')} CPUs, {comparison.workers} workers of one thread"))
+        rows += [(name, said) for name, said in (("Wall clock", wall_clock(summary)), ("Data", data_row(summary))) if said]
         rows.append(("Last run started", str(max(run.facts.get("created", "") for run in runs))))
-        rows.append(("Commit", str(facts.get("git_commit", ""))[:12] or "unknown"))
+        commits = commits_row(summary)
+        rows.append(("Commits" if "," in commits else "Commit", commits))
     return rows
+
+
+def _starting_model(summary: Summary) -> str:
+    """What the trained arms start from, with its size; arm by arm where they do not start from the same model."""
+    unnamed = "not recorded" if any(arm.runs for arm in summary.comparison.arms.values()) else "random weights"
+    held: dict[str, list[str]] = {}
+    for arm in summary.arms:
+        if arm.trained or arm.name == summary.comparison.base:
+            path = next((found for run in arm.runs if (found := run.recipe.get("model", {}).get("path"))), unnamed)
+            held.setdefault(", ".join(part for part in (path, sizes(arm)) if part), []).append(arm.label)
+    if len(held) == 1:
+        return f"{next(iter(held))}: every trained arm starts from it"
+    return "; ".join(f"{model}: {listed(labels)}" for model, labels in held.items())
 
 
 def _joined(values: list[Any]) -> str:

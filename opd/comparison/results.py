@@ -51,6 +51,7 @@ class RunResult:
     """One finished or unfinished run. costs: the counters of its last step. dev: decoding -> accuracy of the last dev evaluation.
 
     vitals: name -> (step, generated tokens, value) of every step that has it. alarms: the lines of guard.jsonl.
+    ended: when its last status was written (UTC), "" where unknown. dev_answers: decoding -> answers a dev problem.
     """
 
     arm: str
@@ -58,11 +59,13 @@ class RunResult:
     folder: Path
     state: str
     why: str = ""
+    ended: str = ""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     curve: tuple[CurvePoint, ...] = ()
     finals: Mapping[str, Final] = field(default_factory=dict)
     dev: Mapping[str, float] = field(default_factory=dict)
+    dev_answers: Mapping[str, int] = field(default_factory=dict)
     costs: Mapping[str, float] = field(default_factory=dict)
     vitals: Mapping[str, tuple[tuple[int, float, float], ...]] = field(default_factory=dict)
     alarms: tuple[Mapping[str, Any], ...] = ()
@@ -101,11 +104,13 @@ def read_run(folder: Path, *, arm: str = "", seed: int | None = None) -> RunResu
         folder=folder,
         state=status.get("state", "missing"),
         why=status.get("why", ""),
+        ended=status.get("updated", "") if status.get("state") == "finished" else "",
         recipe=recipe,
         facts={key: value for key, value in resolved.items() if key != "recipe"},
         curve=learning_curve(dev, metrics, resolved.get("devices", 1)),
         finals={row["decoding"]: read_final(folder, row) for row in evaluations if row["split"] == "test"},
         dev={row["decoding"]: float(row["avg@k"]) for row in dev},
+        dev_answers={row["decoding"]: int(row.get("k", 1)) for row in dev},
         costs={name: float(metrics[-1].get(name, 0.0)) for name in COUNTERS} if metrics else dict.fromkeys(COUNTERS, 0.0),
         vitals={name: _series(metrics, name) for name in VITALS},
         alarms=tuple(read_lines(folder / "guard.jsonl")),

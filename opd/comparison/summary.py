@@ -122,6 +122,10 @@ class Summary:
     def reference(self) -> ArmSummary:
         return self.arm(self.comparison.reference)
 
+    def seeds_vary(self, pair: PairSummary) -> bool:
+        """Whether another seed would give another difference: not between two arms that nobody trains."""
+        return self.arm(pair.left).trained or self.arm(pair.right).trained
+
     def pair(self, left: str, right: str, decoding: str = PRIMARY) -> PairSummary | None:
         return next((p for p in self.pairs if (p.left, p.right, p.decoding) == (left, right, decoding)), None)
 

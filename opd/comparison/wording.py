@@ -40,6 +40,20 @@ def detectable_text(value: float | None) -> str:
     return percent(value) if value is not None and value < 10 else "–"
 
 
+def seeds_text(interval: Interval, needed: int | None, *, seeds_vary: bool = True) -> str:
+    """With how many seeds a difference would be resolved; a dash for one of exactly 0 and where one seed shows no spread."""
+    if not seeds_vary:
+        return "no seeds vary"
+    if interval.seeds < 2 or abs(interval.mean) < 1e-12:
+        return "–"
+    return str(needed) if needed else "> 100"
+
+
+def time_unit(longest: float) -> tuple[float, str]:
+    """(seconds in it, its name) of the unit in which an axis up to so many seconds counts."""
+    return (1.0, "s") if longest < 100 else (60.0, "min") if longest < 6_000 else (3_600.0, "h")
+
+
 def p_text(p_value: float) -> str:
     return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
