@@ -125,7 +125,8 @@ def _teacher(name: str, signal: Mapping[str, Any]) -> str:
         who = f"a moving average of the student's weights (rate {settings.get('rate', 0.05):g})"
     else:
         who = OWN.get(_name(weights), _name(weights))
-    sees = "which sees the question only, as the student does" if view == "plain" else f"which is also shown what the student is not (view {_view(view)})"
+    shown = f"which is also shown what the student is not (view {_view(view)})"
+    sees = "which sees the question only, as the student does" if view == "plain" else shown
     return f"{'teacher' if name == 'main' else name}: {who}, {sees}"
 
 

@@ -58,7 +58,8 @@ def _hardness(summary: Summary) -> tuple[dict[str, str], str]:
     chosen = base[0].label if base else "every arm"
     absent = [level for level in LEVELS if level not in labels.values()]
     none = f" No problem was {' or '.join(absent)}." if absent else ""
-    return labels, f"Problems by how often {who}. The groups were made with the answers of {chosen}, whose own accuracy they therefore give away.{none}"
+    made = f"The groups were made with the answers of {chosen}, whose own accuracy they therefore give away."
+    return labels, f"Problems by how often {who}. {made}{none}"
 
 
 def _grouped(summary: Summary, by: str, note: str, labels: Mapping[str, str], order: list[str]) -> Breakdown:

@@ -29,7 +29,8 @@ def write_figures(folder: Path, summary: Summary) -> list[Path]:
             axes.axhline(100 * summary.base_dev, color=GREY, linestyle=":", linewidth=1)
         paths += _save(figure, folder / f"accuracy-vs-{cost.replace(',', '').replace(' ', '-')}")
     untrained = [arm.name for arm in summary.arms if not arm.trained]
-    passed = [(styles[arm.name] if arm.trained else -1 - untrained.index(arm.name), found) for arm in summary.arms if (found := passed_band(arm, "")) is not None]
+    own = {**styles, **{name: -1 - n for n, name in enumerate(untrained)}}
+    passed = [(own[arm.name], found) for arm in summary.arms if (found := passed_band(arm, "")) is not None]
     if passed:
         figure, axes = _axes("k", "pass@k on test, temperature 1 (%)")
         axes.set_xscale("log", base=2)

@@ -109,7 +109,7 @@ def _code(summary: Summary) -> Warned | None:
 
 
 def data_sections(summary: Summary) -> tuple[dict[str, list[RunResult]], dict[str, list[tuple[Any, str]]]]:
-    """(data hash -> runs, key of `data` -> its values with the runs that have it, where runs differ); a key that older code lacked has its default."""
+    """(data hash -> runs, key of `data` in which runs differ -> its values with their runs); a key that older code lacked has its default."""
     by_hash: dict[str, list[RunResult]] = {}
     for run in ours(reported(summary)):
         if run.facts.get("data_hash"):
@@ -142,7 +142,8 @@ def _data(summary: Summary) -> Warned | None:
     lines = [f"data_hash {code[:DIGITS]}: {named(summary, runs)}." for code, runs in by_hash.items()]
     lines += [f"data.{key}: {'; '.join(f'{value} in {who}' for value, who in values)}." for key, values in differing.items()]
     if not differing and new:
-        lines.append(f"Recipes ask for the same data (older code knew no {_keys(new)}, which enter the hash); whether the files changed is not known.")
+        known = f"older code knew no {_keys(new)}, which enter the hash"
+        lines.append(f"Recipes ask for the same data ({known}); whether the files changed is not known.")
     elif not differing:
         lines.append("Recipes ask for the same data, so the content of its files changed between these runs.")
     return Warned(heading="Runs on different data", lines=tuple(lines))

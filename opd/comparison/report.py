@@ -176,7 +176,8 @@ def charts(summary: Summary, styles: Mapping[str, str]) -> list[tuple[str, Marku
         number = partial(_in_unit, unit) if name else _tick
         axes = replace(percent_axes(bands, levels, x_label=label, x_number=number), x_unit=unit, x_name=f" {name}" if name else "")
         crosses = [mark for arm in _trained(summary) for mark in marks(arm, take, styles[arm.name])]
-        drawn.append((f"Accuracy against {label.removesuffix(f', {name}') if name else cost}", Markup(line_chart(bands, axes, levels=levels, marks=crosses))))
+        title = f"Accuracy against {label.removesuffix(f', {name}') if name else cost}"
+        drawn.append((title, Markup(line_chart(bands, axes, levels=levels, marks=crosses))))
     return drawn
 
 
