@@ -215,7 +215,8 @@ def cheaper_text(summary: Summary) -> str:
         return ""
     best = summary.ranked[0]
     text = f"Generated tokens to the target that {best.label}, the most accurate arm, needed over those of another arm"
-    return f"{text} (above 1\N{MULTIPLICATION SIGN} the other arm needed fewer), paired by seed, not corrected for the number of arms: {'; '.join(texts)}."
+    how = "above 1\N{MULTIPLICATION SIGN} the other arm needed fewer; paired by seed, not corrected for the number of arms"
+    return f"{text} ({how}): {'; '.join(texts)}."
 
 
 def _missed(found: Reach) -> str:

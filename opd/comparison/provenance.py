@@ -96,8 +96,7 @@ def _code(summary: Summary) -> Warned | None:
                 codes.setdefault(run.seed, set()).add(version.code)
     mixed = [seed for seed, of_seed in sorted(codes.items()) if len(of_seed) > 1]
     if mixed:
-        own = "its trained arms" if len(mixed) == 1 else "each of them trained arms"
-        lines.append(f"Differences are paired by seed, and in {_seeds(mixed)} {own} ran on different code: such a difference may come from the code.")
+        lines.append(f"Differences are paired by seed, and in {_seeds(mixed)} trained arms ran on different code, which a difference may come from.")
     elif len(found) > 1:
         lines.append("Differences are paired by seed, and within every seed all trained arms ran on the same code.")
     if len(tried) > 1:

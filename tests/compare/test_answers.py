@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 import fake_runs
 import pytest
 
-from opd.comparison.about import REWARDED, about, splits
+from opd.comparison.about import REWARDED, about, splits, task
 from opd.comparison.answers import answers, cheaper_text, leading_pair, notes
 from opd.comparison.arms import recipe_rows
-from opd.comparison.costs import SCORED, TOKENS
+from opd.comparison.costs import SCORED, SECONDS, TOKENS
 from opd.comparison.report import write_report
 from opd.comparison.results import read_run
 from opd.comparison.summary import Summary, summarise
@@ -95,6 +95,66 @@ def test_the_answers_say_what_the_tables_say(made):
     assert f"(p {row['p (Holm)']}, corrected for {pair.family} differences)" in found[QUESTIONS[3]]
     assert f"A true difference of {row['resolvable difference']} points" in found[QUESTIONS[3]]
     assert f"measured with {pair.interval.seeds} seeds × 128 problems, it speaks about new seeds and new problems" in found[QUESTIONS[3]]
+
+
+def test_arms_that_no_resolved_difference_separates_are_called_tied(made):
+    """Verdicts by hand: the tie leads, then whom all of it beats; once its second arm is resolved to be worse, there is one winner."""
+    summary, _ = made
+    order = [arm.name for arm in summary.ranked]
+
+    def said(better):
+        """The first answer where exactly the pairs (place in the ranking, place) of `better` are resolved."""
+        won = {(order[i], order[j]) for i, j in better}
+        pairs = [
+            replace(p, verdict="better" if (p.left, p.right) in won else "worse" if (p.right, p.left) in won else "unresolved") for p in summary.pairs
+        ]
+        return dict(answers(replace(summary, pairs=tuple(pairs))))[QUESTIONS[0]]
+
+    labels, last = [arm.label for arm in summary.ranked], len(order) - 1
+    rest = [(i, j) for i in (0, 1) for j in range(2, last + 1)]
+    tie = said(rest)
+    assert re.fullmatch(
+        rf"{labels[0]} [\d.]+ % \(.*?\) and {labels[1]} [\d.]+ % \(.*?\) are tied for the highest test accuracy at temperature 1 "
+        rf"\(95 % intervals\): the difference between them is unresolved\. Both are better than {labels[2]} .*{labels[last]} \([\d.]+ %\)\.",
+        tie,
+    )
+    assert "has the highest" not in tie
+    partly = said([pair for pair in rest if pair != (1, last)])
+    assert f"; only {labels[0]} is resolved to be better than {labels[last]} (" in partly
+    won = said([*rest, (0, 1)])
+    assert won.startswith(f"{labels[0]} has the highest test accuracy at temperature 1: ") and "tied" not in won
+    assert said([(0, j) for j in range(3, last + 1)] + [(1, 2)]).startswith(f"{labels[0]} has the highest")  # 0 ~ 1 and 0 ~ 2, but 1 > 2: no tie
+
+
+def test_where_equal_cost_resolves_nothing_the_answer_says_so(made):
+    summary, _ = made
+
+    def said(verdict):
+        arms = [
+            replace(
+                arm, matched={cost: replace(m, verdict=m.verdict and (verdict if cost == SECONDS else "better")) for cost, m in arm.matched.items()}
+            )
+            for arm in summary.arms
+        ]
+        return dict(answers(replace(summary, arms=tuple(arms))))[QUESTIONS[2]]
+
+    assert "; at equal training seconds (" in said("unresolved") and said("unresolved").endswith(") no difference to grpo on dev is resolved.")
+    assert "at equal" not in said("better")
+
+
+def test_equal_cost_has_its_p_and_the_task_is_described(made):
+    summary, page = made
+    html = page.read_text()
+    for arm in summary.arms:
+        for matched in arm.matched.values():
+            assert (matched.holm_p is None) == (matched.difference is None)
+            assert matched.holm_p is None or (matched.holm_p > 0.05) <= (matched.verdict == "unresolved")
+    assert "p (Holm)" in html[html.index("Table: Accuracy at equal cost") :].split("</thead>")[0]
+    said = task(summary.arm("grpo").runs[0].recipe)
+    assert said.startswith("The task, expr: Evaluate a nested expression modulo 7") and "What is checked: right answer, and every step" in said
+    assert said.replace("'", "&#39;") in html
+    assert task({"data": {"path": "d.jsonl", "verifier": {"fn": {}}}}) == "The task: questions of d.jsonl, answers judged by verifier fn."
+    assert task({"data": {"task": "no such task"}}) == "" == task({})
 
 
 def test_every_number_of_the_tables_of_differences_is_the_summarys(made):

@@ -13,7 +13,7 @@ from opd.comparison.breakdown import breakdowns
 from opd.comparison.costs import COSTS, TOKENS
 from opd.comparison.curves import marks, over_seeds, passed_band
 from opd.comparison.exports import escaped, latex_table
-from opd.comparison.report import write_report
+from opd.comparison.report import charts, write_report
 from opd.comparison.results import GREEDY, PRIMARY, read_run
 from opd.comparison.summary import summarise
 from opd.comparison.table import rich_table
@@ -23,6 +23,7 @@ from opd.comparison.wording import (
     points,
     ratio_text,
     reach_text,
+    seeds_text,
 )
 
 ARMS = fake_runs.ARMS
@@ -188,6 +189,54 @@ def test_without_labels_difficulty_is_what_the_base_got_right(made):
     assert [group.label for group in found.groups] == ["never right", "sometimes right", "always right"]
     assert found.groups[0].accuracy["base"].mean == 0 and found.groups[2].accuracy["base"].mean == 1
     assert 0 < found.groups[0].accuracy["opd"].mean < found.groups[2].accuracy["opd"].mean
+
+
+def test_the_groups_are_made_by_the_base_alone(made):
+    """A second untrained arm that is always right (an examined teacher) leaves the base's groups as they were."""
+    summary = made[0]
+    arms = {"base": summary.comparison.arms["base"], "wise": summary.comparison.arms["base"].model_copy(update={"label": "wise"})}
+    bare = [replace(run, finals={n: replace(f, domains={}, difficulties={}) for n, f in run.finals.items()}) for run in summary.arm("base").runs]
+    right = {n: replace(f, by_problem={m: dict.fromkeys(v, 1.0) for m, v in f.by_problem.items()}) for n, f in bare[0].finals.items()}
+    comparison = summary.comparison.model_copy(update={"arms": {**arms, "grpo": summary.comparison.arms["grpo"]}})
+    [found] = breakdowns(summarise(comparison, [*bare, replace(bare[0], arm="wise", finals=right)], {}))
+    shares = bare[0].finals[PRIMARY].by_problem["avg@k"]
+    truth = {"never right": 0.0, "always right": 1.0}
+    for group in found.groups:
+        own = {problem for problem, share in shares.items() if truth.get(group.label, share) == share and (group.label in truth or 0 < share < 1)}
+        assert set(group.problems) == own and own
+    assert [group.label for group in found.groups] == ["never right", "sometimes right", "always right"] and "No problem was" not in found.note
+    wise = {n: replace(f, by_problem={m: {p: max(s, 0.5) for p, s in v.items()} for m, v in f.by_problem.items()}) for n, f in bare[0].finals.items()}
+    [found] = breakdowns(summarise(comparison, [replace(bare[0], finals=wise)], {}))
+    assert [group.label for group in found.groups] == ["sometimes right", "always right"] and found.note.endswith("No problem was never right.")
+
+
+def test_seeds_needed_are_said_only_where_seeds_vary(made, tmp_path):
+    """Two untrained arms: no seeds vary. A difference of exactly 0: a dash. One that is not resolvable: > 100."""
+    summary = made[0]
+    untrained = summary.comparison.arms["base"]
+    arms = {"base": untrained, "wise": untrained.model_copy(update={"label": "wise"}), "grpo": summary.comparison.arms["grpo"]}
+    arms["twin"] = arms["grpo"].model_copy(update={"label": "twin"})
+    of = {"base": "base", "wise": "base", "grpo": "grpo", "twin": "grpo"}
+    runs = [replace(run, arm=name) for name, source in of.items() for run in summary.arm(source).runs]
+    found = summarise(summary.comparison.model_copy(update={"arms": arms}), runs, {})
+    html = write_report(tmp_path, found).read_text()
+    row = re.search(r"twin</th>(.*?)</tr>", html[html.index("Table: Differences to the baseline") :], re.DOTALL)[1]
+    assert row.rstrip().endswith("<td>–</td>") and found.pair("twin", "grpo").interval.mean == 0
+    between = re.search(r"base − wise</th>(.*?)</tr>", html, re.DOTALL)[1]
+    assert between.rstrip().endswith("<td>no seeds vary</td>")
+    assert re.search(r"base − grpo</th>(.*?)</tr>", html, re.DOTALL)[1].rstrip().endswith(f"<td>{found.pair('base', 'grpo').seeds_needed}</td>")
+    unclear = replace(found.pair("base", "grpo").interval, mean=0.001)
+    assert (seeds_text(unclear, None), seeds_text(unclear, 7), seeds_text(replace(unclear, seeds=1), None)) == ("> 100", "7", "–")
+
+
+def test_time_axes_count_in_the_unit_of_their_label(made):
+    """A run of 252 seconds: ticks at 0, 1, 2 ... minutes, not at 1.7 min."""
+    runs = [replace(run, curve=tuple(replace(p, seconds=10 * p.seconds) for p in run.curve)) for arm in made[0].arms for run in arm.runs]
+    found = summarise(made[0].comparison, runs, {})
+    styles = {arm.name: "s0" for arm in found.arms}
+    [(_, drawn)] = [chart for chart in charts(found, styles) if chart[0] == "Accuracy against training time"]
+    ticks = re.findall(r'y="272" text-anchor="middle">([^<]+)<', drawn)
+    assert ticks == ["0", "1", "2", "3", "4"] and ">training time, min<" in drawn
 
 
 def test_alarms_and_collapses_are_marked_where_they_happened(made):
