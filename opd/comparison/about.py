@@ -19,7 +19,8 @@ def about(arm: ArmSummary) -> str:
     recipe = _recipe(arm)
     if not arm.trained:
         model = recipe.get("model", {}).get("path", "")
-        return f"{model or 'the starting model'}, examined as it is, without training" if recipe else "examined as it is, without training"
+        named = ", ".join(part for part in (model or "the starting model", sizes(arm)) if part)
+        return f"{named}, examined as it is, without training" if recipe else "examined as it is, without training"
     if not recipe:
         return "no run has recorded a recipe yet"
     if not recipe.get("objective"):

@@ -42,14 +42,14 @@ class Axes:
     x_name: str = ""
 
 
-def percent_axes(bands: Sequence[Band], levels: Sequence[Level], *, x_label: str, x_number: Callable[[float], str], **options: bool) -> Axes:
+def percent_axes(bands: Sequence[Band], levels: Sequence[Level], *, x_label: str, x_number: Callable[[float], str], doubling: bool = False) -> Axes:
     """Shares shown in percent, from the ten below the lowest value to the ten above the highest."""
     values = [value for band in bands for value in (*band.low, *band.high)] + [level.value for level in levels]
     low = max(0.0, math.floor(min(values, default=0.0) * 10 + 1e-9) / 10)
     high = max(min(1.0, math.ceil(max(values, default=1.0) * 10 - 1e-9) / 10), low + 0.1)
     return Axes(
         x_label=x_label, y_label="accuracy, %", x_number=x_number, y_number=lambda value: f"{100 * value:.0f}", y_said=percent, low=low, high=high,
-        step=0.1 if high - low <= 0.6 else 0.2, **options,
+        step=0.1 if high - low <= 0.6 else 0.2, doubling=doubling,
     )  # fmt: skip
 
 
