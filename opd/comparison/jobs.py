@@ -11,9 +11,12 @@ from typing import Any
 
 from opd.comparison.config import Budget, Comparison, arm_overrides, arm_recipe
 from opd.comparison.results import RunResult, dev_score, read_run
-from opd.config.load import parse_recipe, recipe_hash
+from opd.config.load import differences, parse_recipe, recipe_hash
 from opd.config.recipe import Recipe
+from opd.run.folder import MAY_CHANGE
 from opd.run.spending import Rates
+
+NOT_HASHED = ("name", "track", "launch", "hardware", "target", "profile")  # by opd.config.load.recipe_hash
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,22 +117,30 @@ def _job(comparison: Comparison, root: Path, arm: str, seed: int, point: Mapping
 
 
 def _folder(parent: Path, stem: str, recipe: Recipe) -> Path:
-    """parent/stem-HASH; where that is not there, a finished run of the same recipe whose hash is of an older version, which knew fewer keys."""
-    wanted = recipe_hash(recipe)
-    folder = parent / f"{stem}-{wanted}"
+    """parent/stem-HASH; where that is not there, a finished run of the same recipe whose hash is of another version of the code."""
+    folder = parent / f"{stem}-{recipe_hash(recipe)}"
     if folder.exists():
         return folder
     others = sorted(path for path in parent.glob(f"{escape(stem)}-*") if path.name.rpartition("-")[0] == stem and run_state(path)[0] == "finished")
-    return next((path for path in others if _recorded_hash(path) == wanted), folder)
+    return next((path for path in others if _is_run_of(path, recipe)), folder)
 
 
-def _recorded_hash(folder: Path) -> str:
-    """Today's hash of the recipe that a run recorded: keys that it did not know get their defaults, values that it recorded stay. "" for none."""
+def _is_run_of(folder: Path, recipe: Recipe) -> bool:
+    """Whether a run's record asks for this recipe. Keys that it did not know get today's defaults, values that it recorded stay.
+
+    A default that changed since counts only where it decides what is learned (MAY_CHANGE): a buffer's size does not.
+    """
     resolved = folder / "resolved.json"
     try:
-        return recipe_hash(parse_recipe(json.loads(resolved.read_text(encoding="utf-8"))["recipe"], resolved=True)) if resolved.is_file() else ""
+        recorded = parse_recipe(json.loads(resolved.read_text(encoding="utf-8"))["recipe"], resolved=True) if resolved.is_file() else None
     except ValueError:  # a key that is gone: not today's recipe
-        return ""
+        return False
+    if recorded is None:
+        return False
+    wanted = recipe.model_dump(mode="json")
+    chosen = {change.partition(": ")[0] for change in differences(Recipe().model_dump(mode="json"), wanted)}
+    changed = {change.partition(": ")[0] for change in differences(recorded.model_dump(mode="json"), wanted)}
+    return all(key.startswith(NOT_HASHED) or (key.startswith(MAY_CHANGE) and key not in chosen) for key in changed)
 
 
 def _short(value: Any) -> str:

@@ -102,11 +102,14 @@ def test_a_key_that_runs_did_not_know_does_not_make_them_run_again(tmp_path):
     job.folder.rename(old)
     resolved = json.loads((old / "resolved.json").read_text())
     del resolved["recipe"]["data"]["buffer"], resolved["recipe"]["profile"]
+    resolved["recipe"]["learner"]["token_budget"] = 4321  # the default that it had: nothing is learned from it
     (old / "resolved.json").write_text(json.dumps(resolved))
     [again] = reported_jobs(load_comparison(str(path)), tmp_path, {})
     assert again.folder == old and read_run(again.folder).finished
     changed = load_comparison(str(path), {"arms": {"grpo": {"set": {"paper": "grpo", "group": 4}}}})
     assert [one.folder.exists() for one in reported_jobs(changed, tmp_path, {})] == [False]
+    asked = load_comparison(str(path), {"arms": {"grpo": {"set": {"paper": "grpo", "learner.token_budget": 5000}}}})  # asked for: seconds may differ
+    assert [one.folder.exists() for one in reported_jobs(asked, tmp_path, {})] == [False]
     resolved["recipe"]["optimizer"]["lr"] = 0.5  # a value that the record holds is never replaced by today's default
     (old / "resolved.json").write_text(json.dumps(resolved))
     assert [one.folder for one in reported_jobs(load_comparison(str(path)), tmp_path, {})] == [job.folder]
