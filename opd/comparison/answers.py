@@ -11,7 +11,7 @@ from opd.comparison.summary import ArmSummary, PairSummary, Summary
 from opd.comparison.wording import listed, p_text, percent, percent_interval, points, points_interval, ratio_text, reach_text, spent
 
 FEW_SEEDS = 5
-WIDE = 0.05  # a difference of accuracies that nobody would call a tie
+CLOSE = 0.05  # arms further apart are not called tied, however little is known of their difference
 
 
 def sentences(summary: Summary) -> list[str]:
@@ -48,7 +48,7 @@ def _winner(summary: Summary) -> str:
     pairs = [pair for pair in summary.pairs if pair.left == best.name and pair.decoding == PRIMARY and pair.right in others]
     words = ("better", "unresolved", "worse")
     unresolved = {pair.right for pair in pairs if pair.verdict == "unresolved"}
-    tied = [best, *(arm for arm in summary.ranked if arm.name in unresolved)]
+    tied = [best, *(arm for arm in summary.ranked if arm.name in unresolved and _is_close(best, arm))]
     if len(tied) > 1 and not _resolved_among(summary, tied):
         return _tie(summary, tied)
     by_verdict = {word: [_with_accuracy(summary.arm(pair.right)) for pair in pairs if pair.verdict == word] for word in words}
@@ -71,7 +71,7 @@ def _tie(summary: Summary, tied: list[ArmSummary]) -> str:
     """The arms that no resolved difference separates, then which arms all of them beat, and which only some do."""
     shown = [f"{arm.label} {percent(test.mean)} % ({percent_interval(test)})" for arm in tied if (test := arm.test()) is not None]
     separated = "the difference between them is unresolved" if len(tied) == 2 else "no difference between them is resolved"
-    text = f"{listed(shown)} are tied for the highest test accuracy at temperature 1 (95 % intervals): {separated}{_wide(tied)}."
+    text = f"{listed(shown)} are tied for the highest test accuracy at temperature 1 (95 % intervals): {separated}."
     names, beaten, partly = {arm.name for arm in tied}, [], []
     for other in summary.ranked:
         if other.name in names:
@@ -87,11 +87,9 @@ def _tie(summary: Summary, tied: list[ArmSummary]) -> str:
     return f"{text} {second[0].upper()}{second[1:]}." if second else text
 
 
-def _wide(tied: list[ArmSummary]) -> str:
-    """Arms of a tie that are far below its first one: too little is known of them, which is not the same as being as good."""
-    best = tied[0].test()
-    far = [arm.label for arm in tied[1:] if best is not None and (test := arm.test()) is not None and best.mean - test.mean >= WIDE]
-    return f", of {listed(far)} for want of certainty and not for being close" if far else ""
+def _is_close(best: ArmSummary, other: ArmSummary) -> bool:
+    ours, theirs = best.test(), other.test()
+    return ours is not None and theirs is not None and ours.mean - theirs.mean < CLOSE
 
 
 def _with_accuracy(arm: ArmSummary) -> str:

@@ -12,7 +12,7 @@ from opd.comparison.answers import answers, cheaper_text, leading_pair, notes
 from opd.comparison.arms import recipe_rows
 from opd.comparison.costs import SCORED, SECONDS, TOKENS
 from opd.comparison.report import write_report
-from opd.comparison.results import read_run
+from opd.comparison.results import PRIMARY, read_run
 from opd.comparison.summary import Summary, summarise
 from opd.comparison.wording import detectable_text, p_text, percent, percent_interval, points, points_interval
 from opd.credit import CREDITS
@@ -102,13 +102,17 @@ def test_arms_that_no_resolved_difference_separates_are_called_tied(made):
     summary, _ = made
     order = [arm.name for arm in summary.ranked]
 
-    def said(better):
-        """The first answer where exactly the pairs (place in the ranking, place) of `better` are resolved."""
+    def said(better, third=0.0):
+        """The first answer where exactly the pairs (place in the ranking, place) of `better` are resolved; `third`: how far below the first."""
+        tests = dict(summary.ranked[2].tests)
+        if third:
+            tests[PRIMARY, "avg@k"] = replace(tests[PRIMARY, "avg@k"], mean=summary.ranked[0].test().mean - third)
+        arms = tuple(replace(arm, tests=tests) if arm.name == order[2] else arm for arm in summary.arms)
         won = {(order[i], order[j]) for i, j in better}
         pairs = [
             replace(p, verdict="better" if (p.left, p.right) in won else "worse" if (p.right, p.left) in won else "unresolved") for p in summary.pairs
         ]
-        return dict(answers(replace(summary, pairs=tuple(pairs))))[QUESTIONS[0]]
+        return dict(answers(replace(summary, pairs=tuple(pairs), arms=arms)))[QUESTIONS[0]]
 
     labels, last = [arm.label for arm in summary.ranked], len(order) - 1
     rest = [(i, j) for i in (0, 1) for j in range(2, last + 1)]
@@ -123,7 +127,12 @@ def test_arms_that_no_resolved_difference_separates_are_called_tied(made):
     assert f"; only {labels[0]} is resolved to be better than {labels[last]} (" in partly
     won = said([*rest, (0, 1)])
     assert won.startswith(f"{labels[0]} has the highest test accuracy at temperature 1: ") and "tied" not in won
-    assert said([(0, j) for j in range(3, last + 1)] + [(1, 2)]).startswith(f"{labels[0]} has the highest")  # 0 ~ 1 and 0 ~ 2, but 1 > 2: no tie
+    unclear = [(i, j) for i in (0, 1) for j in range(3, last + 1)]
+    assert f" {labels[2]} " not in said(unclear).split(" are tied")[0] and f"none of them is resolved to be better than {labels[2]} (" in said(
+        unclear
+    )
+    assert "no difference between them is resolved." in said([*unclear, *((2, j) for j in range(3, last + 1))], third=0.03)
+    assert said([(0, j) for j in range(3, last + 1)] + [(1, 2)], third=0.03).startswith(f"{labels[0]} has the highest")  # 0 ~ 1, 0 ~ 2, but 1 > 2
 
 
 def test_where_equal_cost_resolves_nothing_the_answer_says_so(made):
