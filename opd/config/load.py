@@ -229,6 +229,9 @@ def recipe_hash(recipe: BaseModel) -> str:
     content = recipe.model_dump(mode="json", exclude={**unimportant, "learner": {"ranks"}})
     if not any(content.get("budget", {}).get(key) for key in ("money", "energy", "device_seconds")):
         content.pop("prices", None)  # then they stop nothing
+    for data in (content, content.get("data", {})):
+        if data.get("stream") is False:  # then no buffer decides anything, and runs from before there was one keep their hash
+            del data["stream"], data["buffer"]
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 

@@ -62,6 +62,9 @@ def test_hash_ignores_name_and_logging_and_nothing_else():
     base = parse_recipe({})
     assert recipe_hash(base) == recipe_hash(parse_recipe({"name": "x", "track": {"wandb": "disabled"}}))
     assert recipe_hash(base) != recipe_hash(parse_recipe({"seed": 1}))
+    whole, streamed = ([parse_recipe({"data": {"path": "x.jsonl", "stream": s, "buffer": b}}) for b in (64, 128)] for s in (False, True))
+    assert recipe_hash(whole[0]) == recipe_hash(whole[1]) and recipe_hash(whole[0].data) == recipe_hash(whole[1].data)
+    assert len({recipe_hash(one.data) for one in [whole[0], *streamed]}) == 3
 
 
 def test_differences_name_every_leaf():
