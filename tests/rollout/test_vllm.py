@@ -115,16 +115,16 @@ def pids(parts):
 
 
 def while_generating(parts, asked, act):
-    """The completions, with `act` called while requests are in flight, and what was counted meanwhile."""
-    parts.engine._pool.bring_up()
+    """The completions, with `act` called as soon as the first replica has requests, and what was counted meanwhile."""
+    pool = parts.engine._pool
+    pool.bring_up()
     before, done = dict(parts.engine.counts), threading.Event()
 
     def watch():
-        while parts.engine.counts["leases"] == before["leases"]:
-            time.sleep(0.001)
-        time.sleep(0.05)
-        if not done.is_set():
-            act()
+        while not pool.status()[1][0].in_flight:
+            assert not done.wait(0.001), "it was never at work"
+        time.sleep(0.005)  # that is before its answers can be there
+        act()
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -140,10 +140,11 @@ def test_an_actor_killed_with_requests_in_flight_is_replaced_and_the_same_tokens
     expected = [c.token_ids for c in parts.engine.generate(asked, sampling(parts))]
     victim, other = pids(parts)
     drawn, counted = while_generating(parts, asked, lambda: os.kill(victim, signal.SIGKILL))
-    assert counted["reissued"] >= 1, "nothing was in flight: the test says nothing"
+    assert counted["reissued"] + counted["stragglers"] >= 1, "nothing was in flight: the test says nothing"  # Ray may be slow to tell of a death
     assert len(drawn) == 96 and [c.token_ids for c in drawn] == expected
     with pytest.raises(ProcessLookupError):
         os.kill(victim, 0)
+    assert [c.token_ids for c in parts.engine.generate(asked, sampling(parts))] == expected, "with the death noticed now at the latest"
     parts.engine._pool.bring_up()
     again = pids(parts)
     assert victim not in again and other in again and len(set(again)) == 2
