@@ -144,8 +144,14 @@ def test_an_actor_killed_with_requests_in_flight_is_replaced_and_the_same_tokens
     assert len(drawn) == 96 and [c.token_ids for c in drawn] == expected
     with pytest.raises(ProcessLookupError):
         os.kill(victim, 0)
-    assert [c.token_ids for c in parts.engine.generate(asked, sampling(parts))] == expected, "with the death noticed now at the latest"
-    parts.engine._pool.bring_up()
+    revived = parts.engine.counts["revived"] - counted["revived"]
+
+    def is_back():
+        assert [c.token_ids for c in parts.engine.generate(asked, sampling(parts))] == expected
+        parts.engine._pool.bring_up()
+        return parts.engine.counts["revived"] > revived
+
+    wait_for(is_back)  # Ray may tell of the death after the work is done
     again = pids(parts)
     assert victim not in again and other in again and len(set(again)) == 2
     assert [c.token_ids for c in parts.engine.generate(asked, sampling(parts))] == expected, "the new actor has the weights of the old one"
@@ -155,6 +161,7 @@ def test_the_work_of_a_slow_actor_is_given_to_an_idle_one_too(parts):
     """SIGSTOP: an actor that does not answer and is not gone."""
     asked = requests(parts, 64)
     expected = [c.token_ids for c in parts.engine.generate(asked, sampling(parts))]
+    parts.engine._pool.bring_up()
     slow = pids(parts)[0]
     before, done = dict(parts.engine.counts), threading.Event()
 
