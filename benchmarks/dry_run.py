@@ -16,16 +16,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import opd
+
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ("opsd_qwen3_0.6b_gsm8k", "opsd_qwen3_1.7b_math")
 PHASES = {"rollout": "tokens/student", "teacher": "tokens/teacher", "learn": "tokens/learner"}
 
 
 def one(recipe: str, o: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    import opd
-
     with tempfile.TemporaryDirectory() as scratch:
         folder = opd.train(
             f"recipes/runs/{recipe}.yaml",
@@ -62,8 +62,6 @@ def main() -> None:
     if o.recipe:
         print(json.dumps(one(o.recipe, o)))
         return
-    import torch
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     facts = {"date": time.strftime("%Y-%m-%d"), "device": device, "torch": torch.__version__, "scale": o.scale, "steps": o.steps, "rows": []}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

@@ -19,8 +19,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
+from opd_rollout.types import Completion
+
+from opd.build.pretrained import new_model
+from opd.build.shapes import shape_config, shape_tokenizer
+from opd.learner.torch_learner import torch_learner
+from opd.learner.types import LearnerSettings, OptimizerSettings
+from opd.objective import build_objective, join
+from opd.teacher.local import LocalTeacher, frozen_copy
+from opd.teacher.score import SignalScorer, Weights
+from opd.types import Judged, Prompt, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
@@ -34,8 +48,6 @@ def tokens(count: int, length: int, vocabulary: int, seed: int) -> list[tuple[in
 
 def timed(step: Any, device: str, repeats: int) -> dict[str, Any]:
     """Median seconds of `step` and, on a GPU, memory before and at the peak."""
-    import torch
-
     seconds = []
     for turn in range(repeats + 2):
         if device == "cuda":
@@ -54,19 +66,39 @@ def timed(step: Any, device: str, repeats: int) -> dict[str, Any]:
     return found
 
 
+def batch_of(o: argparse.Namespace, vocabulary: int) -> tuple[list[Judged], list[tuple[int, ...]]]:
+    """Answers of random tokens, and the longer prompts that the teacher reads."""
+    judged, views = [], []
+    prompts, hints, answers = (tokens(o.sequences, n, vocabulary, seed) for seed, n in enumerate((o.prompt, o.hint, o.completion)))
+    for n, (prompt, hint, answer) in enumerate(zip(prompts, hints, answers, strict=True)):
+        done = Completion(
+            token_ids=answer, logprobs=torch.zeros(len(answer)), loss_mask=torch.ones(len(answer), dtype=torch.bool), source="student",
+            temperature=1.0, finish="length", versions=((0, 0, len(answer)),),
+        )  # fmt: skip
+        asked = Prompt(id=str(n), messages=({"role": "user", "content": "?"},))
+        verdict = Verdict(reward=0.0, correct=False)
+        judged.append(Judged(prompt=asked, prompt_ids=prompt, completion=done, text="", verdict=verdict, group=n, member=0))
+        views.append((*hint, *prompt))
+    return judged, views
+
+
+def show_profiles(o: argparse.Namespace, step: Callable[[], float]) -> None:
+    """On stderr, what --profile and --kernels ask for."""
+    if o.profile:
+        profile = cProfile.Profile()
+        step()
+        profile.runcall(step)
+        pstats.Stats(profile, stream=sys.stderr).sort_stats("cumulative").print_stats(45)
+    if o.kernels:
+        step()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as kernels:
+            step()
+            torch.cuda.synchronize()
+        print(kernels.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=70), file=sys.stderr)
+
+
 def side_ours(o: argparse.Namespace) -> dict[str, Any]:
-    import torch
-    from opd_rollout.types import Completion
-
-    from opd.build.pretrained import new_model
-    from opd.build.shapes import shape_config, shape_tokenizer
-    from opd.learner.torch_learner import torch_learner
-    from opd.learner.types import LearnerSettings, OptimizerSettings
-    from opd.objective import build_objective, join
-    from opd.teacher.local import LocalTeacher, frozen_copy
-    from opd.teacher.score import SignalScorer, Weights
-    from opd.types import Judged, Prompt, Verdict
-
     dtype = torch.bfloat16 if o.device == "cuda" else torch.float32
     vocabulary = len(shape_tokenizer(o.shape, o.scale))
     model = new_model(shape_config(o.shape, o.scale), 0, device=o.device, dtype=dtype, attn_implementation="sdpa")
@@ -77,18 +109,7 @@ def side_ours(o: argparse.Namespace) -> dict[str, Any]:
     objective = build_objective([{"distill": "reverse_kl", "support": "full"}])
     (signal,) = objective.needs.signals
     scorer = SignalScorer({signal: Weights(scores=local.scores, head=local.head)}, objective.needs.signals)
-    judged, views = [], []
-    prompts, hints, answers = (tokens(o.sequences, n, vocabulary, seed) for seed, n in enumerate((o.prompt, o.hint, o.completion)))
-    for n, (prompt, hint, answer) in enumerate(zip(prompts, hints, answers, strict=True)):
-        done = Completion(
-            token_ids=answer, logprobs=torch.zeros(len(answer)), loss_mask=torch.ones(len(answer), dtype=torch.bool), source="student",
-            temperature=1.0, finish="length", versions=((0, 0, len(answer)),),
-        )  # fmt: skip
-        asked = Prompt(id=str(n), messages=({"role": "user", "content": "?"},))
-        judged.append(
-            Judged(prompt=asked, prompt_ids=prompt, completion=done, text="", verdict=Verdict(reward=0.0, correct=False), group=n, member=0)
-        )
-        views.append((*hint, *prompt))
+    judged, views = batch_of(o, vocabulary)
     parts: dict[str, list[float]] = {"teacher": [], "learn": []}
 
     def step() -> float:
@@ -102,29 +123,14 @@ def side_ours(o: argparse.Namespace) -> dict[str, Any]:
             parts.setdefault(phase, []).append(report.meters[f"seconds/learn/{phase}"].mean)
         return report.meters["loss/total"].mean
 
-    if o.profile:
-        profile = cProfile.Profile()
-        step()
-        profile.runcall(step)
-        pstats.Stats(profile, stream=sys.stderr).sort_stats("cumulative").print_stats(45)
-    if o.kernels:
-        step()
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as kernels:
-            step()
-            torch.cuda.synchronize()
-        print(kernels.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=70), file=sys.stderr)
+    show_profiles(o, step)
     found = timed(step, o.device, o.repeats)
     return found | {f"{name}_seconds": statistics.median(values[2:]) for name, values in parts.items()}
 
 
 def side_trl(o: argparse.Namespace) -> dict[str, Any]:
-    import torch
-    from datasets import Dataset
+    from datasets import Dataset  # here, because ours runs without the peer
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
-
-    from opd.build.pretrained import new_model
-    from opd.build.shapes import shape_config, shape_tokenizer
 
     tokenizer = shape_tokenizer(o.shape, o.scale)
     vocabulary, on_gpu = len(tokenizer), o.device == "cuda"
@@ -194,9 +200,6 @@ def main() -> None:
     if o.side:
         print(json.dumps({"ours": side_ours, "trl": side_trl}[o.side](o)))
         return
-    import torch
-    import transformers
-
     device = torch.cuda.get_device_name() if o.device == "cuda" else "CPU"
     facts = {"date": time.strftime("%Y-%m-%d"), "device": device, "torch": torch.__version__, "transformers": transformers.__version__}
     setting = {name: getattr(o, name) for name in ("scale", "prompt", "hint", "completion", "repeats")}

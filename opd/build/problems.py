@@ -100,18 +100,7 @@ def _from_records(recipe: Recipe, verifier: Callable[..., Any] | None) -> Proble
         notes += found
     if held_out > len(exam):
         notes.append(f"only {len(exam)} of {held_out} problems are there for dev and test (eval.*_problems): intervals are wide")
-    num_dev = min(ev.num_problems, len(exam) // 2 if ev.final_problems else len(exam))
-    return Problems(
-        stream=shuffled_stream(prompts, recipe.seed),
-        train=prompts,
-        dev=exam[:num_dev],
-        test=exam[num_dev : num_dev + ev.final_problems],
-        verify=verify,
-        templates=TEMPLATES,
-        corpus=lambda: [m["content"] for p in prompts for m in p.messages] + [h for p in prompts for h in p.hints.values()],
-        suite=data.preset or Path(data.path).stem,
-        notes=tuple(notes),
-    )
+    return _problems(recipe, shuffled_stream(prompts, recipe.seed), prompts, exam, verify, notes)
 
 
 def _streamed(recipe: Recipe, verifier: Callable[..., Any] | None) -> Problems:
@@ -144,15 +133,23 @@ def _streamed(recipe: Recipe, verifier: Callable[..., Any] | None) -> Problems:
     first = first_prompts(read(used), judge, repair, CHECKED_RECORDS)[0]
     if not first:
         raise ValueError(f"{source} holds no record to train on after the {used} that are held out: lower eval.num_problems, or give data.eval_path")
+    return _problems(recipe, stream, first, exam, verify, notes)
+
+
+def _problems(
+    recipe: Recipe, stream: PromptStream | LazyStream, train: Sequence[Prompt], exam: Sequence[Prompt], verify: Verifier, notes: Sequence[str]
+) -> Problems:
+    """Half of an exam that is too short goes to dev."""
+    ev, data = recipe.eval, recipe.data
     num_dev = min(ev.num_problems, len(exam) // 2 if ev.final_problems else len(exam))
     return Problems(
         stream=stream,
-        train=first,
+        train=train,
         dev=exam[:num_dev],
         test=exam[num_dev : num_dev + ev.final_problems],
         verify=verify,
         templates=TEMPLATES,
-        corpus=lambda: [m["content"] for p in first for m in p.messages] + [h for p in first for h in p.hints.values()],
+        corpus=lambda: [m["content"] for p in train for m in p.messages] + [h for p in train for h in p.hints.values()],
         suite=data.preset or Path(data.path).stem,
         notes=tuple(notes),
     )

@@ -1,18 +1,13 @@
 """The student of a recipe, and the machine that it is meant for: the keys `model` and `target`."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+from opd.config.base import Frozen, Positive
 
 
-Positive = Annotated[int, Field(gt=0)]
-
-
-class LoRA(_Frozen):
+class LoRA(Frozen):
     """Low-rank adapters through peft; the frozen teacher is then the adapter switched off."""
 
     rank: Positive = Field(default=16, description="rank of the factors")
@@ -20,7 +15,7 @@ class LoRA(_Frozen):
     targets: str | list[str] = Field(default="all-linear", description="module names, or all-linear (never the head)")
 
 
-class Model(_Frozen):
+class Model(Frozen):
     """The student."""
 
     path: str = Field(default="", description="Hugging Face folder or hub name; models/<name> inside the package is found too")
@@ -43,7 +38,7 @@ class Model(_Frozen):
     )
 
 
-class Target(_Frozen):
+class Target(Frozen):
     """The machine that `opd check` plans for, where it is not this one."""
 
     device: str = Field(default="", description="a100, h100, h200 or l40s, one a learner rank; empty: this machine's CPU")

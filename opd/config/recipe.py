@@ -6,8 +6,9 @@ A method file (`recipes/methods/`) and a run file (`recipes/runs/`) share this t
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from opd.config.base import Choice, Frozen, NonNegative, Positive
 from opd.config.model import Model, Target
 from opd.config.rollout import Rollout
 from opd.config.spending import Budget, Prices, Profile, check_profile, check_spending
@@ -15,16 +16,7 @@ from opd.config.spending import Budget, Prices, Profile, check_profile, check_sp
 SCHEMA_VERSION = 1
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-
-
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Choice = str | dict[str, Any]
-
-
-class PassRate(_Frozen):
+class PassRate(Frozen):
     """Keeps the prompts that a model solves sometimes."""
 
     file: str = Field(description="generations/*.jsonl that `opd eval` wrote for these prompts")
@@ -32,14 +24,14 @@ class PassRate(_Frozen):
     high: float = Field(default=0.9, ge=0, le=1, description="highest share of right answers")
 
 
-class Decontaminate(_Frozen):
+class Decontaminate(Frozen):
     """Leaves out training prompts that share text with an exam."""
 
     against: list[str] = Field(description="files, hub names or presets whose questions must not be trained on; the run's own evaluation always is")
     ngram: Positive = Field(default=13, description="words in a row that count as shared text")
 
 
-class Data(_Frozen):
+class Data(Frozen):
     """Where prompts come from and who judges the answers."""
 
     task: str = Field(default="", description="name of an embedded task (expr ...); empty when `path` or `preset` is given")
@@ -72,7 +64,7 @@ class Data(_Frozen):
     )
 
 
-class Sampling(_Frozen):
+class Sampling(Frozen):
     """How the student answers during training; the loss uses the same temperature."""
 
     temperature: float = Field(default=1.0, ge=0, description="softmax temperature of sampling, student and in-process teacher")
@@ -81,7 +73,7 @@ class Sampling(_Frozen):
     max_tokens: Positive = Field(default=64, description="longest completion, tokens")
 
 
-class Engine(_Frozen):
+class Engine(Frozen):
     """What generates. `engine: vllm` is short for `engine: {kind: vllm}`; the keys after audit_nats are vLLM's."""
 
     kind: Literal["torch", "process", "vllm"] = Field(
@@ -112,13 +104,13 @@ class Engine(_Frozen):
     exchange: str = Field(default="/dev/shm", description="folder for a version of the weights on its way to the actors (CPU), as large as one")
 
 
-class Cluster(_Frozen):
+class Cluster(Frozen):
     """The Ray cluster that the actors live in."""
 
     address: str = Field(default="", description="auto, or HOST:PORT of a running cluster; empty: one on this machine, started with the run")
 
 
-class Asynchrony(_Frozen):
+class Asynchrony(Frozen):
     """Answers for coming steps are written while the present one learns; see docs/asynchrony.md."""
 
     max_staleness: NonNegative = Field(
@@ -127,7 +119,7 @@ class Asynchrony(_Frozen):
     in_flight: bool = Field(default=False, description="new weights also reach answers that are being written, from their next token on")
 
 
-class EMA(_Frozen):
+class EMA(Frozen):
     """Exponential moving average of the student: shadow <- (1 - rate) shadow + rate weights, every so many rollout steps.
 
     Rate 1 is a copy of the student that is at most `every` steps old.
@@ -137,13 +129,13 @@ class EMA(_Frozen):
     every: Positive = 1
 
 
-class External(_Frozen):
+class External(Frozen):
     """Another model with the same tokenizer."""
 
     path: str
 
 
-class Signal(_Frozen):
+class Signal(Frozen):
     """A scorer: weights plus a view (what it may read before the student's tokens)."""
 
     weights: Choice = Field(
@@ -158,7 +150,7 @@ class Signal(_Frozen):
     domain: str = Field(default="", description="score only prompts of this domain (or of its parts, domain/...); empty: all")
 
 
-class Writer(_Frozen):
+class Writer(Frozen):
     """A request that the student answers about each answer before the views are made; a view `note` may show the text, a weight `marked` use it."""
 
     ask: str = Field(description="the request, with {question} {solution} {answer} {attempt} {feedback} or {segments} (the attempt's, numbered)")
@@ -171,14 +163,14 @@ class Writer(_Frozen):
     budget: NonNegative = Field(default=0, description="tokens a step at most (and rank); requests beyond it are left out and counted; 0: no limit")
 
 
-class Updates(_Frozen):
+class Updates(Frozen):
     """Optimiser steps on one batch of rollouts."""
 
     minibatches: Positive = 1
     epochs: Positive = 1
 
 
-class Optimizer(_Frozen):
+class Optimizer(Frozen):
     """AdamW and its learning-rate schedule."""
 
     lr: float = Field(default=1e-4, gt=0)
@@ -189,7 +181,7 @@ class Optimizer(_Frozen):
     clip: float = Field(default=1.0, gt=0, description="largest global gradient norm")
 
 
-class Learner(_Frozen):
+class Learner(Frozen):
     """Who applies the updates."""
 
     kind: Literal["auto", "torch", "deepspeed"] = Field(default="auto", description="auto: deepspeed where it imports, else torch")
@@ -204,7 +196,7 @@ class Learner(_Frozen):
     )
 
 
-class Launch(_Frozen):
+class Launch(Frozen):
     """The processes of a run with several ranks, and how a run goes on."""
 
     nodes: Positive = Field(default=1, description="machines; the same command runs on each, with its own node_rank")
@@ -215,7 +207,7 @@ class Launch(_Frozen):
     deadline_seconds: float = Field(default=1800.0, gt=0, description="a rank that shows no sign of life for so long has stalled, seconds")
 
 
-class Eval(_Frozen):
+class Eval(Frozen):
     """Evaluation during (dev) and after (test) training."""
 
     every: NonNegative = Field(default=20, description="steps between evaluations on the dev split; 0: only before and after")
@@ -227,7 +219,7 @@ class Eval(_Frozen):
     before: bool = Field(default=True, description="evaluate the dev split before the first step")
 
 
-class Checkpoint(_Frozen):
+class Checkpoint(Frozen):
     """What is kept on disk."""
 
     every: NonNegative = Field(default=50, description="steps between checkpoints; 0: only at the end")
@@ -235,7 +227,7 @@ class Checkpoint(_Frozen):
     best: bool = Field(default=True, description="keep the checkpoint with the best dev accuracy and report it on test")
 
 
-class Guard(_Frozen):
+class Guard(Frozen):
     """Rules that watch the run for collapse, leaks, style drift and reward hacking; see docs/guard_rails.md."""
 
     action: Annotated[Literal["off", "warn", "pause", "roll_back"], BeforeValidator(lambda v: "off" if v is False else v)] = Field(  # YAML
@@ -250,7 +242,7 @@ class Guard(_Frozen):
     max_roll_backs: NonNegative = Field(default=2, description="after so many the next alarm pauses")
 
 
-class Track(_Frozen):
+class Track(Frozen):
     """Logging."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(default="auto", description="auto: online when logged in, else offline")
@@ -266,7 +258,7 @@ class Track(_Frozen):
     )
 
 
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """One run: a method, a model, data and hardware."""
 
     schema_version: int = Field(default=SCHEMA_VERSION, description="format of this file; an older one is refused with what changed")

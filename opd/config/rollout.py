@@ -1,20 +1,13 @@
 """Who answers in a step, as a typed, frozen tree."""
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+from opd.config.base import Choice, Frozen, NonNegative, Positive
 
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Choice = str | dict[str, Any]
-
-
-class Replay(_Frozen):
+class Replay(Frozen):
     """Answers of earlier steps, whole groups with their verdicts, that take the place of new ones."""
 
     size: Positive = Field(default=256, description="groups kept (a rank), the oldest leave first; a checkpoint holds them")
@@ -23,7 +16,7 @@ class Replay(_Frozen):
     least: Positive = Field(default=1, description="groups that must be there before any is used again")
 
 
-class Revise(_Frozen):
+class Revise(Frozen):
     """After each attempt a phrase of its verdict, and the student goes on: attempt, phrase and revision are one answer, judged by the revision."""
 
     right: str = Field(default="Let me rephrase the above solution.", description="phrase after a right attempt")
@@ -31,7 +24,7 @@ class Revise(_Frozen):
     between: str = Field(default="\n\n", description="text before and after the phrase")
 
 
-class Rollout(_Frozen):
+class Rollout(Frozen):
     """Who answers and which groups are kept."""
 
     prompts: Positive = Field(default=32, description="prompts a step")

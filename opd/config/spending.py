@@ -2,16 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from opd.config.base import Frozen
 
 Tokens = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
 
 
-class Budget(BaseModel):
+class Budget(Frozen):
     """Stop rules; 0 means none, and the first that is used up ends the run after its step. `steps` at top level is always one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     generated_tokens: Tokens = Field(default=0, description="student tokens generated, discarded ones and written texts included, evaluation not")
     auxiliary_tokens: Tokens = Field(default=0, description="those of them that writers wrote about answers")
@@ -33,10 +33,8 @@ class Budget(BaseModel):
         return {**{name: value for name, value in plain.items() if value}, **{f"{role}_seconds": value for role, value in self.role_seconds.items()}}
 
 
-class Prices(BaseModel):
+class Prices(Frozen):
     """What spending costs; 0: not priced. They change no run, unless budget.money or budget.energy stops it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     currency: str = Field(default="USD", min_length=1, max_length=12, description="name put behind amounts of money")
     devices: Annotated[int, Field(ge=0)] = Field(
@@ -58,10 +56,8 @@ class Prices(BaseModel):
         return bool(self.device_hour or self.teacher_million or self.kilowatt_hour)
 
 
-class Profile(BaseModel):
+class Profile(Frozen):
     """A look at speed: tokens/s and MFU by role over some steps, and a trace of the step after them, in the run folder's profile/."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     steps: Annotated[int, Field(ge=0)] = Field(
         default=0, description="steps that are measured, after one that warms up; one more is then traced; 0: no profile"
