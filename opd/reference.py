@@ -25,7 +25,8 @@ Generated from `recipes/` by `python -m opd.reference`.
 
 - *trained*: run to its end on the embedded tasks, on a CPU, by `make demo` or by hand.
 - *shapes*: two steps with the architectures of its models made small and with random weights, on a CPU, float32, one process, made-up problems
-  (`tests/build/test_shipped_runs.py`); `opd check` finds no error in it. Never run with real weights or on a GPU by the project.
+  (`tests/build/test_shipped_runs.py`); `opd check` finds no error in it. Never run with real weights by the project; on a GPU only
+  `opsd_qwen3_0.6b_gsm8k` was tried, three steps at its true shape with random weights (`benchmarks/dry_run.py`, one H200, 2026-11-26).
 - *loaded*: its arms load; nothing was run.
 
 `opd train RECIPE model.init=random model.scale=0.05 steps=3` tries any of those with hub models without the hub.
