@@ -149,7 +149,8 @@ def test_an_actor_killed_while_it_answers_ahead_of_the_learner_is_replaced(tmp_p
     assert {"restarting", "generating"} <= {role["student-0"]["state"] for role in roles}
     assert any(role["student-0"]["waiting"] + role["student-0"]["in_flight"] == 32 for role in roles), "requests of a step, waiting or at the actor"
     waits = "\n".join(status.get("waits", "") for status in statuses)
-    assert re.search(r"learner \((rollout|sync) [\d.]+ s\) waits for student-0 \(restarting [\d.]+ s\); \d finished batches wait .*, \d begun", waits), waits
+    kept = r"learner \((rollout|sync) [\d.]+ s\) waits for student-0 \(restarting [\d.]+ s\); \d finished batches wait .*, \d begun"
+    assert re.search(kept, waits), waits
     assert all(status["next"] for status in statuses if status.get("state") == "running" and status["step"])
 
 
