@@ -7,6 +7,7 @@ import torch
 
 from opd.objective import Setting, build_objective
 from opd.objective.exposure import FEATURES, Decision, beta_of, learned_exposure, updated
+from tests.objective import dense
 
 HOLD = {"steps": 100, "hold": 3, "look_ahead": 2, "batch": 2, "metric": "loss", "gap": "gap"}
 
@@ -91,3 +92,21 @@ def test_controllers_are_schedules_of_the_objective():
     assert second.controls == first.controls and second.scheduled["schedule/controllers/exposure/left"] == 4.0
     with pytest.raises(ValueError, match="controllers.exposure.*did you mean 'linear'"):
         build_objective(spec, Setting(), {"exposure": {"linnear": {}}})
+
+
+def test_atesd_from_recipe_to_gradient():
+    """OPSD's clipped forward KL, a mean over an answer's tokens and then over answers; how much the teacher saw is not the loss's affair."""
+
+    def formula(answers, clip=0.05):
+        total = 0.0
+        for a in answers:
+            p, q = a.now.log_softmax(-1), a.teachers["main"].log_softmax(-1)
+            total = total + (q.exp() * (q - p)).clamp_max(clip).sum(-1).mean() / len(answers)
+        return total
+
+    batch = dense.Batch.make(signals=("main",))
+    batch.expect(dense.load("atesd")[1], formula)
+    batch.expect(dense.load("atesd", t0__distill="forward_kl")[1], lambda answers: formula(answers, clip=math.inf))
+    for other in ({"t0__distill": "forward_kl"}, {"without": ["0.reduce"]}):
+        with pytest.raises(AssertionError):
+            batch.expect(dense.load("atesd", **other)[1], formula)
