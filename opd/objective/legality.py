@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from opd.config.choices import name_of, nearest, parameters_of, what_it_reads
-from opd.objective.divergences import DENSE
+from opd.objective.divergences import DENSE, DIVERGENCES
 from opd.objective.findings import Finding, Rule, Setting
 from opd.objective.policy_rules import (
     drawn_with_a_teacher,
@@ -267,6 +267,17 @@ def ranking_needs_candidates(term: Term, setting: Setting) -> Finding | None:
     return Finding(reason="plackett_luce orders candidate tokens, and the rest of the vocabulary is none", legal="a top-k support with tail: drop")
 
 
+def spans_have_their_own_loss(term: Term, setting: Setting) -> Finding | None:
+    name = name_of(term.loss) if term.loss else ""
+    on_spans = bool(term.support) and term.support.kind == "spans"
+    if on_spans == (name == "span_likelihood") or (on_spans and name not in DIVERGENCES):
+        return None
+    return Finding(
+        reason="a run of tokens has one log-prob and no distribution, so spans and span_likelihood go together and with nothing else",
+        legal="distill: span_likelihood with support: spans (the method alm), or another divergence on full | student_topk | teacher_topk",
+    )
+
+
 def weight_reads_signal(term: Term, setting: Setting) -> Finding | None:
     if "signal" not in term.reads or term.signal is not None:
         return None
@@ -295,6 +306,7 @@ RULES: tuple[Rule, ...] = (
     linear_needs_an_advantage,
     one_set_of_ids,
     ranking_needs_candidates,
+    spans_have_their_own_loss,
     penalty_in_the_reward,
     weight_reads_signal,
     regression_has_a_target,
