@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from opd.config.choices import nearest
+from opd.config.choices import imported, nearest
 from opd.config.load import KINDS, PACKAGED, explain, find_recipe, kind_of, load_recipe, merge, parse_overrides, read_yaml
 from opd.config.recipe import Recipe
 from opd.config.spending import Prices
@@ -185,6 +185,8 @@ def load_comparison(reference: str, overrides: Sequence[str] | Mapping[str, Any]
         if arm.runs:
             _check_runs(name, arm, comparison.seeds if arm.train else comparison.seeds[:1])
             continue
+        if arm.by:
+            imported(arm.by, f"arm {name!r}: by")
         for point in comparison.tune.points() if comparison.tune and arm.train else [{}]:
             arm_recipe(comparison, name, comparison.seeds[0], point)
     return comparison

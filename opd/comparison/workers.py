@@ -1,7 +1,6 @@
 """Worker processes that import once and do one run after another; the parent hands out work and never waits without a deadline."""
 
 import contextlib
-import importlib
 import multiprocessing
 import os
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opd.comparison.jobs import Job, run_state
+from opd.config.choices import imported
 
 SINGLE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 POLL_SECONDS = 1.0
@@ -76,8 +76,7 @@ def work(connection: Connection, functions: Functions, log: Path) -> None:
 def _function(job: Job, functions: Functions) -> RunFunction:
     if job.by in ("", "evaluate"):
         return functions.evaluate if job.by else functions.train
-    module, _, name = job.by.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return imported(job.by, f"arm {job.arm!r}: by")
 
 
 class Worker:

@@ -107,21 +107,24 @@ def resolve(
     name, parameters = split_choice(choice, where)
     if name == "fn":
         path = parameters.pop("fn")
-        return _bind(_import(path, where), parameters, f"{where}: {path}", schedules or {})
+        return _bind(imported(path, where), parameters, f"{where}: {path}", schedules or {})
     if name not in table:
         raise ValueError(f"{where}: unknown name {name!r}{nearest(name, table)}; valid: {', '.join(sorted(table))}")
     return _bind(table[name], parameters, f"{where}: {name}", schedules or {})
 
 
-def _import(path: Any, where: str) -> Callable[..., Any]:
+def imported(path: Any, where: str) -> Callable[..., Any]:
+    """The function that package.module:function names, also of a module in the working directory. Raises ValueError where there is none."""
     module, _, name = str(path).partition(":")
     if not module or not name:
-        raise ValueError(f"{where}: fn is {path!r}; write fn: package.module:function")
+        raise ValueError(f"{where}: {path!r} names no function; write package.module:function")
     try:
         with _working_directory_importable():
             function = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
-        raise ValueError(f"{where}: cannot import {module!r} ({error}); the module must be importable from the working directory") from None
+        package = (error.name or module).partition(".")[0]
+        missing = "the module must be importable from the working directory" if package == module.partition(".")[0] else f"pip install {package}"
+        raise ValueError(f"{where}: cannot import {module!r} ({error}); {missing}") from None
     if not callable(function):
         raise ValueError(f"{where}: module {module!r} has no function {name!r}")
     return function

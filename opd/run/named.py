@@ -90,7 +90,7 @@ def _several(place: Path, inside: list[Path]) -> str:
             arms.setdefault(path.parent.name, []).append(path)
     if arms:
         listed = ", ".join(f"{arm} ({len(paths)} run{'s' if len(paths) > 1 else ''})" for arm, paths in arms.items())
-        first = next(iter(arms.values()))[0]
+        first = next((path for paths in arms.values() for path in paths if (path / "metrics.jsonl").exists()), inside[0])  # the base has no steps
         return f"{place} is a comparison of {listed}: name one of its runs, e.g. {first}; its figures are in {place / 'report.html'}"
     names = ", ".join(map(str, inside[:SHOWN])) + (f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else "")
     return f"{place} holds several runs: name one of {names}" if len(inside) > 1 else f"{place} holds a run: name it, {names}"

@@ -48,6 +48,26 @@ def test_a_mistake_in_the_grid_is_found_before_any_run(tmp_path):
         load_comparison(str(path), {"tune": {"grid": {"optimizer.lrr": [1.0]}}})
 
 
+@pytest.mark.parametrize(
+    ("by", "sentence"),
+    [
+        ("fake_runs:fake_trian", "arm 'grpo': by: module 'fake_runs' has no function 'fake_trian'"),
+        ("fake_runs", "arm 'grpo': by: 'fake_runs' names no function; write package.module:function"),
+        ("nowhere:train", "cannot import 'nowhere'.*working directory"),
+        ("needs_more:train", "cannot import 'needs_more'.*pip install a_package_that_is_not_here"),
+    ],
+)
+def test_a_function_of_an_outside_arm_that_is_not_there_is_found_before_any_run(tmp_path, monkeypatch, by, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "needs_more.py").write_text("import a_package_that_is_not_here\n")
+    path = fake_runs.comparison_yaml(tmp_path, ["base", "grpo"])
+    raw = json.loads(path.read_text())
+    raw["arms"]["grpo"]["by"] = by
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=sentence):
+        load_comparison(str(path))
+
+
 def test_overrides_reach_the_comparison(tmp_path):
     path = fake_runs.comparison_yaml(tmp_path, ["base", "grpo"])
     comparison = load_comparison(str(path), ["seeds=[4, 5]", "budget.generated_tokens=2000", "workers=1"])

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from opd.comparison.outside import train_sft
+from opd.api import train
+from opd.comparison.outside import train_grpo, train_sft
 from opd.comparison.results import GREEDY, PRIMARY, read_run
 
 SMALL = {"steps": 12, "eval.every": 6, "eval.num_problems": 128, "eval.final_problems": 32, "eval.final_samples": 2}
@@ -26,3 +27,51 @@ def test_a_recipe_that_samples_from_the_student_is_refused(tmp_path):
     with pytest.raises(ValueError, match="set rollout.source"):
         train_sft("recipes/runs/grpo_expr.yaml", SMALL, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+GRPO = {"eval.every": 2, "eval.num_problems": 32, "eval.final_problems": 16, "eval.final_samples": 1, "optimizer.lr": 1e-4, "seed": 3}
+
+
+def counted(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["tokens/student"], row["tokens/learner"]) for row in rows]
+
+
+@pytest.mark.slow
+def test_trl_grpo_sees_our_prompts_in_our_order_and_stops_at_the_same_budget(tmp_path, monkeypatch):
+    """Answers of the embedded task are as long as their problems are deep, so equal token counts at every step mean the same problems."""
+    limits = {"steps": 1_000_000, "budget.generated_tokens": 1000}
+    theirs = train_grpo("recipes/runs/grpo_expr.yaml", {**GRPO, **limits}, tmp_path / "theirs")
+    ours = train("recipes/runs/grpo_expr.yaml", {**GRPO, **limits, "learner.kind": "torch", "track.wandb": "disabled"}, folder=tmp_path / "ours")
+    assert counted(theirs) == counted(ours) and counted(ours)[-1][1] >= 1000 > counted(ours)[-2][1]
+    run = read_run(theirs, arm="grpo_trl")
+    assert run.finished and [point.step for point in run.curve] == [0, 2] and set(run.finals) == {PRIMARY, GREEDY}
+    status = json.loads((theirs / "status.json").read_text())
+    assert status["why"] == "trained by trl's GRPOTrainer" and status["step"] == counted(ours)[-1][0]
+
+
+@pytest.mark.slow
+def test_trl_grpo_learns_from_the_recipes_verifier(tmp_path):
+    """A verifier that pays for small last digits alone teaches them: nothing else could."""
+    own = {"data.verifier": {"fn": f"{__name__}:small_digit"}, "optimizer.lr": 1e-3, "steps": 8, "eval.every": 8}
+    folder = train_grpo("recipes/runs/grpo_expr.yaml", {**GRPO, **own}, tmp_path / "run")
+    dev = [json.loads(line)["avg@k"] for line in (folder / "eval.jsonl").read_text().splitlines()]
+    assert dev[1] > dev[0] + 0.2
+
+
+def small_digit(prompt, text):
+    return float(text[-1:] in tuple("0123"))
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"rollout.filter": "mixed_groups"}, "beside the method grpo"),
+        ({"method": "rloo"}, "beside the method grpo"),
+        ({"steps": 1_000_000, "budget.seconds": 5}, "give the arm as many as it may need, set: {steps: 500}"),
+    ],
+)
+def test_what_trl_grpo_cannot_stand_beside_is_refused(tmp_path, more, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        train_grpo("recipes/runs/grpo_expr.yaml", {**GRPO, **more}, tmp_path / "run")
+    assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -63,7 +63,7 @@ def own_divergence(student_logp, teacher_logp):
         ({"nll": {}, "name": "a/b"}, r"objective.0.name: 'a/b' must be a plain word"),
         ({"nll": {}, "weight": {"fn": "nowhere:weight"}}, r"cannot import 'nowhere'"),
         ({"nll": {}, "weight": {"fn": "math:nothing"}}, r"module 'math' has no function 'nothing'"),
-        ({"nll": {}, "weight": {"fn": "math.exp"}}, r"write fn: package.module:function"),
+        ({"nll": {}, "weight": {"fn": "math.exp"}}, r"write package.module:function"),
         ("forward_kl", r"a term is a mapping such as"),
     ],
 )

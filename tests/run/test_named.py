@@ -97,6 +97,15 @@ def test_a_process_that_is_gone_is_told_from_one_that_lives():
     assert is_gone(status) and is_gone({"state": "running", "pid": child.pid})  # as older statuses are
 
 
+def test_the_run_that_is_named_as_an_example_of_a_comparison_has_steps_to_look_at(runs):
+    """The untrained arm of a comparison has examinations alone: neither inspect nor bundle could show anything of it."""
+    (runs / "demo/runs/base/seed-0-44444444").mkdir(parents=True)
+    (runs / "demo/runs/base/seed-0-44444444/resolved.json").write_text("{}")
+    (runs / "demo/runs/opsd/seed-0-22222222/metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"base \(1 run\), grpo \(2 runs\), opsd \(1 run\): name one of its runs, e.g. runs/demo/runs/opsd/seed-0"):
+        find_run("demo")
+
+
 def test_show_tells_runs_that_died_and_gives_names_that_commands_take(runs):
     status = status_content("running", "", step=4, steps=1_000_000, phase="learn", facts={})
     (runs / "tour/status.json").write_text(json.dumps({**status, "pid": 2**22 + 1}))
