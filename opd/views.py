@@ -41,6 +41,10 @@ TEMPLATES: dict[str, str] = {
         "Now solve the problem yourself, step by step, without mentioning this."
     ),
     "instruction": "{question}\n\n{hint}",
+    "debate": (  # arXiv:2605.01347: the transcript, then the request for an answer of one's own
+        "{question}\n\nSeveral experts have debated this question:\n{hint}\n\n"
+        "With their debate in mind, solve the question again in your own way, step by step."
+    ),
     "note": "{question}\n\nA remark on an earlier attempt:\n{hint}\n\nSolve the original question correctly.",
 }
 _FALLBACK = {"peer_success": "solution", "demonstration": "solution", "partial_solution": "solution", "wrong_answer": "answer", "note": "feedback"}

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from opd_rollout.engine import Engine
-from opd_rollout.mixing import Partner
 from opd_rollout.process_engine import ChildSettings, ProcessEngine
 from opd_rollout.replicas import Replicas
 from opd_rollout.torch_engine import TorchEngine
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from opd.build import pretrained
 from opd.build.devices import chunk_bytes_of
 from opd.build.problems import Problems, load_problems, without_long, without_long_ones
+from opd.build.speaking import drawn_with
 from opd.build.stored import open_stores
 from opd.build.student import external_model, load_model, load_tokenizer, pad_id, room_for_prompts, served_paths, smallest_room, student_path
 from opd.build.views import FOREIGN, OTHERS, Source, aligned, checked_views, with_writers
@@ -37,14 +37,16 @@ from opd.objective import Objective, Setting, build_objective
 from opd.prompts import check_dataset_hint, check_lengths
 from opd.replay_buffer import parse_replay
 from opd.run.training import NoSink, Sink
-from opd.sampler import Sampler, parse_sampler
+from opd.sampler import parse_sampler
 from opd.source import Codec, RolloutSource, SourceSettings, parse_source
 from opd.teacher.local import LocalTeacher, frozen_copy
 from opd.teacher.score import SignalScorer, Weights
 from opd.teacher.stored import with_stores
 from opd.text import chat
+from opd.text.token_bytes import token_bytes
 from opd.types import Prompt, Verifier
 from opd.verify.adapt import checked
+from opd.writing import Desk
 
 CANARY_PROMPTS = 2
 
@@ -114,7 +116,11 @@ def build_parts(
     writer = engine if sampler is None else drawn_with(sampler, spoken, teachers, recipe, tokenizer)
     show = partial(prompt_context, reader, specs[mixture.view], room, codec.encode) if mixture.view else None
     source = RolloutSource(writer, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show, ranks.beside)
-    source = with_writers(source, recipe, engine, reader, room + recipe.sampling.max_tokens, stop_ids, verify)
+    desk = Desk(
+        engine=engine, render=partial(chat.render, reader), decode=codec.decode, pieces=partial(token_bytes, reader),
+        room=room + recipe.sampling.max_tokens, stop_ids=stop_ids,
+    )  # fmt: skip
+    source = with_writers(source, recipe, desk, reader, verify, choices, teachers)
     rows = {name: vocab_size if spec.tokenizer is None else len(spec.tokenizer) for name, spec in specs.items()}
     weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), rows[name]) for name, kind in here.items()}
     weights |= {name: aligned(weights[name], tokenizer, spec.tokenizer) for name, spec in specs.items() if spec.tokenizer is not None}
@@ -186,21 +192,6 @@ def setting_of(recipe: Recipe) -> Setting:
         sampler=recipe.rollout.sampler != "student", max_staleness=recipe.asynchrony.max_staleness,
         max_age=recipe.rollout.replay.max_age if recipe.rollout.replay else 0,
     )  # fmt: skip
-
-
-def drawn_with(
-    sampler: Sampler, student: torch.nn.Module, teachers: Mapping[str, torch.nn.Module], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> TorchEngine:
-    """An engine in which a teacher draws tokens with the student. Raises ValueError unless the sampler's signal has a model of its own."""
-    if sampler.signal not in teachers:
-        own = ", ".join(sorted(teachers)) or "none"
-        raise ValueError(
-            f"rollout.sampler draws with the signal {sampler.signal!r}, which has no model of its own here (signals that have: {own}); "
-            "give it weights {external: {path: FOLDER}}, or frozen without LoRA"
-        )
-    partner = Partner(model=teachers[sampler.signal], mix=sampler.mix)
-    options = {"pad_id": pad_id(tokenizer), "token_budget": recipe.engine.token_budget, "vocab_size": len(tokenizer)}
-    return TorchEngine(student, partner=partner, **options)
 
 
 def add_adapters(model: torch.nn.Module, recipe: Recipe) -> None:

@@ -5,12 +5,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from opd_rollout.engine import Engine
+import torch
 from opd_rollout.types import Sampling
 from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
 from opd.build.problems import Problems
+from opd.build.speaking import Choices, check_debates, check_speakers, checked_room, longest_text, teacher_desks
 from opd.build.student import tokenizer_at
 from opd.config.choices import name_of, nearest, parameters_of
 from opd.config.recipe import Recipe
@@ -22,7 +23,6 @@ from opd.source import RolloutSource, parse_source
 from opd.teacher.aligned import AlignedTeacher
 from opd.teacher.score import Weights
 from opd.text import chat
-from opd.text.token_bytes import token_bytes
 from opd.types import Verifier
 from opd.views import ViewSpec, resolve_view
 from opd.writing import AnnotatedSource, Desk, Writer, check_writer
@@ -44,6 +44,8 @@ def checked_views(recipe: Recipe, problems: Problems, objective: Objective, choi
     check_hidden_signals(objective, choices)
     check_foreign(recipe, objective, {name for name, (kind, _) in choices.items() if kind == FOREIGN})
     check_writers(recipe, specs, objective)
+    check_speakers(recipe, choices)
+    check_debates(recipe, objective)
     own = {name: tokenizer_at(recipe, pretrained.find_model(path)) for name, (kind, path) in choices.items() if kind == FOREIGN}
     modes = {name: recipe.data.thinking if s.thinking == "student" else s.thinking for name, s in recipe.signals.items()}
     return {
@@ -101,29 +103,25 @@ def check_foreign(recipe: Recipe, objective: Objective, foreign: Collection[str]
 def with_writers(
     source: RolloutSource,
     recipe: Recipe,
-    engine: Engine,
+    desk: Desk,
     tokenizer: PreTrainedTokenizerBase,
-    positions: int,
-    stop_ids: tuple[int, ...],
     verify: Verifier,
+    choices: Choices,
+    teachers: Mapping[str, torch.nn.Module],
 ) -> Source:
-    """The source, its answers revised by the student where the recipe says so, and whoever writes about them."""
+    """The source, its answers revised by the student where the recipe says so, and whoever writes about them. desk: the student's, for texts of
+    no length. Raises ValueError for a writer without room for a request."""
     if recipe.rollout.revise:
         tokenize, s = partial(chat.tokenize, tokenizer), recipe.sampling
-        sampling = Sampling(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, max_tokens=s.max_tokens, stop_ids=stop_ids)
-        pen = Pen(engine=engine, verify=verify, tokenize=tokenize, decode=partial(chat.decode, tokenizer), sampling=sampling, seed=recipe.seed)
+        sampling = Sampling(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, max_tokens=s.max_tokens, stop_ids=desk.stop_ids)
+        pen = Pen(engine=desk.engine, verify=verify, tokenize=tokenize, decode=desk.decode, sampling=sampling, seed=recipe.seed)
         return RevisedSource(source, Phrases(**recipe.rollout.revise.model_dump()), pen)
     if not recipe.writers:
         return source
-    desk = Desk(
-        engine=engine,
-        render=partial(chat.render, tokenizer),
-        decode=partial(chat.decode, tokenizer),
-        pieces=partial(token_bytes, tokenizer),
-        room=positions - max(writer.max_tokens for writer in recipe.writers.values()),
-        stop_ids=stop_ids,
-    )
-    return AnnotatedSource(source, {name: Writer(**writer.model_dump()) for name, writer in recipe.writers.items()}, desk)
+    longest = longest_text(recipe)
+    desk = replace(desk, room=checked_room(desk.room - longest, "the student", longest))
+    writers = {name: Writer(**writer.model_dump()) for name, writer in recipe.writers.items()}
+    return AnnotatedSource(source, writers, desk, teacher_desks(recipe, choices, teachers, tokenizer, desk))
 
 
 def check_controllers(recipe: Recipe, specs: Mapping[str, ViewSpec]) -> None:
@@ -153,7 +151,7 @@ def check_hidden_signals(objective: Objective, choices: Mapping[str, tuple[str, 
 def check_writers(recipe: Recipe, specs: Mapping[str, ViewSpec], objective: Objective) -> None:
     """Raises ValueError for a request that cannot be made, and for views and weights that read what nobody writes."""
     for name, writer in recipe.writers.items():
-        check_writer(name, writer.ask)
+        check_writer(name, Writer(**writer.model_dump()))
     read = {f"signals.{name}.view": parameters_of(spec.view).get("name") for name, spec in specs.items() if name_of(spec.view) == "note"}
     marks = {f"weight of term {t.name!r}": parameters_of(f).get("name") for t in objective.terms for f in t.fields if name_of(f) == "marked"}
     if recipe.rollout.revise and recipe.writers:

@@ -151,10 +151,13 @@ class Signal(Frozen):
 
 
 class Writer(Frozen):
-    """A request that the student answers about each answer before the views are made; a view `note` may show the text, a weight `marked` use it."""
+    """A request about each answer, before the views are made; a view `note` may show what is written, a weight `marked` use it."""
 
     ask: str = Field(description="the request, with {question} {solution} {answer} {attempt} {feedback} or {segments} (the attempt's, numbered)")
-    role: str = Field(default="", description="system message; empty: none")
+    role: str = Field(default="", description="system message, with {speaker}; empty: none")
+    by: list[str] = Field(default=[], description="signals whose weights write, each as {speaker}; empty: the student")
+    rounds: Positive = Field(default=1, description="rounds of a debate between those in `by`; the note is the transcript")
+    reply: str = Field(default="", description="the request from the second round on, with {transcript}: all turns of the rounds before")
     about: Literal["all", "correct", "wrong"] = Field(default="all", description="which answers")
     max_tokens: Positive = Field(default=64, description="longest text, tokens; texts are greedy and count among the student's tokens")
     points: bool = Field(default=False, description="the first line names segments of the attempt by number: their tokens are marked")
@@ -280,7 +283,7 @@ class Recipe(Frozen):
     teacher: Choice = Field(default="", description="sugar for signals.main.weights")
     view: Choice = Field(default="", description="sugar for signals.main.view")
     signals: dict[str, Signal] = Field(default={}, description="named scorers; `teacher` and `view` make the one called main")
-    writers: dict[str, Writer] = Field(default={}, description="texts that the student writes about answers, by the name that views and weights use")
+    writers: dict[str, Writer] = Field(default={}, description="texts that student or teachers write about answers, by the name that views use")
     controllers: dict[str, Choice] = Field(default={}, description="schedules that views read by name, such as learned_exposure")
     objective: list[dict[str, Any]] = Field(default=[], description="terms, summed; see docs/concepts.md")
     updates: Updates = Updates()

@@ -136,6 +136,8 @@ def _columns(term: Term, judged: Sequence[Judged], known: Sequence[SequenceSigna
             member=place,
             source=answer.completion.source,
             domain=answer.prompt.domain,
+            signal=term.view_signal,
+            notes=answer.notes,
             **likelihoods.get(answer.group, {}),
         )
         routes.append(term.route(asked) * (present and _applies(term, answer, signals)))

@@ -1,5 +1,7 @@
 """Which answers a term learns from, and how much: (RouteInput) -> factor, 0 leaves the answer out of the term and of its denominator."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -8,13 +10,15 @@ from torch import Tensor
 
 from opd.config.choices import NonNegative, Positive, reads
 from opd.credit import GroupOutcome
+from opd.text.confidence import stated_confidence
 from opd.types import Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteInput:
-    """One answer: its verdict, whether the term's signal has a view of it, who wrote it, its prompt's domain, and its place in its group.
+    """One answer: its verdict, whether the term's `signal` has a view of it, who wrote it, its prompt's domain, and its place in its group.
 
+    notes: what writers wrote about it (opd.types.Judged).
     student_logp, signal_logp [G]: mean log-prob a token of the group's answers under the student and under the term's signal (NaN where it
     has no view), for routes that read "likelihood", else empty.
     """
@@ -25,6 +29,8 @@ class RouteInput:
     member: int
     source: str = "student"
     domain: str = ""
+    signal: str = ""
+    notes: Mapping[str, str] = field(default_factory=dict)
     student_logp: Tensor = field(default_factory=lambda: torch.zeros(0))
     signal_logp: Tensor = field(default_factory=lambda: torch.zeros(0))
 
@@ -110,6 +116,19 @@ def wrong_by_teacher_perplexity(answer: RouteInput, *, tau: Positive = 1.0) -> f
     return _share(answer.signal_logp / tau, chosen, answer.member)
 
 
+def confidence_share(answer: RouteInput, *, writer: str, tau: Positive = 1.0) -> float:
+    """The term's teacher's share in softmax(c / 100 / tau), c from 0 to 100 what each speaker of the debate `writer` says last (MAD-OPD eq. 7).
+
+    c is the last tag <<CONFIDENCE=N>> of a speaker's last turn (arXiv 2605.01347); where one of them gives none, all have the same share.
+    """
+    last = {name.removeprefix(f"{writer}/"): turn for name, turn in answer.notes.items() if name.startswith(f"{writer}/")}
+    if answer.signal not in last:
+        return 0.0
+    stated = {speaker: stated_confidence(turn) for speaker, turn in last.items()}
+    weights = {speaker: math.exp(c / 100 / tau) for speaker, c in stated.items() if c is not None}
+    return weights[answer.signal] / sum(weights.values()) if len(weights) == len(last) else 1 / len(last)
+
+
 def _share(score: Tensor, chosen: Tensor, member: int) -> float:
     """Softmax of the scores over the chosen members, times their number."""
     chosen = chosen & ~score.isnan()  # of an answer without a loss token nothing is known
@@ -133,4 +152,5 @@ ROUTES = {
     "from_dataset": from_dataset,
     "correct_by_student_perplexity": correct_by_student_perplexity,
     "wrong_by_teacher_perplexity": wrong_by_teacher_perplexity,
+    "confidence_share": confidence_share,
 }

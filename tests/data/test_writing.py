@@ -144,7 +144,7 @@ def test_nothing_is_written_from_its_last_step_on_and_long_requests_are_left_out
 @pytest.mark.parametrize(("ask", "message"), [("{atempt}", "unknown slot {atempt}"), ("say something", "says nothing of the answer")])
 def test_requests_that_ask_nothing_are_refused(ask, message):
     with pytest.raises(ValueError, match=message):
-        check_writer("w", ask)
+        check_writer("w", Writer(ask=ask))
 
 
 @pytest.mark.parametrize("text", ["héllo  wörld ∑\n x", "1+1=2;2+1=3", " leading", "ok"])

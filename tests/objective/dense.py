@@ -43,6 +43,7 @@ class Answer:
     masked: bool = False
     inside: torch.Tensor | None = None
     marks: dict = field(default_factory=dict)
+    notes: dict = field(default_factory=dict)
 
     def at(self, logits):
         """Log-probs of the answer's own tokens [T]."""
@@ -81,8 +82,9 @@ class Batch:
             )
             verdict = Verdict(status=a.status, reward=a.reward, correct=a.reward > 0.5)
             prompt = Prompt(id=str(a.group), messages=(), domain=a.domain)
+            known = {"marks": a.marks, "notes": a.notes}
             judged.append(
-                Judged(prompt=prompt, prompt_ids=(1, 2), completion=completion, text="", verdict=verdict, group=a.group, member=member, marks=a.marks)
+                Judged(prompt=prompt, prompt_ids=(1, 2), completion=completion, text="", verdict=verdict, group=a.group, member=member, **known)
             )
             old = log(a.old)
             k = objective.needs.student_topk or 1

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import zlib
+from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -23,6 +24,7 @@ from opd.tasks.tokenizer import character_tokenizer
 from opd.text.bpe import train_byte_bpe
 
 torch.set_num_threads(1)
+MODELS = Path(__file__).parents[2] / "models"
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 READABLE = {
     "mopd": {"signals.second.domain": ""},  # texts in the alphabet of the test's task, whose base reads one kind of hint at a time
@@ -30,6 +32,16 @@ READABLE = {
         "writers.spans.ask": "S{solution}\n{segments}",
         "writers.spans.max_tokens": 8,
         "view": {"note": {"name": "spans", "template": "F{hint}\n{question}"}},
+    },
+    "mad_opd": {
+        "signals.first.view": {"note": {"name": "debate", "template": "F{hint}\n{question}"}},
+        "signals.second.view": {"note": {"name": "debate", "template": "F{hint}\n{question}"}},
+        "signals.first.weights.external.path": f"{MODELS}/expr-teacher",  # greedy texts of random weights are blank
+        "signals.second.weights.external.path": f"{MODELS}/expr-base",
+        "writers.debate.role": "",
+        "writers.debate.ask": "{question}",
+        "writers.debate.reply": "F{transcript}\n{question}",
+        "writers.debate.max_tokens": 8,
     },
     "opsdc": {"view": {"instruction": {"text": "7", "template": "F{hint}\n{question}"}}},
     "sd_zero_srt": {"rollout.revise": {"right": "S", "wrong": "F", "between": "\n"}},

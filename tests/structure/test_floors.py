@@ -45,6 +45,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below; a modul
         "opd.writing",
     },
     {"opd.build.problems", "opd.build.stored", "opd.build.student"},
+    {"opd.build.speaking"},
     {
         "opd",
         "opd.__main__",
