@@ -35,6 +35,7 @@ SIGNALS = {  # signal -> (weights, view)
     "aligndistil": {"main": (EXTERNAL, "plain"), "reference": (EXTERNAL, "plain")},
     "exopd": {"main": (EXTERNAL, "plain"), "reference": ("frozen", "plain")},
     "mopd": {"first": (EXTERNAL, "plain"), "second": (EXTERNAL, "plain")},
+    "mad_opd": dict.fromkeys(("first", "second"), (EXTERNAL, {"note": {"name": "debate", "template": "debate"}})),
     "atesd": {"main": ("frozen", {"partial_solution": {"share": "exposure"}})},
     **{
         name: {
@@ -134,4 +135,7 @@ def test_parts_that_no_other_method_has():
     assert (spans.about, spans.points, spans.coverage, spans.until) == ("correct", True, 0.25, 40)
     assert "{solution}" in spans.ask and "{segments}" in spans.ask
     assert [signal.domain for signal in mopd.signals.values()] == ["expr", "route"]
+    [debate] = load("mad_opd").writers.values()
+    assert (debate.by, debate.rounds, debate.about) == (["first", "second"], 2, "all")
+    assert "<<CONFIDENCE=N>>" in debate.role and not {"{attempt}", "{solution}"} & set(debate.ask.split() + debate.reply.split())
     assert atesd.controllers == {"exposure": {"learned_exposure": {"steps": 100}}}
