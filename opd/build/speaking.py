@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from opd_rollout.engine import Engine
 from opd_rollout.mixing import Partner
 from opd_rollout.torch_engine import TorchEngine
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,12 @@ def drawn_with(
     return TorchEngine(student, partner=partner, **options)
 
 
+def desk_of(engine: Engine, tokenizer: PreTrainedTokenizerBase, room: int, stop_ids: tuple[int, ...]) -> Desk:
+    """A desk around an engine that speaks this tokenizer's ids. room: longest request, tokens."""
+    render, decode, pieces = partial(chat.render, tokenizer), partial(chat.decode, tokenizer), partial(token_bytes, tokenizer)
+    return Desk(engine=engine, render=render, decode=decode, pieces=pieces, room=room, stop_ids=stop_ids)
+
+
 def teacher_desks(
     recipe: Recipe, choices: Choices, teachers: Mapping[str, torch.nn.Module], tokenizer: PreTrainedTokenizerBase, student: Desk
 ) -> dict[str, Desk]:
@@ -48,14 +55,8 @@ def teacher_desks(
         model, whose = teachers[name], f"signals.{name}"
         options = {"pad_id": pad_id(tokenizer), "token_budget": recipe.engine.token_budget, "vocab_size": len(tokenizer)}
         room = room_for_prompts(recipe, model.config, whose, False) + recipe.sampling.max_tokens - longest
-        desks[name] = Desk(
-            engine=TorchEngine(model, **options),
-            render=student.render,
-            decode=student.decode,
-            pieces=partial(token_bytes, tokenizer),
-            room=checked_room(room, whose, longest),
-            stop_ids=chat.stop_ids(tokenizer, model.generation_config),
-        )
+        stop_ids = chat.stop_ids(tokenizer, model.generation_config)
+        desks[name] = desk_of(TorchEngine(model, **options), tokenizer, checked_room(room, whose, longest), stop_ids)
     return desks
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from opd.build import pretrained
 from opd.build.devices import chunk_bytes_of
 from opd.build.problems import Problems, load_problems, without_long, without_long_ones
-from opd.build.speaking import drawn_with
+from opd.build.speaking import desk_of, drawn_with
 from opd.build.stored import open_stores
 from opd.build.student import external_model, load_model, load_tokenizer, pad_id, room_for_prompts, served_paths, smallest_room, student_path
 from opd.build.views import FOREIGN, OTHERS, Source, aligned, checked_views, with_writers
@@ -43,10 +43,8 @@ from opd.teacher.local import LocalTeacher, frozen_copy
 from opd.teacher.score import SignalScorer, Weights
 from opd.teacher.stored import with_stores
 from opd.text import chat
-from opd.text.token_bytes import token_bytes
 from opd.types import Prompt, Verifier
 from opd.verify.adapt import checked
-from opd.writing import Desk
 
 CANARY_PROMPTS = 2
 
@@ -116,11 +114,7 @@ def build_parts(
     writer = engine if sampler is None else drawn_with(sampler, spoken, teachers, recipe, tokenizer)
     show = partial(prompt_context, reader, specs[mixture.view], room, codec.encode) if mixture.view else None
     source = RolloutSource(writer, problems.stream, verify, codec, sampling_of(recipe, stop_ids), source_settings(recipe, room), show, ranks.beside)
-    desk = Desk(
-        engine=engine, render=partial(chat.render, reader), decode=codec.decode, pieces=partial(token_bytes, reader),
-        room=room + recipe.sampling.max_tokens, stop_ids=stop_ids,
-    )  # fmt: skip
-    source = with_writers(source, recipe, desk, reader, verify, choices, teachers)
+    source = with_writers(source, recipe, desk_of(engine, reader, room + recipe.sampling.max_tokens, stop_ids), reader, verify, choices, teachers)
     rows = {name: vocab_size if spec.tokenizer is None else len(spec.tokenizer) for name, spec in specs.items()}
     weights = {name: make_teacher(kind, recipe, learner, teachers.get(name), rows[name]) for name, kind in here.items()}
     weights |= {name: aligned(weights[name], tokenizer, spec.tokenizer) for name, spec in specs.items() if spec.tokenizer is not None}

@@ -109,8 +109,8 @@ def with_writers(
     choices: Choices,
     teachers: Mapping[str, torch.nn.Module],
 ) -> Source:
-    """The source, its answers revised by the student where the recipe says so, and whoever writes about them. desk: the student's, for texts of
-    no length. Raises ValueError for a writer without room for a request."""
+    """The source, its answers revised by the student where the recipe says so, and whoever writes about them. desk: the student's, its room
+    without a text. Raises ValueError for a writer without room for a request."""
     if recipe.rollout.revise:
         tokenize, s = partial(chat.tokenize, tokenizer), recipe.sampling
         sampling = Sampling(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, max_tokens=s.max_tokens, stop_ids=desk.stop_ids)
