@@ -36,13 +36,17 @@ def dlogits_(
     return x
 
 
-def dlogits_of_mass_(e: Tensor, top: Tensor, rows: slice, coefficients: Coefficients, chosen: TileIds, scratch: Tensor) -> Tensor:
-    """The same from e = exp(x - top) [C, V] where that has been formed already; top [C] is at least every x outside the chosen columns."""
+def dlogits_of_mass_(e: Tensor, top: Tensor, rows: slice, coefficients: Coefficients, chosen: TileIds, scratch: Tensor | None) -> Tensor:
+    """The same from e = exp(x - top) [C, V] where that has been formed already; top [C] is at least every x outside the chosen columns.
+
+    `scratch` is needed with an entropy gradient.
+    """
     distance = torch.where(top == float("-inf"), FLOOR, top - coefficients.reference[rows])
     factor = distance.exp()
     if coefficients.slope is None:
         e.mul_((coefficients.scale[rows] * factor)[:, None])
     else:
+        assert scratch is not None
         torch.log(e, out=scratch).add_(distance[:, None]).clamp_(min=FLOOR)
         scratch.mul_((coefficients.slope[rows] * factor)[:, None]).add_((coefficients.scale[rows] * factor)[:, None])
         e.mul_(scratch)

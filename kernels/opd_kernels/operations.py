@@ -8,7 +8,7 @@ Keywords they share:
                    same hidden, ids and loss and receives the same result; the gradient of hidden is summed over the ranks
     vocab_start    global id of this rank's first row
     backend        auto, reference (dense), torch (chunked) or triton
-    chunk_bytes    upper bound of the scratch; None: 32 MiB (160 MiB where whole rows are held) on the CPU, on CUDA 768 MiB
+    chunk_bytes    upper bound of the scratch; None: 64 MiB (160 MiB where whole rows are held) on the CPU, on CUDA 768 MiB
                    (2.5 GiB) or an eighth of the free memory
 All accumulate in fp32 whatever the inputs (fp64 for fp64 inputs), repeat bitwise, and raise ValueError for input that does not fit.
 """

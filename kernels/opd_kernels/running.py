@@ -25,7 +25,7 @@ def accumulate(x: Tensor, sums: RunningSums, shifted: Tensor, mass: Tensor | Non
     if x.shape[1] == 0:
         return
     top = torch.maximum(sums.m, x.amax(dim=1))
-    origin = torch.where(top == _NEG_INF, 0.0, top)
+    origin = _origin(top)
     offset = torch.where(sums.m == _NEG_INF, FLOOR, sums.m - origin)
     decay = offset.exp()
     torch.sub(x, origin[:, None], out=shifted)
@@ -46,9 +46,18 @@ def accumulate_below(x: Tensor, sums: RunningSums, shifted: Tensor, mass: Tensor
 
     `bounded` promises that x holds no -inf.
     """
-    torch.sub(x, torch.where(sums.m == _NEG_INF, 0.0, sums.m)[:, None], out=shifted)
+    torch.sub(x, _origin(sums.m)[:, None], out=shifted)
     if not bounded:
         shifted.clamp_(min=MASKED)
     exp_into(shifted, out=mass)
     sums.l.add_(mass.sum(dim=1))
     sums.t.add_(mass.mul_(shifted).sum(dim=1))
+
+
+def exp_below_(x: Tensor, top: Tensor) -> Tensor:
+    """x [C, cv] becomes exp(x - top), bit for bit what accumulate left in it where `top` [C] was the maximum afterwards."""
+    return exp_into(x.sub_(_origin(top)[:, None]), out=x)
+
+
+def _origin(top: Tensor) -> Tensor:
+    return torch.where(top == _NEG_INF, 0.0, top)

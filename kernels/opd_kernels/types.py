@@ -112,6 +112,6 @@ def chunk_budget(options: LogitOptions, device: torch.device, *, row_sets: int) 
     if options.chunk_bytes is not None:
         return options.chunk_bytes
     if device.type != "cuda":
-        return (320 // row_sets if row_sets else 32) << 20
+        return (320 // row_sets if row_sets else 64) << 20
     free_bytes = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min((1664 if row_sets else 768) << 20, max(free_bytes // 8, 64 << 20))
