@@ -66,7 +66,8 @@ def selected_logprobs(
     """Log-probabilities at ids [N, K] (-1 pads, duplicates and any order allowed), tail mass, log-normaliser and entropy.
 
     Equals log_softmax(hidden @ weight.T) gathered at ids. Differentiable in hidden [N, H], weight [V, H] and bias through logp,
-    tail_logp, logz and entropy; costs four products forward and backward, three where weight takes no gradient.
+    tail_logp, logz and entropy; costs four products forward and backward (three where weight takes no gradient), on the CPU
+    less the tiles that chunk_bytes lets wait for backward.
     `student_topk` > 0 adds the top-k ids and their log-probabilities as constants.
     """
     check_projection(hidden, weight)

@@ -18,6 +18,10 @@ class Allocations(TorchDispatchMode):
         self.largest_bytes = 0
         self.peak_bytes = 0
 
+    @property
+    def alive_bytes(self) -> int:
+        return sum(self._alive.values())
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
@@ -32,7 +36,7 @@ class Allocations(TorchDispatchMode):
         self._alive[pointer] = size
         weakref.finalize(storage, self._alive.pop, pointer, None)
         self.largest_bytes = max(self.largest_bytes, size)
-        self.peak_bytes = max(self.peak_bytes, sum(self._alive.values()))
+        self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
 
 
 def allocations_of(work: Callable[[], object], *known: torch.Tensor) -> Allocations:

@@ -1,0 +1,213 @@
+"""Tiles that forward leaves for backward: how many products that saves, how long the memory lives, and that no gradient depends on it."""
+
+import opd_kernels
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from tests.kernels.allocations import Allocations, allocations_of
+from tests.kernels.cases import assert_same, make_case, oracle, run, upstream_of
+
+TOKENS, COLUMNS, HIDDEN, WIDTH = 40, 1000, 16, 64
+TILE_BYTES = 4 * TOKENS * WIDTH  # 16 tiles, the last of 40 columns
+HALF = 8 * TILE_BYTES
+REST = 7 * WIDTH + 40  # columns of the last 8 tiles
+
+
+@pytest.fixture(autouse=True)
+def narrow_tiles(monkeypatch):
+    monkeypatch.setattr("opd_kernels.tiling._CPU_WIDTH", WIDTH)
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts the multiplications of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("bmm", "baddbmm", "linear"), f"{name} is not counted"
+        if name in ("mm", "addmm", "addmm_"):
+            left, right = args[-2:]
+            self.total += left.shape[0] * left.shape[1] * right.shape[1]
+        return function(*args, **(kwargs or {}))
+
+
+def products(work, one: int = TOKENS * COLUMNS * HIDDEN) -> float:
+    """Matrix products of N x V x H that `work` executes."""
+    with Multiplications() as multiplications:
+        work()
+    return multiplications.total / one
+
+
+def leaves(seed: int = 0):
+    case = make_case(TOKENS, COLUMNS, HIDDEN, 5, logit_std=3.0, seed=seed)
+    return case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_(), case.ids
+
+
+def loss_of(hidden, weight, ids, **keywords):
+    """A loss on every output that was asked for."""
+    selected = opd_kernels.selected_logprobs(hidden, weight, ids, backend="torch", **keywords)
+    loss = torch.where(ids >= 0, selected.logp, 0.0).sum() + 0.3 * selected.tail_logp.sum()
+    return loss if selected.entropy is None else loss + 0.1 * selected.entropy.square().sum()
+
+
+def gradients(**keywords):
+    hidden, weight, ids = leaves()
+    return torch.autograd.grad(loss_of(hidden, weight, ids, **keywords), (hidden, weight))
+
+
+# An entropy takes a second area of a tile's size from the same budget, a softcap another one.
+@pytest.mark.parametrize(
+    ("areas", "options", "kept_columns"),
+    [
+        (1, {"entropy": False}, 40),
+        (4, {"entropy": False}, 3 * WIDTH + 40),
+        (16, {"entropy": False}, COLUMNS),
+        (100, {"entropy": False}, COLUMNS),
+        (4, {}, 2 * WIDTH + 40),
+        (17, {}, COLUMNS),
+        (4, {"softcap": 9.0}, WIDTH + 40),
+        (4, {"softcap": 9.0, "entropy": False}, 2 * WIDTH + 40),
+    ],
+)
+def test_only_what_was_given_up_is_multiplied_again(areas, options, kept_columns):
+    """4 products less the kept share of the columns; 3 where all are kept, like autograd over whole logits."""
+    counted = products(lambda: gradients(chunk_bytes=areas * TILE_BYTES, **options))
+    assert counted == pytest.approx(4 - kept_columns / COLUMNS, abs=1e-9)
+
+
+def test_a_frozen_head_saves_the_same_product():
+    hidden, weight, ids = leaves()
+    counted = products(lambda: loss_of(hidden, weight.detach(), ids, chunk_bytes=HALF, entropy=False).backward())
+    assert counted == pytest.approx(3 - REST / COLUMNS, abs=1e-9)
+
+
+def test_tiles_split_over_rows_and_columns():
+    """5,000 tokens in tiles of 4,096: the budget holds 3 of the 4 tiles, and what is left out is the shorter one of the first columns."""
+    case = make_case(5000, 2 * WIDTH, 4, 3)
+    upstream = upstream_of(case, ("logp", "tail_logp", "logz"))
+    one, budget = 5000 * 2 * WIDTH * 4, 4 * 4 * 4096 * WIDTH  # a fourth area for the entropy's second one
+    results = []
+    assert products(lambda: results.append(run(case, upstream, path="composable", chunk_bytes=budget)), one) == pytest.approx(
+        3 + (5000 - 4096) * WIDTH / (5000 * 2 * WIDTH), abs=1e-9
+    )
+    assert_same(results[0], oracle(case, upstream), value=3e-5, gradient=5e-6)
+
+
+@pytest.mark.parametrize("chunk_bytes", [TILE_BYTES, HALF, 100 * TILE_BYTES])
+@pytest.mark.parametrize("options", [{}, {"softcap": 9.0}, {"with_bias": True, "temperature": torch.linspace(0.5, 2.0, TOKENS)}], ids=str)
+@pytest.mark.parametrize("names", [("logp", "tail_logp", "logz", "entropy"), ("logp", "tail_logp"), ("logp",)], ids=str)
+def test_gradients_equal_fp64_dense(chunk_bytes, options, names):
+    case = make_case(TOKENS, COLUMNS, HIDDEN, 5, **options)
+    upstream = upstream_of(case, names)
+    assert_same(run(case, upstream, path="composable", chunk_bytes=chunk_bytes), oracle(case, upstream), value=3e-5, gradient=5e-6)
+
+
+@pytest.mark.parametrize("chunk_bytes", [TILE_BYTES, HALF, 100 * TILE_BYTES])
+def test_gradients_of_bf16_inputs(chunk_bytes):
+    case = make_case(TOKENS, COLUMNS, HIDDEN, 5, dtype=torch.bfloat16)
+    upstream = upstream_of(case)
+    assert_same(run(case, upstream, path="composable", chunk_bytes=chunk_bytes), oracle(case, upstream), value=3e-5, gradient=8e-3)
+
+
+@pytest.mark.parametrize("options", [{"entropy": False}, {}, {"softcap": 9.0}], ids=str)
+def test_a_retained_graph_repeats_the_bits_without_the_memory(options):
+    """The first backward pass overwrites and frees the kept tiles; the next ones form them again, at three products each."""
+    hidden, weight, ids = leaves()
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(hidden, weight, ids, chunk_bytes=HALF, **options)
+    areas = [tensor for tensor in saved if tensor.numel() == TOKENS * WIDTH]
+    assert len(areas) == 8 - (options.get("entropy", True) + ("softcap" in options))
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    assert [area.untyped_storage().nbytes() for area in areas] == [0] * len(areas)
+    for _ in range(2):
+        again = []
+        assert products(lambda: again.extend(torch.autograd.grad(loss, (hidden, weight), retain_graph=True))) == pytest.approx(3, abs=1e-9)  # noqa: B023
+        assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
+
+
+def test_several_live_calls_keep_apart():
+    """Forward of two batches, then backward in either order: bitwise what each gives alone."""
+    alone = []
+    for seed in (0, 1):
+        hidden, weight, ids = leaves(seed)
+        alone.append(torch.autograd.grad(loss_of(hidden, weight, ids, chunk_bytes=HALF), (hidden, weight)))
+    for order in ((0, 1), (1, 0)):
+        inputs = [leaves(seed) for seed in (0, 1)]
+        losses = [loss_of(*of_one, chunk_bytes=HALF) for of_one in inputs]
+        for turn in order:
+            grads = torch.autograd.grad(losses[turn], inputs[turn][:2])
+            assert all(torch.equal(left, right) for left, right in zip(grads, alone[turn], strict=True))
+
+
+def test_a_weight_changed_between_the_passes_is_caught():
+    hidden, weight, ids = leaves()
+    loss = loss_of(hidden, weight, ids, chunk_bytes=100 * TILE_BYTES)
+    with torch.no_grad():
+        weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_budget_bounds_what_is_held():
+    """Whole logits are 160,000 bytes. Between the passes the budget's tiles are held, afterwards nothing; without a gradient one tile."""
+    small = 24 * 4 * TOKENS * 5  # tensors of [N, K], int64 ones twice, with room
+    hidden, weight, ids = leaves()
+    returned = 4 * HIDDEN * (TOKENS + COLUMNS)
+    for areas in (4, 8):
+        with Allocations(hidden, weight, ids) as counted:
+            loss = loss_of(hidden, weight, ids, chunk_bytes=areas * TILE_BYTES, entropy=False)
+            assert areas * TILE_BYTES <= counted.alive_bytes <= areas * TILE_BYTES + small
+            loss.backward()
+            del loss
+            assert counted.alive_bytes <= returned + small
+        assert counted.peak_bytes <= areas * TILE_BYTES + returned + small
+        hidden.grad = weight.grad = None
+        with torch.no_grad():
+            without = allocations_of(lambda: loss_of(hidden, weight, ids, chunk_bytes=HALF, entropy=False), hidden, weight, ids)  # noqa: B023
+        assert without.peak_bytes <= TILE_BYTES + small
+        constants = allocations_of(lambda: loss_of(hidden.detach(), weight.detach(), ids, chunk_bytes=HALF, entropy=False), hidden, weight, ids)  # noqa: B023
+        assert constants.peak_bytes <= TILE_BYTES + small
+
+
+def test_a_graph_that_is_dropped_frees_its_tiles():
+    hidden, weight, ids = leaves()
+    with Allocations(hidden, weight, ids) as counted:
+        loss = loss_of(hidden, weight, ids, chunk_bytes=HALF, entropy=False)
+        assert counted.alive_bytes >= HALF
+        del loss
+        assert counted.alive_bytes < TILE_BYTES
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_holds_no_tiles_and_changes_no_bit(reentrant):
+    wanted = gradients(chunk_bytes=HALF)
+    hidden, weight, ids = leaves()
+    with Allocations(hidden, weight, ids) as counted:
+        loss = checkpoint(lambda h, w: loss_of(h, w, ids, chunk_bytes=HALF), hidden, weight, use_reentrant=reentrant)
+        assert counted.alive_bytes < TILE_BYTES
+        loss.backward()
+    assert torch.equal(hidden.grad, wanted[0]) and torch.equal(weight.grad, wanted[1])
+
+
+def test_saved_tensors_may_be_moved_away():
+    """Hooks that offload: backward receives copies, with memory that cannot be given up."""
+    wanted = gradients(chunk_bytes=HALF)
+    hidden, weight, ids = leaves()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t if t is weight or t is hidden or t.dtype != torch.float32 else torch.from_numpy(t.detach().numpy().copy()),
+        lambda t: t,
+    ):
+        loss = loss_of(hidden, weight, ids, chunk_bytes=HALF)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    assert all(torch.equal(left, right) for left, right in zip(grads, wanted, strict=True))
