@@ -57,7 +57,7 @@ def started(
     """
     check_placement(recipe)
     for name, path in served.items():
-        check_served(recipe, name, path, needs.get(name, SignalNeeds()))
+        check_served(recipe, name, path, needs.get(name, SignalNeeds()), on_gpu=bool(torch.cuda.device_count() or recipe.ray.address))
     wanted = plans(recipe, served, torch.cuda.device_count())
     short = "/tmp" if os.access("/tmp", os.W_OK) else None  # a socket's path has 107 bytes at most
     with tempfile.TemporaryDirectory(prefix="opd-ray-", dir=short, ignore_cleanup_errors=True) as scratch, marked_processes(Path(scratch)):

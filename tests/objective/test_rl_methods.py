@@ -172,6 +172,15 @@ def test_a_recipe_is_its_papers_loss(batch, name):
     batch.expect(load(name)[1], METHODS[name])
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_also_far_from_the_rollouts_policy(name):
+    """Ratios from below 0.2 to above 5: every bound of a clip, a cap or a mask is reached on both sides."""
+    far = Batch.make(drift=2.0)
+    ratios = torch.cat([(a.at(a.now) - a.at(a.old)).exp() for a in far.answers])
+    assert ratios.min() < 0.2 and ratios.max() > 5
+    far.expect(load(name)[1], METHODS[name])
+
+
 @pytest.mark.parametrize("name", WITHOUT)
 def test_a_recipe_without_its_own_part_is_another_method(batch, name):
     whole, plain = (batch.run(objective)[1] for objective in (load(name)[1], load(name, **WITHOUT[name])[1]))

@@ -139,3 +139,11 @@ def test_parts_that_no_other_method_has():
     assert (debate.by, debate.rounds, debate.about) == (["first", "second"], 2, "all")
     assert "<<CONFIDENCE=N>>" in debate.role and not {"{attempt}", "{solution}"} & set(debate.ask.split() + debate.reply.split())
     assert atesd.controllers == {"exposure": {"learned_exposure": {"steps": 100}}}
+
+
+def test_numbers_that_a_small_batch_does_not_reach():
+    """The losses are pinned on answers of at most five tokens, and DPO at rollout weights, where all surrogates are one."""
+    cord, gdsd, dpo = (load(name).objective for name in ("cord", "gdsd", "dpo"))
+    assert cord[1]["weight"] == {"peak_divergence": {"tokens": 20, "factor": 2.0, "decay": 0.99}}
+    assert gdsd[0]["policy"] == {"log_ratio_regression": {"scale": 1.0, "low": 0.2, "high": 0.2}}
+    assert dpo[0]["policy"] == "reinforce"

@@ -13,6 +13,7 @@ FILES = {
     "bad_gold.jsonl": [{"question": "a", "answer": "1"}, {"question": "b", "answer": "(((("}],
     "no_answer.jsonl": [{"question": "a"}],
     "not_json.jsonl": ["{oops"],
+    "many.jsonl": [{"question": f"{number}+0", "answer": str(number)} for number in range(1000)],
     "one.jsonl": [{"question": "a", "answer": "1"}],
 }
 
@@ -45,7 +46,7 @@ KINDS = {
         "too many minibatches": (GRPO, {"updates.minibatches": 1000}, "error: updates.minibatches=1000 exceeds"),
         "learner budget": (EXPR, {"learner.token_budget": 8}, "warning: learner.token_budget=8"),
         "engine budget": (EXPR, {"engine.token_budget": 8}, "warning: engine.token_budget=8"),
-        "group of one": (GRPO, {"group": 1}, "compares the answers of one prompt, and group is 1. Legal: group: 2 or more"),
+        "group of one": (GRPO, {"group": 1}, "group is 1. Legal: group: 2 or more; advantage: raw_reward or teacher_logratio; or a method"),
         "filter without groups": (EXPR, {"group": 1, "rollout.filter": "mixed_groups"}, "error: rollout.filter=mixed_groups with group=1"),
         "ranks that cannot share": (EXPR, {"learner.ranks": 3}, "rollout.prompts is 32, which 3 ranks cannot share evenly"),
         "one process, two ranks": (EXPR, {"learner.ranks": 2, "learner.kind": "torch"}, "learner.kind torch is one process"),
@@ -66,8 +67,18 @@ KINDS = {
         "illegal objective": (EXPR, {"objective": distilled("reverse_kl", k=4, tail="drop")}, "over a truncated support is no divergence"),
         "no such hint": (EXPR, {"view": {"hint": {"name": "poem"}}}, "no template 'poem'; known: answer, facts"),
         "no such view": (EXPR, {"view": "solutoin"}, "did you mean 'solution'"),
-        "no teacher": (OPD, {"teacher": {"external": {"path": ""}}}, "an external teacher needs a model"),
-        "foreign teacher": (OPD, {"teacher": {"external": {"path": "models/route-teacher"}}}, "has another tokenizer than the student"),
+        "no teacher": (OPD, {"teacher": {"external": {"path": ""}}}, "Without one: a method whose teacher is the student itself"),
+        "no reference solution": (
+            EXPR,
+            FILE | {"data.path": "many.jsonl", "view": "solution"},
+            "or a method that needs no texts of the data's: grpo",
+        ),
+        "no solution to imitate": (
+            EXPR,
+            FILE | {"data.path": "many.jsonl", "rollout.source": {"dataset": "solution"}},
+            "student answers itself needs none",
+        ),
+        "foreign teacher": (OPD, {"teacher": {"external": {"path": "models/route-teacher"}}}, "with the methods alm, gold or uld"),
         "K above what vLLM returns": (OPD, {"teacher": SERVED, "objective": distilled("forward_kl", k=200)}, "at most, not k=200: lower k"),
         "hidden states of vLLM": (OPD, {"teacher": SERVED}, "is served by vLLM, which hands out no hidden states"),
         "a teacher that draws, elsewhere": (EXPR, {"engine": "process", "rollout.sampler": "teacher"}, "draws tokens from two models"),
@@ -122,7 +133,8 @@ def write_files(folder):
 def page():
     count = sum(map(len, KINDS.values())) + len(ELSEWHERE)
     lines = [
-        "# What `opd check` finds", "",
+        "# What `opd check` finds",
+        "",
         f"Generated from `tests/preflight/mistakes.py` by `python -m tests.preflight.mistakes`: {count} kinds of mistakes, each made by a",
         "test, which looks for the sentence. Errors stop a run before it starts, with exit status 2; warnings and notes do not. A recipe that cannot",
         "even be read is refused with what is wrong in it as a file.",

@@ -130,7 +130,16 @@ def test_what_a_teacher_behind_vllm_cannot_deliver_above_4096_ids(large, need, c
     check_served(recipe(), "main", large, SignalNeeds(k=8))
 
 
-@pytest.mark.parametrize(("need", "sentence"), [({"hidden": True}, "no hidden states"), ({"draws": 4}, "cannot draw ids")])
+@pytest.mark.parametrize("need", [{"student_support": True}, {"union": 8}])
+def test_a_teacher_that_cannot_score_given_ids_is_refused_before_it_starts(large, need):
+    sentence = "on a CPU, which cannot score the student's ids .*teacher_topk.* .as in taid., .*opd, iw_opd.*leave out its engine: vllm"
+    with pytest.raises(ValueError, match=sentence):
+        check_served(recipe(), "main", large, SignalNeeds(**need), on_gpu=False)
+    check_served(recipe(), "main", large, SignalNeeds(**need), on_gpu=True)
+    check_served(recipe(), "main", BASE, SignalNeeds(**need), on_gpu=False)  # a small vocabulary comes back whole
+
+
+@pytest.mark.parametrize(("need", "sentence"), [({"hidden": True}, "no hidden states.*teacher_topk.*opd, iw_opd"), ({"draws": 4}, "cannot draw ids")])
 def test_what_no_teacher_behind_vllm_delivers(need, sentence):
     with pytest.raises(ValueError, match=f"signals.main is served by vLLM, .*{sentence}"):
         check_served(recipe(), "main", BASE, SignalNeeds(**need))
@@ -158,8 +167,6 @@ def test_views_are_cut_to_what_a_teacher_behind_vllm_can_read(large):
     assert smallest_room(short, 100, {"near": config}, {"main": large}) == 100
     with pytest.raises(ValueError, match="leaves no room for a prompt: it has 127 positions"):
         room_for_prompts(recipe(**{"sampling.max_tokens": 200, "engine.positions": 128}), config, "it", served=True)
-
-
 
 
 CLUSTER = """
@@ -219,4 +226,3 @@ def test_two_runs_on_one_cluster_have_actors_of_the_same_name_and_do_not_meet():
                 process.wait()
             cluster.stdin.close()  # Ray ends its own with it
             cluster.wait(timeout=60)
-
