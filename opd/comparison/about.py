@@ -29,7 +29,8 @@ def about(arm: ArmSummary) -> str:
     kinds = dict.fromkeys(_kind(recipe, term) for term in recipe["objective"])
     teachers = [_teacher(name, signal) for name, signal in recipe.get("signals", {}).items()]
     method = f" (method {recipe['method']})" if recipe.get("method") else ""
-    return "; ".join([" and ".join(kinds) + method, *teachers])
+    trainer = next((f", trained by {run.facts['trainer']}" for run in arm.runs if run.facts.get("trainer")), "")
+    return "; ".join([" and ".join(kinds) + method + trainer, *teachers])
 
 
 def teacher_paths(arm: ArmSummary) -> list[str]:

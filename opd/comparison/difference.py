@@ -52,6 +52,7 @@ FACTS: Mapping[str, tuple[str, Effect]] = {  # key of resolved.json -> what it i
     "verifier": ("verifier", "yes"),
     "num_parameters": ("size of the student", "yes"),
     "framework": ("trained by", "yes"),
+    "trainer": ("trained by", "yes"),
     "source": ("imported from", "no"),
     "settings": ("settings of the other trainer", "yes"),
     "learner": ("kind of learner", "numerics"),

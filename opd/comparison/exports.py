@@ -111,6 +111,9 @@ def latex_table(summary: Summary) -> str:
             reach_text(arm.reached[TOKENS], TOKENS) if arm.trained else "",
         ]
         lines.append(" & ".join(escaped(cell) for cell in cells) + r" \\")
+        if arm.name == summary.comparison.base and summary.base_at_best is not None:
+            decoding, interval = summary.base_at_best
+            lines.append(" & ".join([escaped(f"{arm.label} at its best, {decoding}"), _cell(interval), *[""] * (len(head) - 2)]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 

@@ -46,7 +46,7 @@ def train_sft(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Path:
     share, hint, *_ = parse_source(resolved.rollout.source)
     if share > 0 or not hint:
         raise ValueError(f"SFTTrainer learns from references: set rollout.source to {{dataset: HINT}}, not {resolved.rollout.source!r}")
-    watch = _watch(resolved, folder)
+    watch = _watch(resolved, folder, SFTTrainer)
     own = {"per_device_train_batch_size": resolved.rollout.prompts, "max_length": None, "completion_only_loss": True}
     trainer = SFTTrainer(
         model=watch.model,
@@ -68,7 +68,7 @@ def train_grpo(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Path:
     if api.finished(folder):
         return folder
     clip = _clip(resolved)
-    watch = _watch(resolved, folder, updates=resolved.updates.minibatches)
+    watch = _watch(resolved, folder, GRPOTrainer, updates=resolved.updates.minibatches)
     trainer = GRPOTrainer(
         model=watch.model,
         reward_funcs=[_reward(watch)],
@@ -84,10 +84,10 @@ def _resolved(recipe: str, overrides: Mapping[str, Any]) -> Recipe:
     return load_recipe(recipe, {**overrides, "track.wandb": "disabled", "learner.kind": "torch"})
 
 
-def _watch(recipe: Recipe, folder: Path, updates: int = 1) -> "_Watch":
+def _watch(recipe: Recipe, folder: Path, trainer: type, updates: int = 1) -> "_Watch":
     """The run folder, opened anew, with a second copy of the student that trl trains."""
     parts = build_parts(recipe)
-    open_run(folder, recipe, api.facts(recipe, parts))
+    open_run(folder, recipe, {**api.facts(recipe, parts), "trainer": f"TRL's {trainer.__name__}"})
     for name in ("metrics.jsonl", "eval.jsonl"):
         (folder / name).unlink(missing_ok=True)
     return _Watch(folder=folder, recipe=recipe, parts=parts, model=pretrained.load_model(student_path(recipe)), updates=updates)
@@ -264,7 +264,7 @@ class _Watch:
             write_evaluation(self.folder, api.examine(self.recipe, self.parts, self.parts.engine, "test", problems, temperature, samples, step))
         status = Status(self.folder / "status.json", self.recipe.steps)
         status.step(self.done)
-        status.write("finished", f"trained by trl's {trainer}")
+        status.write("finished", f"trained by TRL's {trainer}")
 
     def _speak(self, step: int) -> None:
         named = tuple((name, parameter.detach()) for name, parameter in self.model.named_parameters())

@@ -36,7 +36,8 @@ def rich_table(summary: Summary) -> Table:
     k = max((arm.k for arm in summary.arms), default=0)
     headings = ("arm", f"avg@{k} T=1", "greedy", f"pass@{k}", f"vs {reference.label}", "verdict", "tokens to target", "ratio")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("arm", "verdict") else "right", no_wrap=heading not in ("arm", "tokens to target"))
+        wraps, justify = heading in ("arm", "tokens to target"), "left" if heading in ("arm", "verdict") else "right"
+        table.add_column(heading, justify=justify, no_wrap=not wraps, overflow="fold", min_width=len("> budget") if heading == headings[-2] else None)
     for arm in summary.arms:
         pair = summary.pair(arm.name, reference.name)
         ratio = arm.ratio.get(TOKENS)
@@ -52,8 +53,13 @@ def rich_table(summary: Summary) -> Table:
         )
         if arm.name == summary.comparison.base and summary.base_at_best is not None:
             decoding, interval = summary.base_at_best
-            table.add_row(f"{arm.label}, {decoding}", _with_interval(interval), *[""] * 6)
+            table.add_row(f"{arm.label} at its best, {short(decoding)}", _with_interval(interval), *[""] * 6)
     return table
+
+
+def short(decoding: str) -> str:
+    """temperature 0.2 -> T=0.2"""
+    return decoding.replace("temperature ", "T=")
 
 
 def _to_target(arm: ArmSummary) -> str:
@@ -93,6 +99,8 @@ def _row(arm: ArmSummary, summary: Summary) -> dict[str, Any]:
         ("maj_at_k_temperature_1", PRIMARY, "maj@k"),
     ):
         row |= _interval_cells(name, arm.test(decoding, metric))
+    decoding, at_best = summary.base_at_best if summary.base_at_best and arm.name == summary.comparison.base else ("", None)
+    row |= {"best_decoding": decoding, **_interval_cells("avg_at_k_best_decoding", at_best)}
     row["generalises_to"] = primary.scope if (primary := arm.test()) else ""
     pair = summary.pair(arm.name, summary.reference.name)
     row |= _interval_cells(f"minus_{summary.reference.name}", pair.interval if pair else None)

@@ -249,6 +249,10 @@ def test_every_arm_is_spelled_out_and_a_teacher_from_elsewhere_is_not_counted(ma
         "self-distillation; teacher: a moving average of the student's weights (rate 0.1), which is also shown what the student is not "
         "(view facts: facts that the answer needs, without the way to it)"
     )
+    theirs = replace(
+        summary.arm("grpo"), runs=tuple(replace(run, facts={**run.facts, "trainer": "TRL's GRPOTrainer"}) for run in summary.arm("grpo").runs)
+    )
+    assert about(theirs) == "reinforcement learning from the verifier's rewards, trained by TRL's GRPOTrainer"
 
 
 def test_where_dev_and_test_come_from_is_said(made):

@@ -20,7 +20,7 @@ def test_an_outside_run_is_read_like_any_other_and_learns(tmp_path):
     written = (tmp_path / "run" / "eval.jsonl").stat().st_mtime_ns
     train_sft("recipes/runs/sft_expr.yaml", {**SMALL, "seed": 3}, tmp_path / "run")
     assert (tmp_path / "run" / "eval.jsonl").stat().st_mtime_ns == written  # finished: not trained again
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["why"] == "trained by trl's SFTTrainer"
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["why"] == "trained by TRL's SFTTrainer"
 
 
 def test_a_recipe_that_samples_from_the_student_is_refused(tmp_path):
@@ -47,7 +47,7 @@ def test_trl_grpo_sees_our_prompts_in_our_order_and_stops_at_the_same_budget(tmp
     run = read_run(theirs, arm="grpo_trl")
     assert run.finished and [point.step for point in run.curve] == [0, 2] and set(run.finals) == {PRIMARY, GREEDY}
     status = json.loads((theirs / "status.json").read_text())
-    assert status["why"] == "trained by trl's GRPOTrainer" and status["step"] == counted(ours)[-1][0]
+    assert status["why"] == "trained by TRL's GRPOTrainer" and status["step"] == counted(ours)[-1][0]
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import csv
+import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -6,6 +7,7 @@ from xml.etree import ElementTree
 
 import fake_runs
 import pytest
+from rich.console import Console
 
 from opd.comparison.answers import sentences
 from opd.comparison.arms import flattened, recipe_rows
@@ -131,6 +133,8 @@ def test_files_beside_the_page(made):
         rows = {row["arm"]: row for row in csv.DictReader(file)}
     assert list(rows) == ARMS
     assert float(rows["opd"]["avg_at_k_temperature_1"]) == pytest.approx(summary.arm("opd").test(PRIMARY).mean, abs=1e-4)
+    assert rows["base"]["best_decoding"] == "greedy" and rows["opd"]["best_decoding"] == rows["opd"]["avg_at_k_best_decoding"] == ""
+    assert float(rows["base"]["avg_at_k_best_decoding"]) == pytest.approx(summary.base_at_best[1].mean, abs=1e-4)
     assert rows["opd"]["verdict"] == "better" and rows["opsd_ema"]["allow"] == "truncated_reverse_kl"
     assert rows["opd"]["tuning_generated_tokens"] == "120000" or float(rows["opd"]["tuning_generated_tokens"]) == 120_000
 
@@ -270,8 +274,10 @@ def test_the_latex_table_has_a_row_an_arm_and_escapes(made):
     lines = latex_table(made[0]).splitlines()
     assert lines[1] == r"\begin{tabular}{lrrrrlr}" and lines[-2:] == [r"\bottomrule", r"\end{tabular}"]
     rows = lines[5:-2]
-    assert len(rows) == len(ARMS) and all(row.count("&") - row.count(r"\&") == 6 and row.endswith(r" \\") for row in rows)
-    assert rows[4].startswith(r"opsd\_ema & ") and r"\textgreater{} budget" in latex_table(made[0])
+    assert len(rows) == len(ARMS) + 1 and all(row.count("&") - row.count(r"\&") == 6 and row.endswith(r" \\") for row in rows)
+    at_best = made[0].base_at_best[1]
+    assert rows[1].startswith(f"base at its best, greedy & {100 * at_best.mean:.1f} (") and rows[1].endswith(r") &  &  &  &  &  \\")
+    assert rows[5].startswith(r"opsd\_ema & ") and r"\textgreater{} budget" in latex_table(made[0])
     assert escaped("50 % & a_b {x} \\") == r"50 \% \& a\_b \{x\} \textbackslash{}"
 
 
@@ -329,4 +335,13 @@ def test_only_the_base_has_a_row_at_its_best_decoding(made, tmp_path):
     runs = [replace(run, arm=name) for name, of in (("base", "base"), ("wise", "base"), ("opd", "opd")) for run in made[0].arm(of).runs]
     summary = summarise(comparison.model_copy(update={"arms": arms, "baseline": "opd"}), runs, {})
     assert write_report(tmp_path, summary).read_text().count(" at its best<small>") == 1
-    assert [cell for cell in rich_table(summary).columns[0]._cells if "greedy" in cell] == ["base, greedy"]
+    assert [cell for cell in rich_table(summary).columns[0]._cells if "greedy" in cell] == ["base at its best, greedy"]
+
+
+def test_the_terminals_table_fits_80_columns_and_cuts_no_word(made):
+    summary = replace(made[0], base_at_best=("temperature 0.2", made[0].base_at_best[1]))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(rich_table(summary))
+    printed = console.export_text()
+    assert max(map(len, printed.splitlines())) <= 80 and "\N{HORIZONTAL ELLIPSIS}" not in printed
+    assert "> budget" in printed and "T=0.2" in printed and "greedy" in printed

@@ -98,8 +98,9 @@ def test_killed_and_stopped_in_every_phase_the_run_ends_bitwise_as_if_it_had_not
     assert status == 0 and {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before  # finished: nothing is done
 
 
-def test_a_finished_run_goes_on_to_more_steps_bitwise_as_if_they_had_been_asked_for_at_once(tmp_path):
-    recipe = recipe_file(tmp_path, **{**RECIPE, "optimizer": {"lr": 1e-2, "warmup_steps": 2}, "steps": 5})
+@pytest.mark.parametrize("kind", ["torch", "deepspeed"])
+def test_a_finished_run_goes_on_to_more_steps_bitwise_as_if_they_had_been_asked_for_at_once(tmp_path, kind):
+    recipe = recipe_file(tmp_path, **{**RECIPE, "optimizer": {"lr": 1e-2, "warmup_steps": 2}, "steps": 5}, learner={"kind": kind})
     assert opd_process(tmp_path, "train", recipe, SUPPORT, "name=whole", "steps=5")[0] == 0
     for steps in (3, 5, 5):
         status, said = opd_process(tmp_path, "train", recipe, SUPPORT, "name=grown", f"steps={steps}")
