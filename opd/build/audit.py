@@ -14,7 +14,8 @@ AUDIT_PROMPTS = 4
 def audit_engine(recipe: Recipe, parts: Parts, view: LiveView) -> None:
     """Compare the engine's log-probs with the learner's, in nats; ValueError past the recipe's threshold."""
     prompts = list(parts.problems.dev[:AUDIT_PROMPTS])
-    if not prompts or recipe.sampling.temperature == 0:
+    if not prompts:
+        view.say("engine against learner: not compared, for there are no dev problems (eval.num_problems)")
         return
     requests = [GenerateRequest(prompt_ids=parts.encode(p), seed=request_seed(recipe.seed, p.id, 0, 0)) for p in prompts]
     sampling = Sampling(temperature=recipe.sampling.temperature, max_tokens=recipe.sampling.max_tokens, stop_ids=parts.stop_ids)

@@ -195,6 +195,8 @@ CASES = [
     ("train tiny.yaml model.path=models/few_rows", ["head has 10 rows", "24 tokens"]),
     ("train tiny.yaml model.path=models/good model.attention=flash_attention_2", ["cannot load 'models/good'"]),
     ("train tiny.yaml init=runs/nowhere", ["init: runs/nowhere is no run folder"]),
+    # engine
+    ("train tiny.yaml engine.audit_nats=1e-12", ["engine and learner disagree on log-probs by", "audit_nats=1e-12", "Use float32"]),
     # W&B
     ("train tiny.yaml track.wandb=online", ["track.wandb=offline"]),
     ("train tiny.yaml track.wandb=on-line", ["track.wandb", "offline"]),
