@@ -49,11 +49,11 @@ class ComparisonView:
         text = f"[{self._done}/{self._total}] {outcome.job.title}: {outcome.state} in {outcome.seconds:.0f} s{ending}"
         if outcome.state != "finished":
             text += f": {outcome.why}"
-        left = self._time_left(0.0)
-        self._console.print(text + (f"; {left}" if left and self._bar is None else ""), markup=False, highlight=False)
+        left = self._time_left(0.0) if self._bar is None and self._done < self._total else ""
+        self.say(text + (f"; {left}" if left else ""))
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar is not None:

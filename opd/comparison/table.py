@@ -23,7 +23,7 @@ def print_table(summary: Summary, report: Path, console: Console | None = None) 
     console = console or Console()
     console.print(rich_table(summary))
     for sentence in sentences(summary):
-        console.print(f"- {sentence}", markup=False, highlight=False)
+        console.print(f"- {sentence}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
     console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -6,9 +7,13 @@ import time
 
 import fake_runs
 import pytest
+from rich.console import Console
 
+from opd.comparison.config import Budget
+from opd.comparison.jobs import Job
+from opd.comparison.progress import ComparisonView
 from opd.comparison.runner import compare, rebuild
-from opd.comparison.workers import Functions
+from opd.comparison.workers import Functions, Outcome
 from opd.errors import Preempted
 from opd.run.folder import write_json
 
@@ -105,3 +110,15 @@ def test_an_outside_arm_is_trained_by_its_own_function(tmp_path):
     path.write_text(json.dumps(raw))
     page = compare(str(path), functions=functions(fake_runs.failing_train), root=tmp_path, quiet=True)
     assert "did not finish" not in page.read_text()
+
+
+def test_lines_of_a_finished_run_are_not_wrapped_where_there_is_no_terminal(tmp_path):
+    told = io.StringIO()
+    view = ComparisonView("c", 2, console=Console(file=told, width=40))
+    for done in range(2):
+        job = Job(
+            arm="opsd_frozen", seed=done, tuning=False, point={}, recipe="r", overrides={}, folder=tmp_path / "r", by="", budget=Budget(steps=9)
+        )
+        view.done(Outcome(job=job, state="failed", why="a reason that is longer than the forty columns of this line", seconds=3.0, reused=False))
+    first, second = told.getvalue().splitlines()
+    assert first.startswith("[1/2] ") and first.endswith("s left") and second.endswith("columns of this line")
