@@ -20,6 +20,7 @@ HINTS = ("solution", "demonstration", "facts")
 TRL_HINT = "privileged_context"  # TRL's name for what only the teacher sees
 KNOWN_COLUMNS = ("id", "prompt", "question", "answer", "domain", TRL_HINT, *HINTS)
 SHOWN_UNGRADABLE = 20
+LEAVE_OUT = "mend the record, or leave such records out with data.repair=[incomplete]"
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
@@ -179,7 +180,7 @@ def check_lengths(prompts: Sequence[Prompt], encode: Callable[[Prompt], Sequence
         longest, name = max(too_long)
         raise ValueError(
             f"{len(too_long)} of {len(prompts)} prompts are longer than {max_tokens} tokens (the longest, {name!r}, has {longest}); "
-            "raise data.max_prompt_tokens within what the model allows, or remove them"
+            "raise data.max_prompt_tokens within what the model allows, or remove them (data.repair=[too_long] leaves them out of training)"
         )
 
 
@@ -227,7 +228,7 @@ def _prompt(record: Mapping[str, Any], columns: Mapping[str, str], system: str, 
         hints.setdefault("solution", _CALCULATOR.sub("", answer).strip())
         answer = answer.rpartition("####")[2].strip()
     if not answer.strip():
-        raise ValueError("the answer is empty")
+        raise ValueError(f"the answer is empty; {LEAVE_OUT}")
     messages = _messages(question)
     if system and messages[0]["role"] != "system":
         messages = ({"role": "system", "content": system}, *messages)
@@ -274,5 +275,5 @@ def _messages(question: Any) -> tuple[Message, ...]:
     if not shaped:
         raise ValueError(f"the prompt must be a text or a list of {{role, content}} texts, found {type(question).__name__}")
     if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
-        raise ValueError("the prompt must end with a non-empty user message")
+        raise ValueError(f"the prompt must end with a non-empty user message; {LEAVE_OUT}")
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
