@@ -30,7 +30,8 @@ def student_path(recipe: Recipe) -> str:
         return pretrained.find_model(recipe.model.path) if recipe.model.path else ""
     folder = next((place for place in (Path(recipe.init), RUNS / recipe.init) if (place / "status.json").is_file()), Path(recipe.init))
     if not (status := read_status(folder)):
-        raise ValueError(f"init: {folder} is no run folder (no status.json){nearest_runs(recipe.init)}")
+        instead = "name a finished run (`opd show` lists them); a model folder is model.path's"
+        raise ValueError(f"init: {folder} is no run folder (no status.json){nearest_runs(recipe.init)}; {instead}")
     if (state := status["state"]) != "finished":
         raise ValueError(f"init: run {folder} is {state}; finish it first (opd train with its recipe resumes it)")
     return pretrained.find_model(str(folder / "model"))

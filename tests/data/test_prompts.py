@@ -106,7 +106,7 @@ GOOD = {"question": "q", "answer": "#### 1"}
         ([{"question": "q", "answer": None}], "data.jsonl:1: the record has no answer"),
         ([{"question": "q", "answer": ["1"]}], "data.jsonl:1: answer must be a text or a number, found list"),
         ([{"question": "q", "answer": True}], "answer must be a text or a number, found bool"),
-        ([{"question": "q", "answer": "why ####  "}], r"data.jsonl:1: the answer is empty; mend the record, or leave such records out with data.repair=\[incomplete\]"),
+        ([{"question": "q", "answer": "why ####  "}], r"data.jsonl:1: the answer is empty; mend.*data.repair=\[incomplete\]"),
         ([{"question": 5, "answer": "1"}], "data.jsonl:1: the prompt must be a text or a list"),
         ([{"question": " ", "answer": "1"}], "data.jsonl:1: the prompt must end with a non-empty user message"),
         ([{"prompt": [{"role": "user"}], "answer": "1"}], "data.jsonl:1: the prompt must be a text or a list"),
