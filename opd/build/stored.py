@@ -37,7 +37,7 @@ def check_storable(name: str, kind: str, need: SignalNeeds) -> None:
         raise ValueError(f"{where}: {what} ({kind}); use a frozen or an external teacher with the student's tokenizer")
     if need.hidden:
         raise ValueError(f"{where}: support full reads hidden states, which are large; use support {{teacher_topk: {{k: 64}}}} or sampled")
-    if need.student_support or need.union:
+    if need.student_support or need.union or need.unpaired:
         raise ValueError(f"{where}: student_topk and union ask for the student's ids, which change with every step; use teacher_topk or sampled")
     if need.draws:
         raise ValueError(f"{where}: its ids are drawn anew at every step; use teacher_topk or sampled")

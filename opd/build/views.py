@@ -88,15 +88,20 @@ def check_foreign(recipe: Recipe, objective: Objective, foreign: Collection[str]
     if drawn is not None and drawn.signal in foreign:
         raise ValueError(f"rollout.sampler draws with {drawn.signal!r}, whose tokenizer is its own; sample with the student: rollout.sampler=student")
     for term in objective.terms:
+        if term.support is not None and term.support.kind == "unpaired" and term.signal not in foreign:
+            raise ValueError(
+                f"term {term.name!r}: support unpaired reads tokens that only one of two tokenizers has, and signal {term.signal!r} has the student's; "
+                "give it one of its own, {external: {path: FOLDER, tokenizer: own}}, or use support: teacher_topk"
+            )
         if not term.signals & set(foreign) or term.support is None:
             continue
         kind, loss = term.support.kind, name_of(term.loss) if term.loss else ""
-        if kind in ("spans", "teacher_topk", "sampled") and term.target is None or (kind == "student_topk" and loss == "rank_distance"):
+        if kind in ("spans", "teacher_topk", "sampled", "unpaired") and term.target is None or (kind == "student_topk" and loss == "rank_distance"):
             continue
         raise ValueError(
             f"term {term.name!r} compares student and teacher id by id, and the tokenizer of {', '.join(sorted(term.signals & set(foreign)))} is its "
             "own. Legal: {span_likelihood: {}} on support: spans (alm); a divergence on {teacher_topk: {k: 64, tail: bucket}}, where tokens with the "
-            "same bytes are paired (gold); rank_distance on {student_topk: {k: 64, tail: bucket}} (uld)"
+            "same bytes are paired (gold); rank_distance on {student_topk: {k: 64, tail: bucket}} (uld) or on {unpaired: {k: 64}} (gold_hybrid)"
         )
 
 

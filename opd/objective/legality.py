@@ -65,7 +65,8 @@ def check_objective(terms: Sequence[Term]) -> None:
             continue
         first = by_signal.setdefault(term.signal, term)
         assert first.support
-        if (first.support.kind, first.support.k) != (term.support.kind, term.support.k):
+        kinds = {first.support.kind, term.support.kind}
+        if first.support.k != term.support.k or (len(kinds) > 1 and kinds != {"teacher_topk", "unpaired"}):
             raise ValueError(
                 f"objective: terms {first.name} and {term.name} read signal {term.signal!r} on different supports "
                 f"({first.support.kind} k={first.support.k}, {term.support.kind} k={term.support.k}), "
@@ -179,8 +180,17 @@ def drawn_support(term: Term, setting: Setting) -> Finding | None:
     )
 
 
+def unpaired_by_rank(term: Term, setting: Setting) -> Finding | None:
+    if not term.support or term.support.kind != "unpaired" or (term.loss and name_of(term.loss) == "rank_distance" and term.target is None):
+        return None
+    return Finding(
+        reason="the support unpaired holds different tokens of two vocabularies side by side, by rank; only sizes of probabilities can be compared",
+        legal="distill: rank_distance with support: unpaired and no target, or support: teacher_topk",
+    )
+
+
 def dropped_tail(term: Term, setting: Setting) -> Finding | None:
-    if not term.support or not term.support.sparse or term.support.tail != "drop" or term.support.kind == "teacher_sample":
+    if not term.support or not term.support.sparse or term.support.tail != "drop" or term.support.kind in ("teacher_sample", "unpaired"):
         return None
     name = name_of(term.loss) if term.loss else ""
     if name == "stop_gradient_reverse_kl" and term.support.kind == "student_topk":
@@ -299,6 +309,7 @@ RULES: tuple[Rule, ...] = (
     k_fits,
     renormalised_needs_two,
     drawn_support,
+    unpaired_by_rank,
     dropped_tail,
     renormalised_reverse,
     sampled_estimator,

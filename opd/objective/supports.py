@@ -22,24 +22,24 @@ class Support:
     k draws.
 
     "hidden" is no support: both sides' last hidden states are compared, before any vocabulary. "spans": no vocabulary either, but the
-    log-probs of runs of tokens that two tokenizers have in common.
+    log-probs of runs of tokens that two tokenizers have in common. "unpaired": tokens that only one of two tokenizers has, by rank.
 
     tail: "bucket" keeps the outside mass as one more category, "renormalise" makes both sides sum to one inside, "drop" does neither.
     """
 
-    kind: Literal["full", "hidden", "spans", "sampled", "student_topk", "teacher_topk", "union", "teacher_sample"]
+    kind: Literal["full", "hidden", "spans", "sampled", "student_topk", "teacher_topk", "union", "teacher_sample", "unpaired"]
     k: int = 0
     tail: Tail = "bucket"
     sampled: bool = False
 
     @property
     def sparse(self) -> bool:
-        return self.kind in ("student_topk", "teacher_topk", "union", "teacher_sample")
+        return self.kind in ("student_topk", "teacher_topk", "union", "teacher_sample", "unpaired")
 
     @property
     def by_student(self) -> bool:
         """Whether the student's likeliest tokens, chosen before the step, belong to it."""
-        return self.kind in ("student_topk", "union")
+        return self.kind in ("student_topk", "union", "unpaired")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +87,11 @@ def teacher_sample(*, draws: Count) -> Support:
     return Support(kind="teacher_sample", k=draws, tail="drop")
 
 
+def unpaired(*, k: Count) -> Support:
+    """Of the k likeliest tokens of student and teacher those of which the other tokenizer has none, paired by rank (GOLD, with `rank_distance`)."""
+    return Support(kind="unpaired", k=k, tail="drop")
+
+
 def first_occurrence(ids: Tensor) -> Tensor:
     """[N, K] bool: true at each row's real ids (not -1), once an id."""
     order = ids.argsort(dim=-1, stable=True)
@@ -102,13 +107,14 @@ def categories(support: Support, selected: SelectedLogprobs, rows: TokenRows, si
     The kernel's tail holds the mass outside all ids of the row. The mass of the ids that are not in this support is added to it in
     log space: no subtraction from one, so nothing cancels. Where the signal is not available the teacher's side is the student's.
     """
-    ids = rows.ids[:, signal.columns]
+    columns = _columns(support, signal)
+    ids = rows.ids[:, signal.columns][:, columns]
     kept = _kept(support, ids, rows.token)
     others = first_occurrence(torch.cat([torch.where(kept, ids, -1), rows.ids], dim=-1))[:, ids.shape[1] :]
-    student = torch.where(kept, selected.logp[:, signal.columns], PAD_LOGP)
+    student = torch.where(kept, selected.logp[:, signal.columns][:, columns], PAD_LOGP)
     assert selected.tail_logp is not None, "a sparse support needs the kernel's tail"
     student_tail = torch.logaddexp(selected.tail_logp, _mass(selected.logp, others))
-    logp = signal.logp.to(student)
+    logp = signal.logp[:, columns].to(student)
     teacher = torch.where(kept, logp, PAD_LOGP)
     outside = first_occurrence(ids) & ~kept
     teacher_tail = torch.logaddexp(signal.tail_logp.to(student), _mass(logp, outside))
@@ -122,6 +128,13 @@ def categories(support: Support, selected: SelectedLogprobs, rows: TokenRows, si
     if support.tail == "renormalise":
         student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
     return Categories(student=student, teacher=teacher, **tails)
+
+
+def _columns(support: Support, signal: SignalRows) -> slice:
+    """The columns of a signal that a support reads: a teacher with another tokenizer may bring its own top-k, then what has no partner."""
+    if support.kind not in ("teacher_topk", "unpaired"):
+        return slice(None)
+    return slice(support.k + 1, None) if support.kind == "unpaired" else slice(support.k + 1)
 
 
 def _kept(support: Support, ids: Tensor, token: Tensor) -> Tensor:
@@ -148,4 +161,5 @@ SUPPORTS = {
     "teacher_topk": teacher_topk,
     "union": union,
     "teacher_sample": teacher_sample,
+    "unpaired": unpaired,
 }

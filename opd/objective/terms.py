@@ -121,12 +121,13 @@ class Term:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignalNeeds:
     """What a scorer must deliver: its own top `k`, ids in `draws`, log-probs at the student's top-k ids or (`union` > 0) at these and the top
-    `union` of every signal that has one, final hidden states, the sampled tokens,
+    `union` of every signal that has one, of both top-k what has no partner in the other tokenizer, final hidden states, the sampled tokens,
     the entropy over its whole vocabulary (without `entropy`, one that does not know it gives NaN, and only a meter goes empty)."""
 
     k: int = 0
     draws: int = 0
     student_support: bool = False
+    unpaired: bool = False
     union: int = 0
     hidden: bool = False
     sampled: bool = True
@@ -206,9 +207,10 @@ class Objective:
         functions = [function for term in self.terms for function in term.functions if "teacher_topk" in what_it_reads(function)]
         asked = [parameters_of(function)["k"] for function in functions if parameters_of(function)["signal"] == signal]
         return SignalNeeds(
-            k=max([s.k for s in supports if s.kind == "teacher_topk"] + asked, default=0),
+            k=max([s.k for s in supports if s.kind in ("teacher_topk", "unpaired")] + asked, default=0),
             draws=max((s.k for s in supports if s.kind == "teacher_sample"), default=0),
             student_support=any(s.kind == "student_topk" for s in supports),
+            unpaired=any(s.kind == "unpaired" for s in supports),
             union=max((s.k for s in supports if s.kind == "union"), default=0),
             hidden=any(s.kind in ("full", "hidden") for s in supports),
             entropy=any(

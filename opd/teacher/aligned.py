@@ -7,7 +7,7 @@ import torch
 from opd_rollout.types import ScoreRequest, TokenScores
 
 from opd.text import chat
-from opd.text.align import Asked, align, on_student_tokens
+from opd.text.align import Asked, Vocabularies, align, on_student_tokens
 from opd.text.token_bytes import token_bytes, vocabulary_bytes
 
 
@@ -21,13 +21,15 @@ class AlignedTeacher:
         if teacher.eos_token_id is None:
             raise ValueError("the teacher's tokenizer has no end of sequence; set eos_token in its tokenizer_config.json")
         self._inner, self._student, self._teacher = scores, student, teacher
-        self._teacher_bytes = vocabulary_bytes(teacher)
-        named = vocabulary_bytes(student)
-        self._ids_by_bytes = {piece: number for number, piece in reversed(list(enumerate(named))) if piece}
+        self._both = Vocabularies.of(vocabulary_bytes(student), vocabulary_bytes(teacher))
         self._special = set(student.all_special_ids)
 
     def scores(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
-        """In the order of the requests, with `span` set; hidden states are refused, they belong to another vocabulary."""
+        """In the order of the requests, with `span` set; hidden states are refused, they belong to another vocabulary.
+
+        Of `support_ids` the order alone counts. With `k` as well: columns 0..k as for k alone, then a column for each of support_ids but the
+        first, for the student's candidates that the teacher's vocabulary lacks.
+        """
         assert not any(request.hidden for request in requests), "refused when the recipe loads"
         theirs = [self._translated(request) for request in requests]
         asked = [replace(one, completion_ids=ids, support_ids=None, k=_width(one)) for one, ids in zip(requests, theirs, strict=True)]
@@ -45,8 +47,8 @@ class AlignedTeacher:
         support_ids = None if request.support_ids is None else request.support_ids.cpu()
         asked = Asked(token=torch.tensor(request.completion_ids, dtype=torch.int64), support_ids=support_ids, k=request.k)
         on_host = {name: getattr(scores, name).cpu() for name in ("sampled", "ids", "logp", "tail_logp", "entropy")}
-        return on_student_tokens(replace(scores, **on_host), spans, self._teacher_bytes, self._ids_by_bytes, asked)
+        return on_student_tokens(replace(scores, **on_host), spans, self._both, asked)
 
 
 def _width(request: ScoreRequest) -> int:
-    return request.k if request.support_ids is None else request.support_ids.shape[1] - 1
+    return request.k if request.k or request.support_ids is None else request.support_ids.shape[1] - 1

@@ -138,7 +138,7 @@ def _request(
     judged: Judged, context: tuple[int, ...] | None, prepared: Prepared | None, joint: Tensor | None, need: SignalNeeds
 ) -> ScoreRequest:
     assert context is not None
-    support_ids = joint if need.union else _students_ids(prepared) if need.student_support else None
+    support_ids = joint if need.union else _students_ids(prepared) if need.student_support or need.unpaired else None
     return ScoreRequest(
         context_ids=context, completion_ids=judged.completion.token_ids, support_ids=support_ids, k=need.k, draws=need.draws, hidden=need.hidden
     )
@@ -149,6 +149,7 @@ def _check_coverage(name: str, request: ScoreRequest, scores: TokenScores) -> No
     length = len(request.completion_ids)
     assert scores.sampled.shape == (length,), f"signal {name!r}: {tuple(scores.sampled.shape)} scores for {length} tokens"
     if request.support_ids is not None:
-        assert scores.ids.shape == request.support_ids.shape, f"signal {name!r} answered other ids than were asked for"
+        width = request.support_ids.shape[1] + request.k
+        assert scores.ids.shape == (length, width), f"signal {name!r} answered other ids than were asked for"
     assert not request.draws or scores.ids.shape == (length, request.draws), f"signal {name!r} cannot draw ids"
     assert not request.hidden or (scores.hidden is not None and len(scores.hidden) == length), f"signal {name!r}: hidden states are missing"

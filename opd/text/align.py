@@ -84,36 +84,20 @@ def sums(values: Tensor, spans: Tensor, count: int) -> Tensor:
     return total.index_add(0, torch.where(spans < 0, count, spans), values)[:count]
 
 
-def on_student_tokens(
-    scores: TokenScores, spans: Spans, bytes_of: Sequence[bytes], ids_by_bytes: Mapping[bytes, int], request: "Asked"
-) -> TokenScores:
-    """A teacher's scores of its own tokens as scores of the student's (their `span` says which belong together).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabularies:
+    """The bytes of every id of both sides (none for special tokens), each student id by its bytes, and all bytes that are a token of the teacher."""
 
-    sampled: each token gets an equal share of its span's log-prob, so that sums over spans and answers are the teacher's. Candidates: the
-    teacher's top-k at a span's last token, joined to the bytes of the span's earlier tokens and weighed by their probability (the Bayesian
-    merge of TRL's GOLD), where the student has a token of exactly these bytes; the rest is the tail. With `ranks`: no ids in common, but the
-    teacher's j-th largest probability stands at the student's j-th candidate (ULD, arXiv 2402.12030).
-    """
-    count = max(_largest(spans.student), _largest(spans.teacher)) + 1
-    total = sums(scores.sampled.float(), spans.teacher, count)
-    size = sums(torch.ones(len(spans.student)), spans.student, count).clamp_min(1.0)
-    place = spans.student.clamp_min(0)
-    inside = spans.student >= 0
-    sampled = torch.where(inside, (total / size)[place], 0.0) if count else torch.zeros(len(spans.student))
-    last = {int(n): u for u, n in enumerate(spans.teacher.tolist()) if n >= 0}
-    first = {int(n): u for u, n in reversed(list(enumerate(spans.teacher.tolist()))) if n >= 0}
-    entropy = torch.stack([scores.entropy[first[n]] if n in first else scores.entropy.new_zeros(()) for n in spans.student.tolist()])
-    ids, logp = request.token[:, None], sampled[:, None].clone()
-    if request.support_ids is not None:
-        ids, logp = request.support_ids, _ranked(scores, spans, last, request.support_ids)
-    elif request.k:
-        ids, logp = _mapped(scores, spans, first, last, bytes_of, ids_by_bytes, request, sampled)
-    mass = torch.where(ids >= 0, logp.double(), PAD_LOGP).logsumexp(-1).exp()
-    tail = torch.log1p(-mass.clamp_max(1.0 - SMALLEST)).float()
-    return TokenScores(
-        sampled=sampled, ids=ids, logp=logp, tail_logp=tail, entropy=entropy, temperature=scores.temperature, version=scores.version,
-        view_hash=scores.view_hash, span=spans.student,
-    )  # fmt: skip
+    student: Sequence[bytes]
+    teacher: Sequence[bytes]
+    id_of: Mapping[bytes, int]
+    known: frozenset[bytes]
+
+    @staticmethod
+    def of(student: Sequence[bytes], teacher: Sequence[bytes]) -> "Vocabularies":
+        """Where several ids have the same bytes the first one counts."""
+        id_of = {piece: number for number, piece in reversed(list(enumerate(student))) if piece}
+        return Vocabularies(student=student, teacher=teacher, id_of=id_of, known=frozenset(piece for piece in teacher if piece))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,54 +109,110 @@ class Asked:
     k: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """A span of one student token: its place t, the teacher's last place u, the bytes of the teacher's earlier tokens and their log-prob."""
+
+    t: int
+    u: int
+    prefix: bytes
+    logp: float
+
+
+def on_student_tokens(scores: TokenScores, spans: Spans, both: Vocabularies, request: Asked) -> TokenScores:
+    """A teacher's scores of its own tokens as scores of the student's (their `span` says which belong together).
+
+    sampled: each token gets an equal share of its span's log-prob, so that sums over spans and answers are the teacher's. Candidates: the
+    teacher's top-k at a span's last token, joined to the bytes of the span's earlier tokens and weighed by their probability (the Bayesian
+    merge of TRL's GOLD), where the student has a token of exactly these bytes; the rest is the tail. With ids of the student's and no k: no
+    ids in common, but the teacher's j-th largest probability stands at the student's j-th candidate (ULD, arXiv 2402.12030). With both: the
+    candidates as with k, then the same by rank for what is left over on both sides.
+    """
+    count = max(_largest(spans.student), _largest(spans.teacher)) + 1
+    total = sums(scores.sampled.float(), spans.teacher, count)
+    size = sums(torch.ones(len(spans.student)), spans.student, count).clamp_min(1.0)
+    place = spans.student.clamp_min(0)
+    inside = spans.student >= 0
+    sampled = torch.where(inside, (total / size)[place], 0.0) if count else torch.zeros(len(spans.student))
+    first = {int(n): u for u, n in reversed(list(enumerate(spans.teacher.tolist()))) if n >= 0}
+    entropy = torch.stack([scores.entropy[first[n]] if n in first else scores.entropy.new_zeros(()) for n in spans.student.tolist()])
+    ids, logp = request.token[:, None], sampled[:, None].clone()
+    runs = _runs(scores, spans, first, both)
+    if request.k:
+        ids, logp = _mapped(scores, runs, both, request, sampled)
+    elif request.support_ids is not None:
+        ids, logp = request.support_ids, _ranked(scores, runs, request.support_ids)
+    mass = torch.where(ids >= 0, logp.double(), PAD_LOGP).logsumexp(-1).exp()
+    tail = torch.log1p(-mass.clamp_max(1.0 - SMALLEST)).float()
+    if request.k and request.support_ids is not None:
+        more = _unpaired(scores, runs, both, request.support_ids)
+        ids, logp = (torch.cat(pair, dim=-1) for pair in zip((ids, logp), more, strict=True))
+    return TokenScores(
+        sampled=sampled, ids=ids, logp=logp, tail_logp=tail, entropy=entropy, temperature=scores.temperature, version=scores.version,
+        view_hash=scores.view_hash, span=spans.student,
+    )  # fmt: skip
+
+
+def _runs(scores: TokenScores, spans: Spans, first: Mapping[int, int], both: Vocabularies) -> list[_Run]:
+    last = {int(n): u for u, n in enumerate(spans.teacher.tolist()) if n >= 0}
+    alone, tokens = single(spans.student).tolist(), scores.ids[:, 0].tolist()
+    found = []
+    for t, n in enumerate(spans.student.tolist()):
+        if alone[t] and n in last:
+            prefix = b"".join(both.teacher[tokens[u]] for u in range(first[n], last[n]))
+            found.append(_Run(t=t, u=last[n], prefix=prefix, logp=float(scores.sampled[first[n] : last[n]].sum())))
+    return found
+
+
 def _largest(spans: Tensor) -> int:
     return int(spans.max()) if spans.numel() else -1
 
 
-def _ranked(scores: TokenScores, spans: Spans, last: Mapping[int, int], support_ids: Tensor) -> Tensor:
+def _ranked(scores: TokenScores, runs: Sequence[_Run], support_ids: Tensor) -> Tensor:
     """The teacher's probabilities by rank at the student's candidates, which come sorted; column 0 (the sampled token) has its double's rank."""
     logp = torch.full(support_ids.shape, PAD_LOGP)
-    alone = single(spans.student).tolist()
-    for t, n in enumerate(spans.student.tolist()):
-        if not alone[t] or n not in last:
-            continue
-        ranked = scores.logp[last[n], 1:].float()
-        dropped = scores.ids[last[n], 1:] < 0
-        ranked = torch.where(dropped, scores.logp[last[n], 0].float(), ranked).sort(descending=True).values
+    for run in runs:
+        ranked = scores.logp[run.u, 1:].float()
+        dropped = scores.ids[run.u, 1:] < 0
+        ranked = torch.where(dropped, scores.logp[run.u, 0].float(), ranked).sort(descending=True).values
         for column in range(1, support_ids.shape[1]):
-            at = column if int(support_ids[t, column]) >= 0 else 0
+            at = column if int(support_ids[run.t, column]) >= 0 else 0
             if column - 1 < len(ranked):
-                logp[t, at] = ranked[column - 1]
+                logp[run.t, at] = ranked[column - 1]
     return logp
 
 
-def _mapped(
-    scores: TokenScores,
-    spans: Spans,
-    first: Mapping[int, int],
-    last: Mapping[int, int],
-    bytes_of: Sequence[bytes],
-    ids_by_bytes: Mapping[bytes, int],
-    request: Asked,
-    sampled: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _mapped(scores: TokenScores, runs: Sequence[_Run], both: Vocabularies, request: Asked, sampled: Tensor) -> tuple[Tensor, Tensor]:
     """(ids [T, k + 1], logp): column 0 the student's token, then the teacher's candidates as tokens of the student, -1 where it has none."""
     ids = torch.full((len(request.token), request.k + 1), -1, dtype=torch.int64)
     logp = torch.full(ids.shape, PAD_LOGP)
     ids[:, 0], logp[:, 0] = request.token, sampled
-    alone = single(spans.student).tolist()
-    teacher_tokens = scores.ids[:, 0].tolist()
-    for t, n in enumerate(spans.student.tolist()):
-        if not alone[t] or n not in last:
-            continue
-        earlier = range(first[n], last[n])
-        prefix = b"".join(bytes_of[teacher_tokens[u]] for u in earlier)
-        weight = float(scores.sampled[first[n] : last[n]].sum())
-        for column in range(1, request.k + 1):
-            candidate = int(scores.ids[last[n], column])
-            known = ids_by_bytes.get(prefix + bytes_of[candidate]) if candidate >= 0 else None
-            if known is not None and known != int(request.token[t]):
-                ids[t, column], logp[t, column] = known, weight + float(scores.logp[last[n], column])
+    for run in runs:
+        for column, candidate in enumerate(scores.ids[run.u, 1 : request.k + 1].tolist(), start=1):
+            partner = _partner(candidate, run, both)
+            if partner is not None and partner != int(request.token[run.t]):
+                ids[run.t, column], logp[run.t, column] = partner, run.logp + float(scores.logp[run.u, column])
+    return ids, logp
+
+
+def _partner(candidate: int, run: _Run, both: Vocabularies) -> int | None:
+    """The student's token for what the run would be with this last token of the teacher's."""
+    piece = both.teacher[candidate] if candidate >= 0 else b""
+    return both.id_of.get(run.prefix + piece) if piece else None
+
+
+def _unpaired(scores: TokenScores, runs: Sequence[_Run], both: Vocabularies, support_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(ids [T, K - 1], logp): the student's candidates that no token of the teacher's continues to, likeliest first, each beside the
+    probability of that rank among the teacher's candidates that the student lacks. The token that was sampled is none: it has its partner."""
+    ids = torch.full((support_ids.shape[0], support_ids.shape[1] - 1), -1, dtype=torch.int64)
+    logp = torch.full(ids.shape, PAD_LOGP)
+    for run in runs:
+        pieces = [(number, both.student[number]) for number in support_ids[run.t, 1:].tolist() if number >= 0]
+        ours = [number for number, piece in pieces if not (piece.startswith(run.prefix) and piece[len(run.prefix) :] in both.known)]
+        columns = [c for c, other in enumerate(scores.ids[run.u].tolist()) if c and other >= 0 and _partner(other, run, both) is None]
+        theirs = sorted((run.logp + float(scores.logp[run.u, c]) for c in columns), reverse=True)[: len(ours)]
+        ids[run.t, : len(ours)] = torch.tensor(ours, dtype=torch.int64)
+        logp[run.t, : len(theirs)] = torch.tensor(theirs)
     return ids, logp
 
 

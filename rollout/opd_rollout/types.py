@@ -51,7 +51,8 @@ class Completion:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
     """Score `completion_ids` after `context_ids`; `support_ids` [T, K] int64 (-1 pads) asks for log-probs at given ids,
-    `k` > 0 for the scorer's own top-k joined with the completion's token, `draws` > 0 for that many ids drawn from its distribution at each
+    `k` > 0 for the scorer's own top-k joined with the completion's token (both only of a scorer with another tokenizer, see
+    opd.teacher.aligned), `draws` > 0 for that many ids drawn from its distribution at each
     token, `hidden` for the final hidden states."""
 
     context_ids: tuple[int, ...]
