@@ -107,7 +107,7 @@ def categories(support: Support, selected: SelectedLogprobs, rows: TokenRows, si
     The kernel's tail holds the mass outside all ids of the row. The mass of the ids that are not in this support is added to it in
     log space: no subtraction from one, so nothing cancels. Where the signal is not available the teacher's side is the student's.
     """
-    columns = _columns(support, signal)
+    columns = _columns(support)
     ids = rows.ids[:, signal.columns][:, columns]
     kept = _kept(support, ids, rows.token)
     others = first_occurrence(torch.cat([torch.where(kept, ids, -1), rows.ids], dim=-1))[:, ids.shape[1] :]
@@ -130,7 +130,7 @@ def categories(support: Support, selected: SelectedLogprobs, rows: TokenRows, si
     return Categories(student=student, teacher=teacher, **tails)
 
 
-def _columns(support: Support, signal: SignalRows) -> slice:
+def _columns(support: Support) -> slice:
     """The columns of a signal that a support reads: a teacher with another tokenizer may bring its own top-k, then what has no partner."""
     if support.kind not in ("teacher_topk", "unpaired"):
         return slice(None)

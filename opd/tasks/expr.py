@@ -89,7 +89,8 @@ def prompts(split: str, seed: int, difficulty: str) -> Iterator[Prompt]:
 def _hints(question: str) -> dict[str, str]:
     rng = Random(f"expr/hints/{question}")
     states, used = work_out(question, TRUTH, rng)
-    return {"solution": "=".join(states), "facts": facts_hint(used, TRUTH, rng), "answer": states[-1]}
+    needed = next((operation for operation in used if operation in BELIEFS), used[0])
+    return {"solution": "=".join(states), "facts": facts_hint(used, TRUTH, rng), "answer": states[-1], "fact": needed + TRUTH[needed]}
 
 
 def _demonstrate(question: str, rng: Random) -> tuple[str, list[str]]:

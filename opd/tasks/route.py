@@ -132,7 +132,9 @@ def _true_walk(question: str, rng: Random) -> str:
 def _hints(question: str) -> dict[str, str]:
     rng = Random(f"route/hints/{question}")
     text = _true_walk(question, rng)
-    return {"solution": text, "facts": facts_hint(exits_of(question, text), TRUTH, rng), "answer": text[0::2]}
+    used = exits_of(question, text)
+    needed = next((key for key in used if key in BELIEFS), used[0])
+    return {"solution": text, "facts": facts_hint(used, TRUTH, rng), "answer": text[0::2], "fact": needed + TRUTH[needed]}
 
 
 def _demonstrate(question: str, rng: Random) -> tuple[str, str]:

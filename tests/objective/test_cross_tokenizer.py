@@ -9,6 +9,7 @@ import pytest
 import torch
 from opd_rollout.types import Completion, ScoreRequest, TokenScores
 
+from opd.build.views import check_foreign
 from opd.learner.packing import pack
 from opd.objective import denominators, join
 from opd.teacher.aligned import AlignedTeacher
@@ -277,3 +278,12 @@ def test_gold_hybrid_from_recipe_to_gradient(answers, tokenizers):
 def test_another_gold_hybrid_is_noticed(changes, answers, tokenizers):
     with pytest.raises(AssertionError, match="not close"):
         expect(load("gold_hybrid", k=120, **changes), gold_hybrid, answers, tokenizers, k=120)
+
+
+def test_tokens_without_a_partner_need_two_tokenizers_and_one_k():
+    recipe, objective = dense.load("gold_hybrid")
+    check_foreign(recipe, objective, {"main"})
+    with pytest.raises(ValueError, match="has the student's; give it one of its own, .*tokenizer: own"):
+        check_foreign(recipe, objective, set())
+    with pytest.raises(ValueError, match="Legal: the same support and k"):
+        dense.load("gold_hybrid", k=0, t1__support={"unpaired": {"k": 8}})

@@ -22,12 +22,13 @@ CHOICES = {
     "sampled": "sampled",
     "spans": "spans",
     "teacher_sample": {"teacher_sample": {"draws": 8}},
+    "unpaired": {"unpaired": {"k": K}},
     **{f"{kind}_{tail}": {kind: {"k": K, "tail": tail}} for kind in TOPK for tail in ("bucket", "renormalise", "drop")},
     "student_topk_all": {"student_topk": {"k": V, "tail": "bucket"}},
     "student_topk_with_sampled": {"student_topk": {"k": K, "tail": "bucket", "sampled": True}},
     "teacher_topk_with_sampled": {"teacher_topk": {"k": K, "tail": "bucket", "sampled": True}},
 }
-ON_CATEGORIES = [name for name in CHOICES if name not in ("full", "sampled", "spans", "teacher_sample")]
+ON_CATEGORIES = [name for name in CHOICES if name not in ("full", "sampled", "spans", "teacher_sample", "unpaired")]
 
 
 def supports_of(divergence):
@@ -41,7 +42,8 @@ def supports_of(divergence):
     whole = ["full"] if divergence in DENSE else []
     alone = ["sampled"] if divergence == "reverse_kl" else []
     drawn = ["teacher_sample"] if divergence == "forward_kl" else []
-    return [*whole, *alone, *drawn, *ON_CATEGORIES]
+    ranked = ["unpaired"] if divergence == "rank_distance" else []
+    return [*whole, *alone, *drawn, *ranked, *ON_CATEGORIES]
 
 
 LEGAL = [(divergence, support) for divergence in DIVERGENCES for support in supports_of(divergence)]
@@ -118,10 +120,10 @@ def check(small, divergence, support, student, rows, wanted):
     assert wanted.abs().max() > 1e-3
 
 
-ONCE_A_TOKEN = ("full", "sampled", "spans", "teacher_sample")
+WRITTEN_OUT_BELOW = ("full", "sampled", "spans", "teacher_sample", "unpaired")
 
 
-@pytest.mark.parametrize(("divergence", "support"), [pair for pair in LEGAL if pair[1] not in ONCE_A_TOKEN])
+@pytest.mark.parametrize(("divergence", "support"), [pair for pair in LEGAL if pair[1] not in WRITTEN_OUT_BELOW])
 def test_gradient_identity_on_candidates(small, case, divergence, support):
     student, teacher, reference, token = case
     pair = (teacher, reference) if divergence == "expected_advantage" else (teacher,)
@@ -206,3 +208,13 @@ def test_the_students_entropy_is_exact_over_the_vocabulary(small):
     wanted = -0.5 * -(free.softmax(-1) * free.log_softmax(-1)).sum(-1).mean()
     assert found.loss.item() == pytest.approx(wanted.item(), abs=1e-12)
     torch.testing.assert_close(found.gradient, torch.autograd.grad(wanted, free)[0], rtol=0, atol=1e-12)
+
+
+def test_gradient_identity_of_unpaired_tokens(small, case):
+    """The student's own candidates in the columns behind the teacher's: the tokens that only one of two tokenizers has."""
+    student, teacher, _, token = case
+    paired, _ = chosen_ids({"teacher_topk": {"k": K}}, student, (teacher,), token)
+    alone = student.topk(K, dim=-1).indices
+    rows = small.rows(token, {"main": (teacher, torch.cat([paired, alone], -1))}, terms=("distill",))
+    chosen = torch.zeros(N, V, dtype=torch.bool).scatter(-1, alone, True)
+    check(small, "rank_distance", "unpaired", student, rows, expected("rank_distance", student, teacher, chosen, "drop"))

@@ -21,7 +21,7 @@ UNISD = {"ema": {"rate": 0.1, "every": 10}}
 TAUGHT_BY_ANOTHER_MODEL = (  # the same prompt, another model
     "distillm distillm2 eopd gkd iw_opd kdrl minillm opd opd_full opd_topk paced reopold rs_kd scope seq_kd skd taid tip tsd_kd vla_opd"
 ).split()
-TAUGHT_IN_ANOTHER_TOKENIZER = ["alm", "gold", "uld"]
+TAUGHT_IN_ANOTHER_TOKENIZER = ["alm", "gold", "gold_hybrid", "uld"]
 HELD_TO_THE_START = ["dpo", "gdsd", "grpo_kl", "rloo_kl"]
 ALONE = "cispo dapo dr_grpo grpo gspo icepop max_rl redi reinforce_pp rft rloo sd_zero_srt sft tis".split()
 
@@ -89,7 +89,7 @@ ROLLOUT = {  # whatever differs from "the student answers, and all groups are ke
 
 GROUPS = {
     **dict.fromkeys(SIGNALS, 1),
-    **dict.fromkeys("alm dpo eopd exopd gold iw_opd minillm mopd opd opd_full opd_topk reopold rloo rloo_kl tip uld unisd".split(), 4),
+    **dict.fromkeys("alm dpo eopd exopd gold gold_hybrid iw_opd minillm mopd opd opd_full opd_topk reopold rloo rloo_kl tip uld unisd".split(), 4),
     **dict.fromkeys("cepo cispo cord dapo dr_grpo gdsd grpo grpo_kl gspo hdpo hybrid icepop kdrl max_rl opsd_pi paced pi_distill".split(), 8),
     **dict.fromkeys("rft rlsd scope sdpo srpo tis trace vla_opd vpd".split(), 8),
 }

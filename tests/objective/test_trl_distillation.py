@@ -1,5 +1,6 @@
 """The same tensors through TRL 1.16's self-distillation and cross-tokenizer losses: equal, or different by what the test states."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from trl.experimental.sdft.sdft_trainer import SDFTTrainer
 from trl.experimental.sdpo.sdpo_trainer import SDPOTrainer
 
 from opd.text.align import align
+from opd.text.bpe import train_byte_bpe
 from opd.text.token_bytes import token_bytes
 from tests.objective import test_cross_tokenizer as strangers
 from tests.objective.dense import Batch, load
@@ -168,3 +170,58 @@ def test_gold_with_one_tokenizer_is_trls_matched_loss(answers, tokenizers):  # n
     ours = strangers.run(objective, [a], (student, student))
     torch.testing.assert_close(ours[0], theirs.detach(), rtol=0, atol=1e-5)
     torch.testing.assert_close(ours[1][0], free.grad, rtol=0, atol=1e-5)
+
+
+def gold_hybrid_in_both(a, student, teacher):
+    """(our loss, our gradient, TRL's loss, TRL's gradient) of one answer with its end; unlike its default, both weights 1."""
+    free = a.now.clone().requires_grad_()
+    sides = []
+    for tokenizer, ids, logits in ((student, a.ids, free), (teacher, a.theirs, a.teacher)):
+        offsets = [(0, 0), *byte_offsets(token_bytes(tokenizer, tuple(ids.tolist())))]
+        labels = torch.cat([torch.tensor([-100]), ids])
+        sides.append(tuple(one[None] for one in (torch.cat([logits, torch.zeros_like(logits[:1])]), labels, torch.tensor(offsets))))
+    loss = gold_loss(
+        student, teacher, uld_use_hybrid_loss=True, use_extended_uld=True, uld_skip_student_eos=False, uld_skip_teacher_eos=False,
+        uld_hybrid_matched_weight=1.0, uld_hybrid_unmatched_weight=1.0,
+    )  # fmt: skip
+    logits, labels, offsets = zip(*sides, strict=True)
+    theirs = loss(*logits, *labels, *(one.clamp_min(0) for one in labels), *offsets)
+    theirs.backward()
+    k = len(student)
+    ours = strangers.run(load("gold_hybrid", k=k)[1], [a], (student, teacher), k)
+    return ours[0], ours[1][0], theirs.detach(), free.grad
+
+
+def test_gold_hybrid_is_trls_where_every_run_is_one_token(tokenizers):  # noqa: F811
+    """k is the whole vocabulary. Special tokens, which TRL pairs by name and we by rank, are as good as impossible but for the end."""
+    student, teacher = tokenizers
+    g = torch.Generator().manual_seed(6)
+    made = []
+    for tokenizer in tokenizers:
+        ids = torch.tensor([*tokenizer("xyzq", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+        logits = torch.randn(len(ids), len(tokenizer), dtype=torch.float64, generator=g)
+        logits[:, tokenizer.all_special_ids] = -40.0
+        logits[torch.arange(len(ids)), ids] = 4.0
+        made.append((ids, logits))
+    (ids, now), (theirs, q) = made
+    assert len(ids) == len(theirs) == 5
+    alone = [set(one.get_vocab()) - set(other.get_vocab()) for one, other in ((student, teacher), (teacher, student))]
+    assert len(alone[0]) >= len(alone[1]) > 3, "where the teacher has more, TRL's value holds their sum, a constant"
+    value, gradient, other_value, other_gradient = gold_hybrid_in_both(strangers.Answer(ids, theirs, now, now, q), student, teacher)
+    torch.testing.assert_close(value, other_value, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gradient, other_gradient, rtol=0, atol=1e-5)
+    assert other_gradient[:-1, [student.get_vocab()[piece] for piece in alone[0]]].abs().max() > 1e-4
+
+
+def test_a_run_of_two_teacher_tokens_costs_nothing_here_and_much_in_trl():
+    """Both models are sure of "ab". TRL compares the student's "ab" with the teacher's "b" alone; here a + b is the student's ab."""
+    student, teacher = train_byte_bpe(["ab"] * 9, 262), train_byte_bpe(["cd"] * 9, 262)
+    made = []
+    for tokenizer in (student, teacher):
+        ids = torch.tensor([*tokenizer("ab", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+        made.append((ids, 40.0 * torch.eye(len(tokenizer), dtype=torch.float64)[ids]))
+    (ids, now), (theirs, q) = made
+    assert (len(ids), len(theirs)) == (2, 3)
+    value, _, other_value, _ = gold_hybrid_in_both(strangers.Answer(ids, theirs, now, now, q), student, teacher)
+    assert float(value) == pytest.approx(0.0, abs=1e-6)
+    assert float(other_value) == pytest.approx((1.0 + 0.5 * math.log(2)) / 2, abs=1e-5)  # "ab" has no partner, "b" has one and the student's is 0

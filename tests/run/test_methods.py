@@ -150,7 +150,7 @@ def test_zero_stages_train_and_resume_bitwise_on_one_rank(here, stage, dtype, lo
     assert max(gaps) < (1e-5 if dtype == "float32" else 0.02)  # the engine speaks with the learner's weights, also after updates
 
 
-@pytest.mark.parametrize("method", ["alm", "gold", "uld"])
+@pytest.mark.parametrize("method", ["alm", "gold", "gold_hybrid", "uld"])
 def test_a_teacher_with_another_tokenizer(here, method):
     """A byte-pair teacher, whose chat template and tokens are its own: two steps, and scores of every answer."""
     stranger = train_byte_bpe(["7+8=15;15-9=6;6", "3+4=7;7+5=12;12", "9-4=5;5+6=11;11"] * 9, 280)

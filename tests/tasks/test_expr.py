@@ -68,6 +68,8 @@ def test_hints_say_no_more_than_their_name():
         assert all(re.fullmatch(r"[0-6][-+*][0-6][0-6]", fact) and TRUTH[fact[:3]] == fact[3] for fact in shown)
         needed = set(work_out(prompt.id.removeprefix("expr:"), TRUTH, Random(0))[1])
         assert needed == {fact[:3] for fact in shown}
+        unlearned = [fact for fact in shown if fact[:3] in BELIEFS]
+        assert prompt.hints["fact"] in (unlearned or shown)
 
 
 def test_facts_are_shuffled():

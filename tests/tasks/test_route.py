@@ -121,3 +121,5 @@ def test_hints_say_no_more_than_their_name():
         assert len(set(shown)) == len(shown)
         assert all(TRUTH[fact[:2]] == fact[2] and len(fact) == 3 for fact in shown)
         assert {fact[:2] for fact in shown} == set(exits_of(question, gold))
+        unlearned = [fact for fact in shown if fact[:2] in BELIEFS]
+        assert prompt.hints["fact"] in (unlearned or shown)

@@ -74,7 +74,7 @@ def test_everything_written_is_in_the_alphabet(name):
 def test_bare_question_and_templates(name):
     for prompt in take(name, "train", 50):
         assert [dict(m) for m in prompt.messages] == [{"role": "user", "content": question(prompt)}]
-        assert set(prompt.hints) == {"solution", "facts", "answer"}
+        assert set(prompt.hints) == {"solution", "facts", "answer", "fact"}
         assert prompt.answer == prompt.hints["answer"]
     kinds = {template[0] for template in HINT_TEMPLATES.values()}
     assert len(kinds) == len(HINT_TEMPLATES) == 4
