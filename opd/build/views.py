@@ -90,8 +90,8 @@ def check_foreign(recipe: Recipe, objective: Objective, foreign: Collection[str]
     for term in objective.terms:
         if term.support is not None and term.support.kind == "unpaired" and term.signal not in foreign:
             raise ValueError(
-                f"term {term.name!r}: support unpaired reads tokens that only one of two tokenizers has, and signal {term.signal!r} has the student's; give "
-                "it one of its own, {external: {path: FOLDER, tokenizer: own}}, or use support: teacher_topk"
+                f"term {term.name!r}: support unpaired reads tokens that only one of two tokenizers has, and signal {term.signal!r} has the "
+                "student's; give it one of its own, {external: {path: FOLDER, tokenizer: own}}, or use support: teacher_topk"
             )
         if not term.signals & set(foreign) or term.support is None:
             continue
