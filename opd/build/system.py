@@ -252,8 +252,9 @@ def parse_weights(name: str, choice: Any) -> tuple[str, Any]:
             raise ValueError(f"signals.{name}: a teacher with a tokenizer of its own is scored in this process: leave out engine: vllm")
         if isinstance(given.get("path"), str) and given["path"]:
             return FOREIGN if "tokenizer" in given else "served" if given.get("engine") == "vllm" else kind, given["path"]
+        key = "teacher" if name == "main" else f"signals.{name}.weights"
         raise ValueError(
-            f"signals.{name}: an external teacher needs a model: teacher.external.path=FOLDER (or {{external: {{path: FOLDER}}}}). Without one: "
+            f"signals.{name}: an external teacher needs a model: {key}.external.path=FOLDER (or {{external: {{path: FOLDER}}}}). Without one: "
             "a method whose teacher is the student itself, shown more (opsd, sdft, sdpo), or one that has no teacher (grpo, sft)"
         )
     raise ValueError(f"signals.{name}.weights is {choice!r}; write {forms}")
