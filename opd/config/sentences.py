@@ -1,5 +1,6 @@
 """What pydantic finds in a file, as sentences of ours: the key, what is wrong, the nearest valid name."""
 
+import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -79,18 +80,20 @@ def explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
 
 
 def suggestion(loc: Sequence[int | str], fields: Sequence[str], model: type[BaseModel]) -> str:
-    """' (did you mean X?)': by another project's name for it, by the last part of a dotted key, by a close spelling; else ''."""
+    """' (did you mean X?)': almost so in this place, another project's name for it, the last part of a dotted key, a close spelling; else ''."""
     prefix, last, known = ".".join(map(str, loc[:-1])), str(loc[-1]), dotted_keys(model)
     ends = [key for key in known if key.rpartition(".")[2] == last]
-    if SYNONYMS.get(last) in known:
+    if here := difflib.get_close_matches(last, fields, n=1, cutoff=0.9):
+        found = [f"{prefix}.{here[0]}" if prefix else here[0]]
+    elif SYNONYMS.get(last) in known:
         found = [SYNONYMS[last]]
     elif ends:
         found = ends[:3]
     else:
         close = nearest(last, {*fields, *(key.rpartition(".")[2] for key in known)})
         name = close.partition("'")[2].partition("'")[0]
-        here = f"{prefix}.{name}" if prefix else name
-        found = ([here] if name in fields else [key for key in known if key.rpartition(".")[2] == name][:3]) if name else []
+        own = f"{prefix}.{name}" if prefix else name
+        found = ([own] if name in fields else [key for key in known if key.rpartition(".")[2] == name][:3]) if name else []
     return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
 
 

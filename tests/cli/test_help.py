@@ -40,6 +40,7 @@ CASES = [
     ("train opsd_expr batch_size=1", ["(did you mean 'rollout.prompts'?)"]),
     ("train opsd_expr epochs=1", ["(did you mean 'steps'?)"]),
     ("train opsd_expr max_new_tokens=1", ["(did you mean 'sampling.max_tokens'?)"]),
+    ("train opsd_expr eval.temperature=1", ["(did you mean 'eval.temperatures'?)"]),
     ("train opsd_expr num_generations=1", ["(did you mean 'group'?)"]),
     ("train opsd_expr kl_coef=1", ["kl_coef: ", "reference_kl", "grpo_kl"]),
     ("train opsd_expr weight_decay=1", ["(did you mean 'optimizer.weight_decay'?)"]),
