@@ -1,10 +1,13 @@
 """One self-distillation step, ours against TRL's SDFTTrainer: same base, prompts, hints, batch, new tokens and divergence.
 
-    python benchmarks/sdft_step.py                 # both sides, both vocabularies, 3 rounds in turn -> benchmarks/results/sdft_step.json
-    python benchmarks/sdft_step.py --rounds 1 --vocabularies 32000 --add    # one more round of one row, beside those that the results have
+    python benchmarks/sdft_step.py                 # both sides, all bases, 3 rounds in turn -> benchmarks/results/sdft_step.json
+    python benchmarks/sdft_step.py --rounds 1 --bases large --add    # one more round of one row, beside those that the results have
 
 Each side runs in its own process with the machine's cores; the figure is the median wall time of steps 4.. and the process's peak resident memory.
-Setting: frozen teacher that sees the facts, reverse KL over the full vocabulary, 32 prompts x 1 sample, at most 72 new tokens, AdamW lr 3e-4.
+Setting: frozen teacher that sees the facts, reverse KL over the full vocabulary, 32 prompts x 1 sample, at most 72 new tokens, AdamW lr 3e-4, plain
+torch on both sides (TRL's trainer runs without DeepSpeed, so ours does), all else by default. Bases: `long`, the embedded one with an end of sequence
+that it never writes, so that all 32 answers have 72 tokens; `embedded`, the same, whose answers end after about 11; `large`, a random model of its
+shape with 32,000 tokens, whose answers do not end either.
 """
 
 import argparse
@@ -23,23 +26,29 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, NEW_TOKENS, LEARNING_RATE = 32, 72, 3e-4
+LARGE_VOCABULARY = 32000
+BASES = {"long": "embedded base, 72 new tokens", "embedded": "embedded base, answers that end", "large": "32,000 tokens, 72 new tokens"}
 
 
-def make_base(vocabulary: int, folder: Path) -> Path:
-    """The embedded base, or a random model of its shape with `vocabulary` tokens (the tokenizer is filled up with unused ones)."""
+def make_base(kind: str, folder: Path) -> Path:
+    """A folder of the model that `kind` (of BASES) names; the large one's tokenizer is filled up with unused tokens."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
     source = ROOT / "models/expr-base"
-    if not vocabulary:
+    if kind == "embedded":
         return source
-    set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.add_tokens([f"<unused{n}>" for n in range(vocabulary - len(tokenizer))])
-    config = AutoConfig.from_pretrained(source)
-    config.vocab_size = vocabulary
-    model = AutoModelForCausalLM.from_config(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if kind == "long":
+        tokenizer.eos_token = tokenizer.unk_token
+        model = AutoModelForCausalLM.from_pretrained(source)
+    else:
+        set_seed(0)
+        tokenizer.add_tokens([f"<unused{n}>" for n in range(LARGE_VOCABULARY - len(tokenizer))])
+        config = AutoConfig.from_pretrained(source)
+        config.vocab_size = LARGE_VOCABULARY
+        model = AutoModelForCausalLM.from_config(config)
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -94,6 +103,7 @@ def run_opd(base: Path, steps: int) -> list[float]:
                 "model.path": str(base), "steps": steps, "rollout.prompts": BATCH, "group": 1, "sampling.max_tokens": NEW_TOKENS, "view": "facts",
                 "teacher": "frozen", "objective": [{"distill": "reverse_kl", "support": "full"}], "optimizer.lr": LEARNING_RATE,
                 "eval.num_problems": 0, "eval.final_problems": 0,
+                "learner.kind": "torch",
                 "checkpoint.every": 0, "checkpoint.best": False, "track.wandb": "disabled", "track.samples_every": 0,
             },
             folder=Path(output) / "run",
@@ -118,9 +128,9 @@ def side(name: str, base: Path, steps: int) -> dict[str, float]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def summary(vocabulary: int | str, steps: int, rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+def summary(base: str, steps: int, rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     """A row of the results: medians of both sides, and the median over the rounds of their ratio."""
-    row: dict[str, Any] = {"vocabulary": vocabulary, "steps": steps, "rounds": rounds}
+    row: dict[str, Any] = {"base": base, "steps": steps, "rounds": rounds}
     for figure in ("seconds", "peak_mib"):
         row |= {f"{figure}_{name}": statistics.median(r[name][figure] for r in rounds) for name in ("trl", "opd")}
         row[f"{figure}_ratio"] = statistics.median(r["opd"][figure] / r["trl"][figure] for r in rounds)
@@ -129,9 +139,9 @@ def summary(vocabulary: int | str, steps: int, rounds: list[dict[str, dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30, help="for the embedded base; a large vocabulary gets a third of them")
+    parser.add_argument("--steps", type=int, default=30, help="of the embedded bases; the large vocabulary gets a third of them")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--vocabularies", type=int, nargs="*", default=[0, 32000], help="0: the embedded base's own")
+    parser.add_argument("--bases", nargs="*", choices=tuple(BASES), default=list(BASES))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/sdft_step.json")
     parser.add_argument("--add", action="store_true", help="keep the rows and rounds that --out holds, and add to them")
     parser.add_argument("--side", choices=("trl", "opd"))
@@ -144,13 +154,13 @@ def main() -> None:
         print(json.dumps({"seconds": statistics.median(seconds[3:]), "peak_mib": peak}))
         return
     stored = json.loads(options.out.read_text())["rows"] if options.add and options.out.exists() else []
-    table = {row["vocabulary"]: row for row in stored}
-    for vocabulary in options.vocabularies:
+    table = {row["base"]: row for row in stored}
+    for kind in options.bases:
         with tempfile.TemporaryDirectory() as scratch:
-            base = make_base(vocabulary, Path(scratch))
-            steps = options.steps // 3 if vocabulary else options.steps
+            base = make_base(kind, Path(scratch))
+            steps = options.steps // 3 if kind == "large" else options.steps
             rounds = [{name: side(name, base, steps) for name in ("trl", "opd")} for _ in range(options.rounds)]
-        name = vocabulary or "embedded base"
+        name = BASES[kind]
         if name in table and table[name]["steps"] != steps:
             parser.error(f"{options.out} has rounds of {table[name]['steps']} steps for {name}; add more of the same number")
         table[name] = summary(name, steps, [*(table[name]["rounds"] if name in table else []), *rounds])
