@@ -147,3 +147,9 @@ def test_numbers_that_a_small_batch_does_not_reach():
     assert cord[1]["weight"] == {"peak_divergence": {"tokens": 20, "factor": 2.0, "decay": 0.99}}
     assert gdsd[0]["policy"] == {"log_ratio_regression": {"scale": 1.0, "low": 0.2, "high": 0.2}}
     assert dpo[0]["policy"] == "reinforce"
+    cap, floor = {"staleness_ratio": {"cap": 2.0}}, {"batch_confidence": {"beta": 1.0}}
+    assert load("srpo").objective[1]["weight"] == [cap, floor] and load("unisd").objective[1]["advantage"]["margin"]["margin"] == 0.5
+    assert [term["weight"] for term in load("minillm").objective] == [{"engine_ratio": {"high": 100.0}}] * 2
+    assert load("kdrl").objective[1]["coef"] == {"linear": {"start": 5e-3, "end": 1e-3, "steps": 80}}
+    for name in ("opsd_pi", "pi_distill"):  # groups of equal rewards leave every term, the KLs too
+        assert {term["route"] for term in load(name).objective} == {"mixed_groups"}
