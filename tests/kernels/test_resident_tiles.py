@@ -211,3 +211,11 @@ def test_saved_tensors_may_be_moved_away():
         loss = loss_of(hidden, weight, ids, chunk_bytes=HALF)
     grads = torch.autograd.grad(loss, (hidden, weight))
     assert all(torch.equal(left, right) for left, right in zip(grads, wanted, strict=True))
+
+
+def test_overwriting_kept_tiles_is_no_change_that_autograd_counts():
+    """Without hooks autograd compares versions of what it saved: a second backward must not take the first one's work for a mistake."""
+    hidden, weight, ids = leaves()
+    loss = loss_of(hidden, weight, ids, chunk_bytes=HALF)
+    first, again = (torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
