@@ -113,7 +113,7 @@ def test_a_profile_changes_nothing_that_is_learned(profiled, tmp_path):
         ({"profile.steps": 3, "steps": 4}, "profile.steps is 3, and steps is 4: one step warms up and one is traced besides, so use steps=5 or more"),
         ({"profile.peak_tflops": 100}, "add profile.steps=3"),
         ({"profile.step": 3}, "did you mean 'profile.steps'?"),
-        ({"profiler": 3}, "did you mean 'profile.steps'?"),
+        ({"profiler": 3}, "did you mean 'profile'?"),
     ],
 )
 def test_refusals(changes, sentence):
