@@ -129,7 +129,8 @@ class AnnotatedSource:
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.source.load_state(state)
         for name, kept in state.get("written", {}).items():
-            self._kept[name] = {prompt: tuple(turns) for prompt, turns in kept.items()}
+            # a checkpoint from before debates holds the one text that a writer wrote
+            self._kept[name] = {prompt: (turns,) if isinstance(turns, str) else tuple(turns) for prompt, turns in kept.items()}
 
     def _written(self, name: str, writer: Writer, judged: Sequence[Judged]) -> tuple[list[Judged], int]:
         """The answers with this writer's notes, and how many tokens those took."""

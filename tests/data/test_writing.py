@@ -127,9 +127,11 @@ def test_a_text_about_the_question_alone_is_written_once_a_run_also_across_a_res
     assert engine.asked == [["do so ask p", "do so ask q"]] and {a.notes["summary"] for a in first[:2]} == {"about do so ask p"}
     assert [a.notes for a in source.collect(1)] == [a.notes for a in first] and len(engine.asked) == 1
     table, later = desk(lambda asked: "other words")
-    again = AnnotatedSource(FakeSource(judged), writer, table)
-    again.load_state(source.state())
-    assert [a.notes for a in again.collect(2)] == [a.notes for a in first] and later.asked == []
+    texts = {name: {prompt: turns[0] for prompt, turns in kept.items()} for name, kept in source.state()["written"].items()}
+    for state in (source.state(), source.state() | {"written": texts}):  # the second as it was written before there were debates
+        again = AnnotatedSource(FakeSource(judged), writer, table)
+        again.load_state(state)
+        assert [a.notes for a in again.collect(2)] == [a.notes for a in first] and later.asked == []
     assert source.state()["cursor"] == 3
 
 
