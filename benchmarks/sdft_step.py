@@ -24,6 +24,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+
+import opd
+from opd.tasks import TASKS
+from opd.tasks.types import HINT_TEMPLATES
+
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, NEW_TOKENS, LEARNING_RATE = 32, 72, 3e-4
 LARGE_VOCABULARY = 32000
@@ -32,8 +39,6 @@ BASES = {"long": "embedded base, 72 new tokens", "embedded": "embedded base, ans
 
 def make_base(kind: str, folder: Path) -> Path:
     """A folder of the model that `kind` (of BASES) names; the large one's tokenizer is filled up with unused tokens."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
-
     source = ROOT / "models/expr-base"
     if kind == "embedded":
         return source
@@ -56,13 +61,8 @@ def make_base(kind: str, folder: Path) -> Path:
 
 def run_trl(base: Path, steps: int) -> list[float]:
     """Seconds of every optimiser step of TRL's trainer."""
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from datasets import Dataset  # here, because its memory and the trainer's would be counted as ours
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
-
-    from opd.tasks import TASKS
-    from opd.tasks.types import HINT_TEMPLATES
 
     stream = TASKS["expr"].prompts("train", 0, TASKS["expr"].difficulties[0])
     prompts = [next(stream) for _ in range(BATCH * steps)]
@@ -94,8 +94,6 @@ def run_trl(base: Path, steps: int) -> list[float]:
 
 def run_opd(base: Path, steps: int) -> list[float]:
     """Seconds of every step of ours, through the public entry point."""
-    import opd
-
     with tempfile.TemporaryDirectory() as output:
         folder = opd.train(
             "recipes/runs/opsd_expr.yaml",

@@ -1,6 +1,6 @@
 """Arms from outside: trl's SFTTrainer and GRPOTrainer on the same base, prompts, verifier and examinations.
 
-In a comparison (recipes/compare/trl.yaml): `grpo_trl: {recipe: recipes/runs/grpo_expr.yaml, by: "opd.comparison.outside:train_grpo"}`.
+In a comparison (recipes/compare/trl_expr.yaml): `grpo_trl: {recipe: recipes/runs/grpo_expr.yaml, by: "opd.comparison.outside:train_grpo"}`.
 """
 
 import time
