@@ -8,7 +8,7 @@ from opd.comparison.costs import SCORED, SECONDS, TOKENS
 from opd.comparison.reach import Ratio, Reach
 from opd.comparison.results import GREEDY, PRIMARY
 from opd.comparison.summary import ArmSummary, PairSummary, Summary
-from opd.comparison.wording import listed, p_text, percent, percent_interval, points, points_interval, ratio_text, reach_text, spent
+from opd.comparison.wording import MANY, listed, p_text, percent, percent_interval, points, points_interval, ratio_text, reach_text, shortened, spent
 
 FEW_SEEDS = 5
 CLOSE = 0.05  # arms further apart are not called tied, however little is known of their difference
@@ -53,9 +53,9 @@ def _winner(summary: Summary) -> str:
         return _tie(summary, tied)
     by_verdict = {word: [_with_accuracy(summary.arm(pair.right)) for pair in pairs if pair.verdict == word] for word in words}
     parts = [
-        f"it is better than {listed(by_verdict['better'])}" if by_verdict["better"] else "",
-        f"its lead over {listed(by_verdict['unresolved'])} is unresolved: it may be chance" if by_verdict["unresolved"] else "",
-        f"over the seeds that both finished it is worse than {listed(by_verdict['worse'])}" if by_verdict["worse"] else "",
+        f"it is better than {shortened(by_verdict['better'])}" if by_verdict["better"] else "",
+        f"its lead over {shortened(by_verdict['unresolved'])} is unresolved: it may be chance" if by_verdict["unresolved"] else "",
+        f"over the seeds that both finished it is worse than {shortened(by_verdict['worse'])}" if by_verdict["worse"] else "",
     ]
     second = "; ".join(part for part in parts if part)
     text = f"{best.label} has the highest test accuracy at temperature 1: {percent(test.mean)} % (95 % interval {percent_interval(test)})."
@@ -71,7 +71,7 @@ def _tie(summary: Summary, tied: list[ArmSummary]) -> str:
     """The arms that no resolved difference separates, then which arms all of them beat, and which only some do."""
     shown = [f"{arm.label} {percent(test.mean)} % ({percent_interval(test)})" for arm in tied if (test := arm.test()) is not None]
     separated = "the difference between them is unresolved" if len(tied) == 2 else "no difference between them is resolved"
-    text = f"{listed(shown)} are tied for the highest test accuracy at temperature 1 (95 % intervals): {separated}."
+    text = f"{shortened(shown)} are tied for the highest test accuracy at temperature 1 (95 % intervals): {separated}."
     names, beaten, partly = {arm.name for arm in tied}, [], []
     for other in summary.ranked:
         if other.name in names:
@@ -82,7 +82,9 @@ def _tie(summary: Summary, tied: list[ArmSummary]) -> str:
         else:
             partly.append(f"{listed(above) or 'none of them'} {'is' if len(above) < 2 else 'are'} resolved to be better than {_with_accuracy(other)}")
     everyone = "both" if len(tied) == 2 else "all of them"
-    parts = [f"{everyone} are better than {listed(beaten)}"] if beaten else []
+    parts = [f"{everyone} are better than {shortened(beaten)}"] if beaten else []
+    if len(partly) > MANY:
+        parts, partly = [*parts, f"{len(partly)} others are resolved to be worse than some of the tied arms only, or than none (see every pair)"], []
     second = "; ".join([*parts, *(f"only {part}" if not part.startswith("none") else part for part in partly)])
     return f"{text} {second[0].upper()}{second[1:]}." if second else text
 
@@ -113,7 +115,8 @@ def _margin(summary: Summary) -> str:
     text = f"{left.label} minus {who}: {points(pair.interval.mean)} points of test accuracy (95 % interval {bounds}), {pair.verdict}."
     rest = [(arm, found) for arm in summary.ranked if arm.name not in (pair.left, pair.right) and (found := summary.pair(arm.name, reference.name))]
     others = [f"{arm.label} {points(found.interval.mean)} ({found.verdict})" for arm, found in rest]
-    return f"{text} The others minus {reference.label}: {', '.join(others)}." if others else text
+    further = f" and {len(others) - MANY} more (see the differences)" if len(others) > MANY else ""
+    return f"{text} The others minus {reference.label}: {', '.join(others[:MANY])}{further}." if others else text
 
 
 def _alone(summary: Summary) -> str:

@@ -14,6 +14,7 @@ from opd.comparison.summary import Summary
 
 COLOURS = ("#2a78d6", "#eb6834", "#1baf7a", "#4a3aa7", "#e34948", "#008300", "#e87ba4", "#b97700")
 GREY, INK = "#71716d", "#16181d"
+LEGEND_LETTERS = 100  # that a line of the legend has room for
 
 
 def write_figures(folder: Path, summary: Summary) -> list[Path]:
@@ -73,7 +74,9 @@ def _curves(axes: Axes, bands: Sequence[tuple[int, Band]], *, scale: float) -> N
         axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     if bands:
-        axes.figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=min(4, len(bands)))
+        widest = max(len(found.label) for _, found in bands) + 8  # letters, the line before them included
+        columns = max(1, min(4, len(bands), LEGEND_LETTERS // widest))
+        axes.figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=columns)
 
 
 def _differences(summary: Summary, styles: dict[str, int]) -> Figure:

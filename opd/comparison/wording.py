@@ -119,6 +119,14 @@ def times(value: float) -> str:
     return f"{value:.0f}\N{MULTIPLICATION SIGN}" if value >= 100 else f"{value:.3g}\N{MULTIPLICATION SIGN}"
 
 
+MANY = 10  # a sentence that names more than that is not read; tables name them all
+
+
+def shortened(items: Sequence[str]) -> str:
+    """ "a, b and c", and of more than MANY the first ones and how many follow."""
+    return listed(items) if len(items) <= MANY else listed([*items[: MANY - 1], f"{len(items) - MANY + 1} more"])
+
+
 def listed(items: Sequence[str]) -> str:
     """ "a, b and c"."""
     return ", ".join(items[:-1]) + (" and " if len(items) > 1 else "") + items[-1] if items else ""

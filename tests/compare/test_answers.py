@@ -14,7 +14,7 @@ from opd.comparison.costs import SCORED, SECONDS, TOKENS
 from opd.comparison.report import write_report
 from opd.comparison.results import PRIMARY, read_run
 from opd.comparison.summary import Summary, summarise
-from opd.comparison.wording import detectable_text, p_text, percent, percent_interval, points, points_interval
+from opd.comparison.wording import detectable_text, p_text, percent, percent_interval, points, points_interval, shortened
 from opd.credit import CREDITS
 
 ARMS = fake_runs.ARMS
@@ -306,3 +306,16 @@ def test_no_interval_of_the_page_has_no_width(made):
     assert percent_interval(test) == "97.2 to 100.0" and test.scope == "new problems, these seeds only"  # 1 - 0.025 ** (1 / 128)
     assert points_interval(pair.interval.low, pair.interval.high) == "\N{MINUS SIGN}2.8 to +2.8" and pair.verdict == "unresolved"
     assert 0.03 < pair.detectable < 0.05
+
+
+def test_sentences_name_ten_arms_at_most(made, monkeypatch):
+    assert shortened(["a", "b", "c"]) == "a, b and c"
+    assert shortened([str(n) for n in range(10)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8 and 9"
+    assert shortened([str(n) for n in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8 and 3 more"
+    summary, _ = made
+    whole = dict(answers(summary))[QUESTIONS[1]]
+    others = len(summary.ranked) - 2
+    assert "more (see the differences)" not in whole and others > 1
+    monkeypatch.setattr("opd.comparison.answers.MANY", 1)
+    short = dict(answers(summary))[QUESTIONS[1]]
+    assert short.endswith(f" and {others - 1} more (see the differences).") and whole.startswith(short.partition(" and ")[0])

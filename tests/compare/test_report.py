@@ -13,8 +13,9 @@ from opd.comparison.answers import sentences
 from opd.comparison.arms import flattened, recipe_rows
 from opd.comparison.breakdown import breakdowns
 from opd.comparison.costs import COSTS, TOKENS
-from opd.comparison.curves import marks, over_seeds, passed_band
+from opd.comparison.curves import Band, marks, over_seeds, passed_band
 from opd.comparison.exports import escaped, latex_table
+from opd.comparison.figures import _axes, _curves
 from opd.comparison.report import charts, write_report
 from opd.comparison.results import GREEDY, PRIMARY, read_run
 from opd.comparison.summary import summarise
@@ -345,3 +346,13 @@ def test_the_terminals_table_fits_80_columns_and_cuts_no_word(made):
     printed = console.export_text()
     assert max(map(len, printed.splitlines())) <= 80 and "\N{HORIZONTAL ELLIPSIS}" not in printed
     assert "> budget" in printed and "T=0.2" in printed and "greedy" in printed
+
+
+@pytest.mark.parametrize("label", ["GRPO", "GRPO + OPSD on wrong answers"])
+def test_a_pictures_legend_lies_within_it(label):
+    bands = [(n, Band(label=f"{label} {n}", style="", x=(0.0, 1.0), mean=(0.0, 1.0), low=(0.0, 0.5), high=(0.5, 1.0))) for n in range(7)]
+    figure, axes = _axes("tokens", "accuracy")
+    _curves(axes, bands, scale=100)
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
