@@ -5,7 +5,8 @@
 
 Each side runs in its own process with the machine's cores; the figure is the median wall time of steps 4.. and the process's peak resident memory.
 Setting: frozen teacher that sees the facts, reverse KL over the full vocabulary, 32 prompts x 1 sample, at most 72 new tokens, AdamW lr 3e-4, plain
-torch on both sides (TRL's trainer runs without DeepSpeed, so ours does), all else by default. Bases: `long`, the embedded one with an end of sequence
+torch on both sides (TRL's trainer runs without DeepSpeed, so ours does), ours learns in micro-batches of at most 1,024 tokens (the same gradient; in
+one pass it is about 3 % faster and takes 90 MiB more), all else by default. Bases: `long`, the embedded one with an end of sequence
 that it never writes, so that all 32 answers have 72 tokens; `embedded`, the same, whose answers end after about 11; `large`, a random model of its
 shape with 32,000 tokens, whose answers do not end either.
 """
@@ -28,11 +29,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 
 import opd
+from opd import loop
 from opd.tasks import TASKS
 from opd.tasks.types import HINT_TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH, NEW_TOKENS, LEARNING_RATE = 32, 72, 3e-4
+BATCH, NEW_TOKENS, LEARNING_RATE, TOKEN_BUDGET = 32, 72, 3e-4, 1024
 LARGE_VOCABULARY = 32000
 BASES = {"long": "embedded base, 72 new tokens", "embedded": "embedded base, answers that end", "large": "32,000 tokens, 72 new tokens"}
 
@@ -93,21 +95,29 @@ def run_trl(base: Path, steps: int) -> list[float]:
 
 
 def run_opd(base: Path, steps: int) -> list[float]:
-    """Seconds of every step of ours, through the public entry point."""
+    """Seconds from the start of a step to that of the next, through the public entry point."""
+    stamps: list[float] = []
+    train_step = loop.train_step
+
+    def stamped(step, system):
+        stamps.append(time.perf_counter())
+        return train_step(step, system)
+
+    loop.train_step = stamped
     with tempfile.TemporaryDirectory() as output:
-        folder = opd.train(
+        opd.train(
             "recipes/runs/opsd_expr.yaml",
             {
                 "model.path": str(base), "steps": steps, "rollout.prompts": BATCH, "group": 1, "sampling.max_tokens": NEW_TOKENS, "view": "facts",
                 "teacher": "frozen", "objective": [{"distill": "reverse_kl", "support": "full"}], "optimizer.lr": LEARNING_RATE,
                 "eval.num_problems": 0, "eval.final_problems": 0,
-                "learner.kind": "torch",
+                "learner.kind": "torch", "learner.token_budget": TOKEN_BUDGET,
                 "checkpoint.every": 0, "checkpoint.best": False, "track.wandb": "disabled", "track.samples_every": 0,
             },
             folder=Path(output) / "run",
         )  # fmt: skip
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["seconds/step"] for row in rows]
+    loop.train_step = train_step
+    return [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
 
 
 def side(name: str, base: Path, steps: int) -> dict[str, float]:

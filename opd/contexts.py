@@ -72,7 +72,7 @@ def render_views(
 
 
 class SignalViews:
-    """Every signal's contexts of a step's answers (opd.loop.Viewer), and the counts of the last call."""
+    """Every signal's contexts of a step's answers (opd.loop.Viewer), and the counts of that step."""
 
     def __init__(
         self, tokenizer: chat.Tokenizer, specs: Mapping[str, ViewSpec], max_context_tokens: int, domains: Mapping[str, str] | None = None
@@ -81,16 +81,32 @@ class SignalViews:
         self._domains = dict(domains or {})
         self._tokenizer, self._specs, self._max_context_tokens = tokenizer, dict(specs), max_context_tokens
         self._meters: dict[str, Meter] = {}
+        self._last: tuple[Sequence[Judged], Mapping[str, float], dict[str, list[tuple[int, ...] | None]]] = ((), {}, {})
 
     def __call__(self, judged: Sequence[Judged], controls: Mapping[str, float] | None = None) -> dict[str, list[tuple[int, ...] | None]]:
-        """controls: what the recipe's controllers give at this step, for the views that name one."""
-        contexts = {}
+        """controls: what the recipe's controllers give at this step, for the views that name one.
+
+        Whole groups of the last call's answers get their contexts without being rendered again.
+        """
+        return self._again(judged, controls or {}) or self._render(judged, controls or {})
+
+    def _again(self, judged: Sequence[Judged], controls: Mapping[str, float]) -> dict[str, list[tuple[int, ...] | None]] | None:
+        before, given, contexts = self._last
+        groups = {answer.group for answer in judged}
+        places = [place for place, answer in enumerate(before) if answer.group in groups]
+        if given != controls or [id(answer) for answer in judged] != [id(before[place]) for place in places]:
+            return None
+        return {name: [found[place] for place in places] for name, found in contexts.items()}
+
+    def _render(self, judged: Sequence[Judged], controls: Mapping[str, float]) -> dict[str, list[tuple[int, ...] | None]]:
+        contexts: dict[str, list[tuple[int, ...] | None]] = {}
         for name, spec in self._specs.items():
             found, counts = render_views(self._tokenizer, judged, spec, self._max_context_tokens, controls)
             domain = self._domains.get(name, "")
             contexts[name] = [ids if in_domain(answer.prompt, domain) else None for answer, ids in zip(judged, found, strict=True)]
             for what in ("shortened", "dropped"):
                 self._meters[f"views/{name}_{what}"] = Meter(sum=float(getattr(counts, what)), count=float(len(judged)))
+        self._last = (tuple(judged), dict(controls), contexts)
         return contexts
 
     def meters(self) -> Mapping[str, Meter]:

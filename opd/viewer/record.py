@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,8 +71,12 @@ def write_samples(
     places = spread(len(samples), num_samples)
     views = contexts([sample.judged for sample in samples]) if contexts else {}
 
-    def decode(ids: Sequence[int]) -> str:
+    @cache  # the top-k lists show the same few tokens thousands of times
+    def text_of(ids: tuple[int, ...]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def decode(ids: Sequence[int]) -> str:
+        return text_of(tuple(ids))
 
     records = []
     for n in places:

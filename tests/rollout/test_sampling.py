@@ -136,3 +136,29 @@ def test_extreme_noise_stays_inside_the_support() -> None:
 def test_impossible_values_are_refused(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_sampling(Sampling(**values))
+
+
+@pytest.mark.parametrize("vocabulary", [4097, 5000, 32_000])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 50, "top_p": 0.9}])
+def test_a_large_vocabulary_is_drawn_as_one_cumulative_sum_would(vocabulary: int, options: dict[str, float]) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(6, vocabulary, generator=generator) * 4
+    logits[:, : vocabulary // 3] = float("-inf")
+    logits[:, -200:] = float("-inf")
+    noise = torch.tensor([0.0, 1e-12, 0.3, 0.5, 0.999, 1 - 2**-53], dtype=torch.float64)
+    token, logp = draw(logits, noise, **{"temperature": 1.0, **options})
+    expected = torch.log_softmax(logits.double() / options.get("temperature", 1.0), dim=-1)
+    if "top_k" in options:
+        expected = truncate(expected, top_k=50, top_p=0.9)
+    cumulative = expected.exp().cumsum(dim=-1)
+    for row in range(6):
+        above = (cumulative[row] > noise[row] * cumulative[row, -1]).nonzero()[0].item()
+        assert token[row] == above
+        assert logp[row].item() == pytest.approx(expected[row, above].item(), abs=2e-5)
+
+
+def test_a_large_vocabulary_with_nan_shows_it() -> None:
+    logits = torch.zeros(2, 5000)
+    logits[0, 7] = float("nan")
+    _, logp = draw(logits, torch.tensor([0.5, 0.5], dtype=torch.float64), temperature=1.0)
+    assert logp[0].isnan() and logp[1].item() == pytest.approx(-math.log(5000), abs=1e-6)

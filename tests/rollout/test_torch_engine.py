@@ -197,6 +197,32 @@ def test_batches_stay_within_the_token_budget() -> None:
     assert max(rows for rows, _ in watch.shapes) > 3
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_and_the_model_that_gave_them_can_be_trained_with(family: str) -> None:
+    model = FAMILIES[family]().train()
+    [completion] = _engine(model).generate(_requests(prompts(1)), Sampling(max_tokens=6))
+    weight = torch.ones(6, requires_grad=True)
+    (weight * completion.logprobs).sum().backward()  # saves the log-probs for the backward pass, which inference tensors refuse
+    assert torch.equal(weight.grad, completion.logprobs)
+    model(input_ids=torch.tensor([completion.token_ids])).logits.square().sum().backward()
+    assert all(parameter.grad is not None and not parameter.is_inference() for parameter in model.parameters())
+
+
+def test_what_hooks_put_into_a_module_can_be_trained() -> None:
+    model, seen = qwen3(), []
+
+    def gather(module: nn.Module, args: tuple) -> None:
+        seen.append(torch.is_inference_mode_enabled())
+        module.weight.data = module.weight.data.clone()  # as ZeRO-3 does
+
+    handle = model.get_decoder().norm.register_forward_pre_hook(gather)
+    _engine(model).generate(_requests(prompts(1)), Sampling(max_tokens=3))
+    handle.remove()
+    assert seen and not any(seen)
+    model(input_ids=torch.tensor([[1, 2]])).logits.sum().backward()
+    assert model.get_decoder().norm.weight.grad.abs().sum() > 0
+
+
 def test_padded_columns_are_never_drawn() -> None:
     model = qwen3(tie_word_embeddings=False)
     with torch.no_grad():
