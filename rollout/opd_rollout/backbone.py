@@ -98,8 +98,12 @@ def untracked(*models: nn.Module) -> AbstractContextManager[None]:
 
     ZeRO-3 and its like gather weights into the module from hooks: made in inference_mode, they could not be trained afterwards.
     """
-    hooked = any(module._forward_pre_hooks or module._forward_hooks for model in models for module in model.modules())
-    return torch.no_grad() if hooked else torch.inference_mode()
+    return torch.no_grad() if any(map(has_hooks, models)) else torch.inference_mode()
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether anything runs before or after a forward pass of the model or of a part of it."""
+    return any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from opd_rollout.backbone import check_head, dense_logits, evaluating, head_of, untracked
 from opd_rollout.cache import DecodeMask, check_layers, grouped_attention, slot_cache
 from opd_rollout.layout import split_by_budget
+from opd_rollout.lean_decoding import LeanDecoder, decode_token, lean_decoder
 from opd_rollout.mixing import Partner
 from opd_rollout.sampling import check_sampling, draw, truncate, uniforms
 from opd_rollout.scoring import score_tokens
@@ -33,6 +34,7 @@ class _Stream:
     logits: Tensor
     cache: Cache
     mask: DecodeMask
+    lean: LeanDecoder | None
 
     def select(self, index: Tensor) -> None:
         """Only these rows go on."""
@@ -41,6 +43,9 @@ class _Stream:
 
     def feed(self, token: Tensor, position: Tensor, step: int) -> None:
         """Reads one more token of every row."""
+        if self.lean is not None:
+            self.logits = self.head(decode_token(self.lean, token, position.squeeze(1), self.cache, self.mask.at(step)), dense_logits)
+            return
         hidden = self.model.get_decoder()(
             input_ids=token.unsqueeze(1),
             attention_mask=self.mask.at(step),
@@ -191,7 +196,8 @@ class TorchEngine:
         for layer in cache.layers:
             layer.spread(row_of_B, column_BL, longest + max_tokens - 1)
         mask = DecodeMask(lengths_P[row_of_B], longest, max_tokens, config, model.dtype)
-        return _Stream(model=model, head=head, logits=head(last, dense_logits)[row_of_B], cache=cache, mask=mask)
+        logits, lean = head(last, dense_logits)[row_of_B], lean_decoder(model, longest + max_tokens)
+        return _Stream(model=model, head=head, logits=logits, cache=cache, mask=mask, lean=lean)
 
     def _decode_rows(
         self, streams: Sequence[_Stream], lengths_B: Tensor, noise: Tensor, sampling: Sampling

@@ -1,0 +1,128 @@
+"""The lean step gives what the model's own modules give, and leaves alone whatever is more than it knows."""
+
+from collections.abc import Callable
+
+import opd_rollout.torch_engine as torch_engine
+import pytest
+import torch
+from opd_rollout.lean_decoding import decode_token
+from opd_rollout.sampling import request_seed
+from opd_rollout.torch_engine import TorchEngine
+from opd_rollout.types import Completion, GenerateRequest, ModuleWeights, Sampling
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from tests.rollout.models import FAMILIES, SHAPE, llama, mistral, prompts, qwen3
+
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE |= {"original_max_position_embeddings": 16}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def qwen2() -> nn.Module:
+    """Biases on queries, keys and values."""
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(**{name: value for name, value in SHAPE.items() if name != "head_dim"})).eval()
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """With norms and biases that are not ones and zeros, so that each of them shows."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+KNOWN: dict[str, Callable[[], nn.Module]] = {
+    "qwen3": qwen3,
+    "qwen2": qwen2,
+    "llama": llama,
+    "one head each": lambda: llama(num_key_value_heads=4),
+    "biases": lambda: llama(attention_bias=True, mlp_bias=True),
+    "llama3 positions": lambda: llama(rope_parameters=LLAMA3_ROPE),
+    "yarn positions": lambda: qwen3(rope_parameters=YARN_ROPE),
+    "mistral": lambda: mistral(sliding_window=None),
+}
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each lean step."""
+    seen: list[int] = []
+
+    def counted(decoder, token, *rest):
+        seen.append(len(token))
+        return decode_token(decoder, token, *rest)
+
+    monkeypatch.setattr(torch_engine, "decode_token", counted)
+    return seen
+
+
+def answers(model: nn.Module, temperature: float = 1.0, stop_ids: tuple[int, ...] = (3, 4)) -> list[Completion]:
+    requests = [
+        GenerateRequest(prompt_ids=text, seed=request_seed(0, str(index), sample, 0)) for index, text in enumerate(prompts(5)) for sample in range(3)
+    ]
+    sampling = Sampling(temperature=temperature, max_tokens=20, stop_ids=stop_ids)
+    return TorchEngine(model, pad_id=0, token_budget=10_000).generate(requests, sampling)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", KNOWN)
+def test_tokens_and_logprobs_are_those_of_the_modules(name: str, temperature: float, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shaken(KNOWN[name]())
+    lean = answers(model, temperature)
+    assert name != "qwen3" or steps[-1] < 15, "rows that end are dropped on the way"
+    monkeypatch.setattr(torch_engine, "lean_decoder", lambda model, num_positions: None)
+    taken, modules = len(steps), answers(model, temperature)
+    assert len(steps) == taken > 5
+    assert [answer.token_ids for answer in lean] == [answer.token_ids for answer in modules]
+    for one, other in zip(lean, modules, strict=True):
+        assert torch.allclose(one.logprobs, other.logprobs, atol=2e-5)
+    assert temperature == 0 or min(answer.logprobs.min().item() for answer in lean) < -1
+
+
+def test_new_weights_are_read(steps: list[int]) -> None:
+    model, trained = qwen3(), shaken(qwen3())
+    engine = TorchEngine(model, pad_id=0, token_budget=10_000)
+    before = answers(model)
+    engine.load_weights(ModuleWeights(version=1, named=tuple(trained.named_parameters())))
+    after = answers(model)
+    assert [answer.token_ids for answer in after] == [answer.token_ids for answer in answers(trained)]
+    assert [answer.token_ids for answer in after] != [answer.token_ids for answer in before] and steps
+
+
+def adapted() -> nn.Module:
+    return get_peft_model(qwen3(), LoraConfig(r=2, target_modules="all-linear"))
+
+
+def hooked() -> nn.Module:
+    model = qwen3()
+    model.get_decoder().layers[1].mlp.register_forward_hook(lambda module, args, output: output * 0.5)
+    return model
+
+
+def eager() -> nn.Module:
+    model = qwen3()
+    model.config._attn_implementation = "eager"
+    return model
+
+
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    **{name: make for name, make in FAMILIES.items() if name not in ("qwen3", "llama")},
+    "adapters": adapted,
+    "hooks": hooked,
+    "another attention": eager,
+    "another activation": lambda: llama(hidden_act="gelu"),
+    "angles that move": lambda: llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+    "fp64": lambda: qwen3().double(),
+    "bf16": lambda: qwen3().to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_more_than_this_shape_keeps_to_its_modules(name: str, steps: list[int]) -> None:
+    assert len(answers(OTHERS[name]())) == 15
+    assert steps == []
