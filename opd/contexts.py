@@ -106,7 +106,7 @@ class SignalViews:
             contexts[name] = [ids if in_domain(answer.prompt, domain) else None for answer, ids in zip(judged, found, strict=True)]
             for what in ("shortened", "dropped"):
                 self._meters[f"views/{name}_{what}"] = Meter(sum=float(getattr(counts, what)), count=float(len(judged)))
-        self._last = (tuple(judged), dict(controls), contexts)
+        self._last = (tuple(judged), dict(controls), {name: list(found) for name, found in contexts.items()})
         return contexts
 
     def meters(self) -> Mapping[str, Meter]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from opd_rollout.backbone import watch
 from opd_rollout.engine import Engine
 from opd_rollout.process_engine import ChildSettings, ProcessEngine
 from opd_rollout.replicas import Replicas
@@ -143,7 +144,7 @@ def watched(verify: Verifier, modules: Collection[torch.nn.Module], check: Calla
     if check is None:
         return verify
     for module in modules:
-        module.get_decoder().register_forward_pre_hook(check)
+        watch(module, check)
     return checked(verify, check)
 
 

@@ -3,8 +3,9 @@
 Legend: R rows, S tokens a row, D hidden size, B rows, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,17 +94,49 @@ def dense_logits(hidden: Tensor, view: HeadView) -> Tensor:
     return logits
 
 
-def untracked(*models: nn.Module) -> AbstractContextManager[None]:
+@contextmanager
+def untracked(*models: nn.Module) -> Iterator[None]:
     """inference_mode, which takes 8 % off decoding a small model on a CPU; no_grad where hooks may leave tensors behind in a module.
 
-    ZeRO-3 and its like gather weights into the module from hooks: made in inference_mode, they could not be trained afterwards.
+    ZeRO-3 and its like gather weights into the module from hooks: made in inference_mode, they could not be trained afterwards. Buffers that a
+    module makes anew as sequences grow (dynamic rotary positions) become ordinary tensors at the end.
     """
-    return torch.no_grad() if any(map(has_hooks, models)) else torch.inference_mode()
+    try:
+        with torch.no_grad() if any(map(has_hooks, models)) else torch.inference_mode():
+            yield
+    finally:
+        for module in (each for model in models for each in model.modules()):
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_inference():
+                    module._buffers[name] = buffer.clone()
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """A forward pre-hook that leaves the pass as it is: `look` may count, raise, or copy new values into the module's own parameters."""
+
+    look: Callable[[], object]
+
+    def __call__(self, *_: object) -> None:
+        self.look()
+
+
+def watch(model: nn.Module, look: Callable[[], object]) -> None:
+    """`look` is called before every forward pass of the model's decoder, and before every token that is decoded without one."""
+    model.get_decoder().register_forward_pre_hook(Watch(look))
+
+
+def watches(model: nn.Module) -> tuple[Watch, ...]:
+    """What `watch` has put on the model's decoder."""
+    return tuple(hook for hook in model.get_decoder()._forward_pre_hooks.values() if isinstance(hook, Watch))
 
 
 def has_hooks(model: nn.Module) -> bool:
-    """Whether anything runs before or after a forward pass of the model or of a part of it."""
-    return any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    """Whether anything but a Watch runs before, after or in the place of a forward pass of the model or of a part of it."""
+    return nn.modules.module._has_any_global_hook() or any(
+        module._forward_hooks or "forward" in vars(module) or any(not isinstance(hook, Watch) for hook in module._forward_pre_hooks.values())
+        for module in model.modules()
+    )
 
 
 @contextmanager

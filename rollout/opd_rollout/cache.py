@@ -155,6 +155,6 @@ def _attends_fully(config: Any) -> bool:
 
 def _layer_types(config: Any) -> list[str]:
     types = getattr(config, "layer_types", None)
-    if types is None:
+    if types is None or config.model_type == "mistral":  # whose modules read sliding_window alone
         types = ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"]
     return list(types)

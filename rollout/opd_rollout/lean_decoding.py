@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
+from transformers.activations import SiLUActivation
 
-from opd_rollout.backbone import has_hooks
+from opd_rollout.backbone import Watch, has_hooks, watches
 from opd_rollout.cache import GROUPED_ATTENTION, grouped_query_attention
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions whose angles do not depend on how long a sequence has become."""
+_PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, SiLUActivation, nn.SiLU)
 
 
 class _Norm(NamedTuple):
@@ -56,6 +58,7 @@ class _Layer:
 class LeanDecoder:
     """A module's parameters as a step needs them, and cosines and sines [T, 1, d] of its positions (the sines' first half negated)."""
 
+    watches: tuple[Watch, ...]
     embedding: Tensor
     layers: tuple[_Layer, ...]
     last_norm: _Norm
@@ -66,36 +69,42 @@ class LeanDecoder:
 def lean_decoder(model: nn.Module, num_positions: int) -> LeanDecoder | None:
     """What `decode_token` needs for positions below num_positions; None where it would not give what the model's modules give.
 
-    It does for fp32 models of FAMILIES with full attention and nothing put in or around them.
+    It does for fp32 models of FAMILIES with full attention and nothing put in, around or in the place of their modules.
     """
-    config = model.config.get_text_config()
-    rotary = getattr(config, "rope_parameters", None) or {}
+    config, decoder = model.config.get_text_config(), model.get_decoder()
     if (
         config.model_type not in FAMILIES
-        or model.dtype != torch.float32
         or config._attn_implementation != GROUPED_ATTENTION
-        or config.hidden_act != "silu"
-        or rotary.get("rope_type", "default") not in _FIXED_ROTATIONS
         or has_hooks(model)
+        or not _is_plain(decoder, f"transformers.models.{config.model_type}.modeling_{config.model_type}")
+        or decoder.rotary_emb.rope_type not in _FIXED_ROTATIONS
+        or decoder.embed_tokens.max_norm is not None
+        or torch.is_autocast_enabled(decoder.embed_tokens.weight.device.type)
     ):
-        return None
-    decoder = model.get_decoder()
-    if any(type(module) is not nn.Linear for layer in decoder.layers for part in (layer.self_attn, layer.mlp) for module in _projections(part)):
         return None
     embedding = decoder.embed_tokens.weight
     cos, sin = decoder.rotary_emb(embedding[:1], torch.arange(num_positions, device=embedding.device).unsqueeze(0))
     half = sin.shape[-1] // 2
     return LeanDecoder(
+        watches=watches(model),
         embedding=embedding,
-        layers=tuple(map(_layer, decoder.layers)),
+        layers=tuple(map(_layer, decoder.layers[: config.num_hidden_layers])),
         last_norm=_norm(decoder.norm),
         cos=cos[0].unsqueeze(1),
         sin=torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1).unsqueeze(1),
     )
 
 
-def _projections(part: nn.Module) -> list[nn.Module]:
-    return [module for name, module in part.named_children() if name.endswith("_proj")]
+def _is_plain(decoder: nn.Module, home: str) -> bool:
+    """Whether every part is what transformers defines in the module `home`, and every parameter an fp32 tensor on one device.
+
+    Subclasses, adapters, quantised or parametrised layers, wrappers, and methods that somebody replaced are more than that.
+    """
+    parts = all(
+        type(part) in _PLAIN or type(part).__module__ == type(part).forward.__module__ == home for part in decoder.modules()
+    )  # a decorated forward keeps the name of its module
+    kinds = {(type(parameter), parameter.dtype, parameter.device.type, parameter.device.index) for parameter in decoder.parameters()}
+    return parts and len(kinds) == 1 and kinds.pop()[:2] == (nn.Parameter, torch.float32)
 
 
 def _layer(layer: Any) -> _Layer:
@@ -129,6 +138,8 @@ def _linear(module: Any) -> _Linear:
 
 def decode_token(decoder: LeanDecoder, token_B: Tensor, position_B: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
     """Final hidden states [B, D] of one more token a row; its keys and values go into the cache. mask: additive [B, 1, 1, columns]."""
+    for each in decoder.watches:
+        each.look()
     cos, sin = decoder.cos[position_B], decoder.sin[position_B]
     hidden = decoder.embedding[token_B]
     for layer, kept in zip(decoder.layers, cache.layers, strict=True):
@@ -149,4 +160,4 @@ def _attention(layer: _Layer, normed: Tensor, cos: Tensor, sin: Tensor, kept: An
     key = torch.addcmul(key * cos, key.roll(half, -1), sin)
     keys, values = kept.update(key.unsqueeze(2), linear(normed, *layer.value).view(shape).unsqueeze(2))
     attended, _ = grouped_query_attention(layer.module, query.unsqueeze(2), keys, values, mask, scaling=layer.scale)
-    return linear(attended.view(len(normed), -1), *layer.out)
+    return linear(attended.flatten(1), *layer.out)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opd_rollout.backbone import watch
 from opd_rollout.engine import EngineLost
 from opd_rollout.torch_engine import TorchEngine
 from opd_rollout.types import Completion, GenerateRequest, ModuleWeights, Sampling, ScoreRequest, TokenScores, WeightSource
@@ -209,12 +210,12 @@ def _serve(pipe: Any, lifeline: Any, gate: Any, shared: _Shared, settings: Child
             engine.load_weights(ModuleWeights(version=int(shared.counters[VERSION]), named=tuple(shared.named.items())))
             taken = int(shared.counters[WRITES])
 
-    def before_forward(*_: object) -> None:
+    def before_forward() -> None:
         shared.counters[BEATS] += 1
         if settings.in_flight:
             take_weights()
 
-    shared.model.get_decoder().register_forward_pre_hook(before_forward)
+    watch(shared.model, before_forward)
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             number, name, *arguments = pickle.loads(pipe.recv_bytes())  # from our own parent

@@ -88,8 +88,8 @@ def _draw_by_blocks(scaled: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     block = _first_above(until, threshold)
     before = torch.where(block > 0, until.gather(1, (block - 1).clamp_(min=0)), 0.0)
     within = blocks.gather(1, block.unsqueeze(2).expand(-1, -1, _BLOCK)).squeeze(1).cumsum(dim=-1, dtype=torch.float64)
-    token = block * _BLOCK + _first_above(within, threshold - before)
-    logp = scaled.gather(1, token.clamp(max=vocabulary - 1)).double() - largest.double() - until[:, -1:].log()
+    token = (block * _BLOCK + _first_above(within, threshold - before)).clamp_(max=vocabulary - 1)  # NaN lies beyond every sum
+    logp = scaled.gather(1, token).double() - largest.double() - until[:, -1:].log()
     return token.squeeze(1), logp.squeeze(1).to(scaled.dtype)
 
 
