@@ -84,11 +84,12 @@ class SignalViews:
         self._last: tuple[Sequence[Judged], Mapping[str, float], dict[str, list[tuple[int, ...] | None]]] = ((), {}, {})
 
     def __call__(self, judged: Sequence[Judged], controls: Mapping[str, float] | None = None) -> dict[str, list[tuple[int, ...] | None]]:
-        """controls: what the recipe's controllers give at this step, for the views that name one.
+        """controls: what the recipe's controllers give at this step, for the views that name one; None: as at the last call.
 
         Whole groups of the last call's answers get their contexts without being rendered again.
         """
-        return self._again(judged, controls or {}) or self._render(judged, controls or {})
+        given = self._last[1] if controls is None else controls
+        return self._again(judged, given) or self._render(judged, given)
 
     def _again(self, judged: Sequence[Judged], controls: Mapping[str, float]) -> dict[str, list[tuple[int, ...] | None]] | None:
         before, given, contexts = self._last

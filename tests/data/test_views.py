@@ -231,12 +231,15 @@ def test_whole_groups_of_a_step_keep_their_contexts_and_parts_of_a_group_are_sho
     judged = [answered("3", group=group, member=n, verdict=verdict, hints=hints) for group in (0, 1) for n, verdict in verdicts.items()]
     peers, share = resolve_view("peer_success", TASK_TEMPLATES), resolve_view({"partial_solution": {"share": "exposure"}}, TASK_TEMPLATES)
     views = SignalViews(TOKENIZER, {"peers": peers, "part": share}, 100)
-    step, counted = views(judged, {"exposure": 0.5}), dict(views.meters())
+    given, counted = views(judged, {"exposure": 0.5}), dict(views.meters())
+    step = {name: list(found) for name, found in given.items()}
+    given["part"].clear()  # whoever holds it may change it
     rendered = []
     monkeypatch.setattr(chat, "render", lambda *a, render=chat.render, **k: rendered.append(1) or render(*a, **k))
     assert views(judged[2:], {"exposure": 0.5}) == {name: found[2:] for name, found in step.items()}
     assert rendered == [] and views.meters() == counted
-    assert views(judged[2:], {"exposure": 0.9})["part"] != step["part"][2:]
+    assert views(judged[2:]) == views(judged[2:], {"exposure": 0.5}), "who looks at a step's answers sees what the step showed"
+    assert views(judged[2:], {"exposure": 0.9})["part"] != step["part"][2:] == views(judged[2:], {"exposure": 0.5})["part"]
     fresh = SignalViews(TOKENIZER, {"peers": peers, "part": share}, 100)
     assert views(judged[:1], {"exposure": 0.5}) == fresh(judged[:1], {"exposure": 0.5})
     assert step["peers"][0] is not None and views(judged[:1], {"exposure": 0.5})["peers"] == [None]

@@ -12,11 +12,14 @@ from opd_rollout.types import Completion, GenerateRequest, ModuleWeights, Sampli
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
+from opd.build.system import watched
 from tests.rollout.models import FAMILIES, SHAPE, llama, mistral, prompts, qwen3
 
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_ROPE |= {"original_max_position_embeddings": 16}
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
@@ -36,6 +39,11 @@ def shaken(model: nn.Module) -> nn.Module:
     return model
 
 
+def cut(model: nn.Module) -> nn.Module:
+    model.config.num_hidden_layers = 2
+    return model
+
+
 KNOWN: dict[str, Callable[[], nn.Module]] = {
     "qwen3": qwen3,
     "qwen2": qwen2,
@@ -45,6 +53,8 @@ KNOWN: dict[str, Callable[[], nn.Module]] = {
     "llama3 positions": lambda: llama(rope_parameters=LLAMA3_ROPE),
     "yarn positions": lambda: qwen3(rope_parameters=YARN_ROPE),
     "mistral": lambda: mistral(sliding_window=None),
+    "a wide head": lambda: qwen3(head_dim=24, num_key_value_heads=1),
+    "two layers of three": lambda: cut(llama(num_hidden_layers=3)),
 }
 
 
@@ -104,6 +114,39 @@ def hooked() -> nn.Module:
     return model
 
 
+def adapted_embeddings() -> nn.Module:
+    return get_peft_model(llama(), LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False))
+
+
+def changed(change: Callable[[nn.Module], object], **options: object) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = llama(**options)
+        change(model.get_decoder())
+        return model
+
+    return make
+
+
+class Scaled(nn.Embedding):
+    """An embedding that is more than its weight."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * 4
+
+
+class Halved(LlamaMLP):
+    """A part of the family with a method of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 0.5
+
+
+def replaced_forward(decoder: nn.Module) -> None:
+    """As accelerate's hooks and in-place patches do."""
+    mlp = decoder.layers[1].mlp
+    mlp.forward = lambda x, forward=mlp.forward: forward(x) * 0.5
+
+
 def eager() -> nn.Module:
     model = qwen3()
     model.config._attn_implementation = "eager"
@@ -114,9 +157,18 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
     **{name: make for name, make in FAMILIES.items() if name not in ("qwen3", "llama")},
     "adapters": adapted,
     "hooks": hooked,
+    "adapters on embeddings alone": adapted_embeddings,
+    "an embedding that scales": changed(lambda decoder: setattr(decoder.embed_tokens, "__class__", Scaled)),
+    "embeddings kept short": changed(lambda decoder: setattr(decoder.embed_tokens, "max_norm", 0.5)),
+    "a subclass": changed(lambda decoder: setattr(decoder.layers[0].mlp, "__class__", Halved)),
+    "a replaced method": changed(replaced_forward),
+    "another norm": changed(lambda decoder: setattr(decoder, "norm", nn.RMSNorm(32))),
+    "a replaced activation": changed(lambda decoder: setattr(decoder.layers[0].mlp, "act_fn", nn.Tanh())),
+    "norms in bf16": changed(lambda decoder: decoder.layers[0].input_layernorm.to(torch.bfloat16)),
+    "angles that moved once": changed(lambda decoder: decoder.config.rope_parameters.update(rope_type="default"), rope_parameters=dict(DYNAMIC_ROPE)),
     "another attention": eager,
     "another activation": lambda: llama(hidden_act="gelu"),
-    "angles that move": lambda: llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+    "angles that move": lambda: llama(rope_parameters=dict(DYNAMIC_ROPE)),
     "fp64": lambda: qwen3().double(),
     "bf16": lambda: qwen3().to(torch.bfloat16),
 }
@@ -126,3 +178,25 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 def test_what_is_more_than_this_shape_keeps_to_its_modules(name: str, steps: list[int]) -> None:
     assert len(answers(OTHERS[name]())) == 15
     assert steps == []
+
+
+def test_a_patched_class_and_hooks_of_every_module_keep_to_the_modules(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(LlamaMLP, "forward", lambda self, x, forward=LlamaMLP.forward: forward(self, x) * 0.5)
+        answers(llama())
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        answers(llama())
+    finally:
+        handle.remove()
+    assert steps == []
+    answers(llama())
+    assert steps
+
+
+def test_what_only_watches_a_model_leaves_it_the_lean_step(steps: list[int]) -> None:
+    """As every run's request to stop does, and the beats of an engine in a process of its own."""
+    model, counter = qwen3(), iter(range(1000))
+    watched(lambda prompt, text: None, {model}, lambda *_: next(counter))
+    answers(model)
+    assert len(steps) > 5 and next(counter) == 2 + 1 + len(steps)  # the head's check, the prompts, the tokens

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from opd_rollout.backbone import head_of
+from opd_rollout.backbone import head_of, watch
 from opd_rollout.cache import grouped_query_attention
 from opd_rollout.sampling import request_seed
 from opd_rollout.torch_engine import TorchEngine
@@ -11,7 +11,7 @@ from opd_rollout.types import Completion, GenerateRequest, ModuleWeights, Sampli
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from tests.rollout.models import FAMILIES, VOCAB, gemma2, llama, prompts, qwen3
+from tests.rollout.models import FAMILIES, VOCAB, gemma2, llama, mistral, prompts, qwen3
 
 BUDGET = 10_000
 
@@ -221,6 +221,42 @@ def test_what_hooks_put_into_a_module_can_be_trained() -> None:
     assert seen and not any(seen)
     model(input_ids=torch.tensor([[1, 2]])).logits.sum().backward()
     assert model.get_decoder().norm.weight.grad.abs().sum() > 0
+
+
+def test_buffers_that_a_generation_makes_anew_are_ordinary_tensors() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}
+    model = llama(rope_parameters=rope | {"original_max_position_embeddings": 8})
+    before = model.get_decoder().rotary_emb.inv_freq.clone()
+    _engine(model).generate(_requests(prompts(1)), Sampling(max_tokens=12))
+    found = model.get_decoder().rotary_emb.inv_freq
+    assert torch.allclose(found * 2, before)
+    found.mul_(1)  # as a broadcast to other ranks does, which inference tensors refuse
+
+
+def test_a_watch_is_asked_before_every_pass_and_changes_nothing_else() -> None:
+    model, looks = qwen3(), []
+    watch(model, lambda: looks.append(torch.is_inference_mode_enabled()))
+    [completion] = _engine(model).generate(_requests(prompts(1)), Sampling(max_tokens=6))
+    assert looks[:2] == [False, False] and looks[2:] == [True] * 6  # the head is checked; one prompt, five tokens
+    model.get_decoder().norm.register_forward_pre_hook(lambda *_: None)
+    again = _engine(model).generate(_requests(prompts(1)), Sampling(max_tokens=6))
+    assert again[0].token_ids == completion.token_ids and looks[8:] == [False] * 8
+
+
+def test_broken_weights_of_a_large_vocabulary_are_named() -> None:
+    model = qwen3(vocab_size=5000, tie_word_embeddings=False)
+    engine = _engine(model)
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        engine.generate(_requests(prompts(1)), Sampling(max_tokens=3))
+
+
+def test_mistral_heeds_its_window_whatever_layer_types_say() -> None:
+    model = mistral(layer_types=["full_attention"] * 2)
+    context, engine = prompts(1)[0], _engine(model)
+    [completion] = engine.generate(_requests([context]), Sampling(max_tokens=20))
+    [scores] = engine.score([ScoreRequest(context_ids=context, completion_ids=completion.token_ids, k=0)], 1.0)
+    assert torch.allclose(completion.logprobs, scores.sampled, atol=1e-4)
 
 
 def test_padded_columns_are_never_drawn() -> None:
