@@ -79,6 +79,7 @@ def lean_decoder(model: nn.Module, num_positions: int) -> LeanDecoder | None:
         or not _is_plain(decoder, f"transformers.models.{config.model_type}.modeling_{config.model_type}")
         or decoder.rotary_emb.rope_type not in _FIXED_ROTATIONS
         or decoder.embed_tokens.max_norm is not None
+        or torch.is_autocast_enabled(model.device.type)
     ):
         return None
     embedding = decoder.embed_tokens.weight

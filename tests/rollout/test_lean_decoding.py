@@ -194,6 +194,12 @@ def test_a_patched_class_and_hooks_of_every_module_keep_to_the_modules(steps: li
     assert steps
 
 
+def test_autocast_keeps_to_the_modules(steps: list[int]) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        answers(qwen3())
+    assert steps == []
+
+
 def test_what_only_watches_a_model_leaves_it_the_lean_step(steps: list[int]) -> None:
     """As every run's request to stop does, and the beats of an engine in a process of its own."""
     model, counter = qwen3(), iter(range(1000))
