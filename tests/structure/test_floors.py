@@ -90,6 +90,7 @@ HOMES = {  # third-party package -> modules that may import it
         "opd_rollout.torch_engine",
         "opd_rollout.backbone",
         "opd_rollout.cache",
+        "opd_rollout.lean_decoding",
     },
     "tokenizers": {"opd.text.bpe", "opd.text.standin", "opd.tasks.tokenizer"},
     "liger_kernel": {"opd.build.fused"},
