@@ -16,12 +16,14 @@ from opd_rollout.types import GenerateRequest, Sampling
 from opd_rollout.vllm_cluster import ActorAddress, ActorPlan, check_installed, connect, start_actors
 from opd_rollout.vllm_engine import EngineSettings, VllmEngine
 from opd_rollout.vllm_types import ModelFiles, RunnerSettings
-from opd_rollout.weight_sync import Canary, SharedMemoryParcels
+from opd_rollout.weight_sync import Canary
 from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
+from opd.build.devices import visible_gpus
 from opd.build.served import SUPPORT_LIMIT, WHOLE_VOCABULARY, check_served
 from opd.build.student import served_positions, student_path
+from opd.build.transfers import NCCL, make_transfer
 from opd.config.recipe import Recipe
 from opd.launcher.ranks import Ranks
 from opd.launcher.sweep import MARK, marked_processes
@@ -33,23 +35,34 @@ from opd.teacher.score import Weights
 Actors = ActorAddress | Mapping[str, Any]  # the launcher sends a mapping
 STUDENT = "student"
 CANARY_TOKENS = 16
-TRANSFER = "opd_shared_memory"
 
 
-def plans(recipe: Recipe, served: Mapping[str, str], num_gpus: int) -> list[ActorPlan]:
-    """The actors of a recipe: the student's, and one for every teacher that vLLM serves (signal -> path)."""
-    e, found = recipe.engine, []
-    gpus = e.tensor_parallel if num_gpus else 0
+def plans(recipe: Recipe, served: Mapping[str, str], gpus: Sequence[str]) -> list[ActorPlan]:
+    """The actors of a recipe: the student's, and one for every teacher that vLLM serves (signal -> path). gpus: this machine's, in order.
+
+    Colocated replicas share out the first ones. Raises ValueError for too few of those.
+    """
+    e, found, each = recipe.engine, [], recipe.engine.tensor_parallel if gpus else 0
     if e.kind == "vllm":
-        shared = ",".join(map(str, range(num_gpus))) if e.placement == "colocated" and num_gpus else None
-        found.append(ActorPlan(role=STUDENT, replicas=e.replicas, gpus=gpus, restarts=e.restarts, visible_gpus=shared))
-    return found + [ActorPlan(role=name, gpus=min(gpus, 1), restarts=e.restarts) for name in served]
+        shared = tuple(",".join(gpus[i * each : (i + 1) * each]) for i in range(e.replicas)) if e.placement == "colocated" and gpus else ()
+        if shared and e.replicas * each > len(gpus):
+            raise ValueError(
+                f"engine.placement=colocated: {e.replicas} replicas on {each} GPUs each need {e.replicas * each} GPUs, and here are {len(gpus)}: "
+                "lower engine.replicas or engine.tensor_parallel"
+            )
+        found.append(ActorPlan(role=STUDENT, replicas=e.replicas, gpus=each, restarts=e.restarts, shared_gpus=shared))
+    return found + [ActorPlan(role=name, gpus=min(each, 1), restarts=e.restarts) for name in served]
+
+
+def learner_gpus(recipe: Recipe, gpus: Sequence[str]) -> int:
+    """How many of this machine's GPUs the learner's ranks take, the first ones, with the actors that share them."""
+    e, ranks = recipe.engine, 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else recipe.learner.ranks
+    shared = e.replicas * e.tensor_parallel if e.kind == "vllm" and e.placement == "colocated" else 0
+    return min(max(ranks, shared), len(gpus))
 
 
 @contextmanager
-def started(
-    recipe: Recipe, served: Mapping[str, str], needs: Mapping[str, SignalNeeds], *, learner_gpus: int = 0
-) -> Iterator[ActorAddress]:
+def started(recipe: Recipe, served: Mapping[str, str], needs: Mapping[str, SignalNeeds]) -> Iterator[ActorAddress]:
     """The recipe's actors, started by this process, its driver; gone after the block, and soon after this process however it ends.
 
     served: signal -> path of the teachers behind vLLM; needs: what the objective asks of every signal. Raises ValueError for what the machine
@@ -58,10 +71,11 @@ def started(
     check_placement(recipe)
     for name, path in served.items():
         check_served(recipe, name, path, needs.get(name, SignalNeeds()), on_gpu=bool(torch.cuda.device_count() or recipe.ray.address))
-    wanted = plans(recipe, served, torch.cuda.device_count())
+    gpus = visible_gpus()
+    wanted, taken = plans(recipe, served, gpus), learner_gpus(recipe, gpus)
     short = "/tmp" if os.access("/tmp", os.W_OK) else None  # a socket's path has 107 bytes at most
     with tempfile.TemporaryDirectory(prefix="opd-ray-", dir=short, ignore_cleanup_errors=True) as scratch, marked_processes(Path(scratch)):
-        options = {"address": recipe.ray.address, "learner_gpus": learner_gpus, "folder": Path(scratch), "passed": {MARK: os.environ[MARK]}}
+        options = {"address": recipe.ray.address, "gpus": gpus, "learner_gpus": taken, "folder": Path(scratch), "passed": {MARK: os.environ[MARK]}}
         with start_actors(wanted, **options) as where:
             yield where
 
@@ -78,8 +92,8 @@ def check_placement(recipe: Recipe) -> None:
         raise ValueError("engine.placement=colocated shares a GPU between learner and actors, and here is none: use engine.placement=separate")
     if e.tensor_parallel > 1 and not has_gpus:
         raise ValueError(f"engine.tensor_parallel is {e.tensor_parallel}, but here is no GPU: use 1, and engine.replicas for more actors")
-    if e.kind == "vllm" and has_gpus:
-        raise ValueError("engine=vllm cannot send weights to actors on GPUs yet (no NCCL or IPC transfer): use engine=torch or engine=process")
+    if e.transfer == NCCL and not has_gpus:
+        raise ValueError("engine.transfer=nccl sends from GPU to GPU, and here is none: use engine.transfer=shared_memory, or auto")
     if e.kind == "vllm" and not Path(e.exchange).is_dir():
         raise ValueError(f"engine.exchange: {e.exchange} is no folder; name one in memory (/dev/shm) or on a disk, as large as the weights")
     if e.kind == "vllm" and recipe.rollout.sampler != "student":
@@ -101,20 +115,22 @@ def student_engine(
     """The student's actors, with the learner's weights in them. asked: prompts of the canary that ends every weight update."""
     e, config, where = recipe.engine, model.config, address_of(actors)
     files = ModelFiles(config=json.dumps({**config.to_dict(), "architectures": [type(model).__name__]}, default=str))
-    runner = _runner_settings(recipe, served_positions(recipe, config), -1 if vocab_size <= WHOLE_VOCABULARY else 20, transfer=TRANSFER)
+    runner = _runner_settings(recipe, served_positions(recipe, config), -1 if vocab_size <= WHOLE_VOCABULARY else 20)
     if e.lora == "adapters":
-        files, runner = ModelFiles(folder=student_path(recipe)), replace(runner, transfer="", adapter=adapter_config(recipe, model))
+        files, runner = ModelFiles(folder=student_path(recipe)), replace(runner, adapter=adapter_config(recipe, model))
         shapes = {name: tuple(whole_shape(parameter)) for name, parameter in model.named_parameters() if FACTOR in name}
     settings = EngineSettings(
         vocab_size=vocab_size, manifest=shapes, chunk=e.chunk, load_seconds=e.deadline_seconds, leads=ranks.leads, limits=_limits(recipe),
         in_flight=recipe.asynchrony.in_flight,
         tied="lm_head.weight" if getattr(config.get_text_config(), "tie_word_embeddings", False) else "", sleeps=e.placement == "colocated",
+        user=f"{Path(where.exchange).name}/{ranks.rank}",
     )  # fmt: skip
-    found = connect(where, STUDENT)
-    first, exchange = ranks.rank % len(found), Path(where.exchange or e.exchange)
+    found, exchange = connect(where, STUDENT), Path(where.exchange or e.exchange)
+    first, sending = ranks.rank % len(found), make_transfer(recipe, found, exchange, Path(where.exchange).name, ranks)
     turned = found[first:] + found[:first]  # ranks begin with different actors
-    parcels = SharedMemoryParcels(exchange, Path(where.exchange).name, leads=ranks.leads)
-    engine = VllmEngine(turned, files, runner, settings, parcels=parcels, check=check, share=ranks.first)
+    runner = replace(runner, transfer="" if runner.adapter else sending.backend)
+    engine = VllmEngine(turned, files, runner, settings, transfer=sending.transfer, check=check, share=ranks.first)
+    engine.route = sending.route
     sampling = Sampling(temperature=recipe.sampling.temperature, max_tokens=min(CANARY_TOKENS, recipe.sampling.max_tokens), stop_ids=stop_ids)
     engine.canary = Canary(
         requests=tuple(GenerateRequest(prompt_ids=prompt, seed=index) for index, prompt in enumerate(asked)),
@@ -154,12 +170,12 @@ def served_teachers(
     return found
 
 
-def _runner_settings(recipe: Recipe, positions: int, max_logprobs: int, transfer: str = "") -> RunnerSettings:
+def _runner_settings(recipe: Recipe, positions: int, max_logprobs: int) -> RunnerSettings:
     e, has_gpus = recipe.engine, torch.cuda.is_available()
     mode = e.mode if e.mode != "auto" else "async" if has_gpus or recipe.asynchrony.max_staleness else "offline"
     return RunnerSettings(
         mode=mode, dtype=recipe.model.dtype, positions=positions, max_logprobs=max_logprobs, tensor_parallel=e.tensor_parallel, kv_bytes=e.kv_bytes,
-        memory_share=e.memory_share, transfer=transfer, sleeps=e.placement == "colocated",
+        memory_share=e.memory_share, sleeps=e.placement == "colocated",
     )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ AUDIT_PROMPTS = 4
 
 def audit_engine(recipe: Recipe, parts: Parts, view: LiveView) -> None:
     """Compare the engine's log-probs with the learner's, in nats; ValueError past the recipe's threshold."""
+    if route := getattr(parts.engine, "route", ""):
+        view.say(route)
     prompts = list(parts.problems.dev[:AUDIT_PROMPTS])
     if not prompts:
         view.say("engine against learner: not compared, for there are no dev problems (eval.num_problems)")

@@ -20,6 +20,12 @@ def compute_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
 
 
+def visible_gpus() -> tuple[str, ...]:
+    """GPUs of this process, as CUDA_VISIBLE_DEVICES of a child names them."""
+    count, given = torch.cuda.device_count(), [one.strip() for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one.strip()]
+    return tuple(given[:count]) if given else tuple(map(str, range(count)))
+
+
 def device_facts(recipe: Recipe) -> dict[str, Any]:
     """The manifest's part that only torch knows: GPUs by name, the CUDA version, threads of a process, the head's budget of bytes."""
     return {

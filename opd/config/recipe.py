@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from opd.config.base import Choice, Frozen, NonNegative, Positive
+from opd.config.engine import Engine
 from opd.config.model import Model, Target
 from opd.config.rollout import Rollout
 from opd.config.spending import Budget, Prices, Profile, check_profile, check_spending
@@ -71,37 +72,6 @@ class Sampling(Frozen):
     top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus mass")
     top_k: NonNegative = Field(default=0, description="keep the k most likely tokens; 0 keeps all")
     max_tokens: Positive = Field(default=64, description="longest completion, tokens")
-
-
-class Engine(Frozen):
-    """What generates. `engine: vllm` is short for `engine: {kind: vllm}`; the keys after audit_nats are vLLM's."""
-
-    kind: Literal["torch", "process", "vllm"] = Field(
-        default="torch",
-        description="torch: in process, around the unmodified Hugging Face module; process: the same in a process of its own; vllm: in Ray actors",
-    )
-    stall_seconds: float = Field(default=300.0, gt=0, description="a process engine without a forward pass for so long is replaced, seconds")
-    token_budget: Positive = Field(default=32768, description="tokens (rows x longest, cache included) held at once while generating")
-    audit_nats: float = Field(default=0.01, gt=0, description="largest mean |log-prob difference| between engine and learner at start, nats")
-    replicas: Positive = Field(default=1, description="engines that share out a step's prompts (kinds process and vllm)")
-    tensor_parallel: Positive = Field(default=1, description="GPUs that share one actor's model")
-    mode: Literal["auto", "async", "offline"] = Field(
-        default="auto", description="async: vLLM in its own process, can pause in mid-answer; offline: in the actor; auto: async on GPUs or ahead"
-    )
-    placement: Literal["separate", "colocated"] = Field(
-        default="separate", description="separate: actors have GPUs of their own; colocated: they share the learner's and sleep while it learns"
-    )
-    positions: NonNegative = Field(default=0, description="longest sequence of an actor, tokens; 0: twice prompt and answer, at most the model's")
-    memory_share: float = Field(default=0.85, gt=0, lt=1, description="share of a GPU's memory for an actor (weights and cache)")
-    kv_bytes: Positive = Field(default=64 << 20, description="bytes of an actor's key-value cache on a CPU")
-    chunk: Positive = Field(default=64, description="requests that an actor is given at once, at most")
-    deadline_seconds: float = Field(default=600.0, gt=0, description="a chunk, a weight update or a start that takes longer restarts the actor")
-    straggler_factor: float = Field(default=4.0, gt=1, description="a chunk that takes so many times the median is given to an idle actor too")
-    restarts: NonNegative = Field(default=10, description="restarts of one actor before the run goes on without it")
-    lora: Literal["merged", "adapters"] = Field(
-        default="merged", description="a LoRA student's weights for vLLM: merged and whole, or its factors alone, over the base model's folder"
-    )
-    exchange: str = Field(default="/dev/shm", description="folder for a version of the weights on its way to the actors (CPU), as large as one")
 
 
 class Cluster(Frozen):

@@ -368,7 +368,8 @@ def _role(replica: Replica, in_flight: int) -> str:
         return "gone"
     if replica.state != "ready":
         return replica.trouble
-    return {"load": "updating", "": "generating" if in_flight else "idle"}.get(replica.called, replica.called)
+    updating = dict.fromkeys(("load", "begin_update", "transfer", "end_update"), "updating")
+    return {**updating, "": "generating" if in_flight else "idle"}.get(replica.called, replica.called)
 
 
 def _is_final(replica: Replica) -> bool:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 
 from opd_rollout.shared_memory import Written, read
 from opd_rollout.types import Sampling
 from opd_rollout.vllm_scores import from_fixed_ids, from_rows, from_vocabulary
-from opd_rollout.vllm_types import Answers, ModelFiles, RunnerFacts, RunnerSettings, Scored, ScoreJob
+from opd_rollout.vllm_types import Answers, ModelFiles, Place, RunnerFacts, RunnerSettings, Scored, ScoreJob
 
 EXIT_ENGINE_DEAD = 70
 FOLDER_STAMP = "folder"  # of weights that came with the model's folder
@@ -36,10 +37,14 @@ class VllmActor:
         self._opened: tuple[ModelFiles, RunnerSettings] | None = None
         self._stamp, self._version, self._num_adapters = "", 0, 0
         self._changing = asyncio.Lock()
+        self._updating, self._asleep = False, False
+        self._users: set[str] = set()  # ranks of the learner that need it awake, as ATTEMPT/RANK
         self._adapters: deque[tuple[Any, tempfile.TemporaryDirectory[str]]] = deque(maxlen=2)  # the one before serves answers under way
 
     async def open(self, model: ModelFiles, settings: RunnerSettings) -> RunnerFacts:
         """Start vLLM, once; the same call again does nothing. Raises ValueError for a model that vLLM cannot load."""
+        if self._updating:
+            os._exit(EXIT_ENGINE_DEAD)  # the learner that began an update is gone, and workers may wait for it for ever
         async with self._changing:
             if self._opened == (model, settings):
                 return self._runner.facts
@@ -64,6 +69,10 @@ class VllmActor:
     async def stamp(self) -> str:
         """Of the weights in place."""
         return self._stamp
+
+    async def place(self, path: str) -> Place:
+        """Where this actor is, and whether it sees `path`."""
+        return Place(address=ray.util.get_node_ip_address(), sees=os.path.exists(path), is_open=self._runner is not None)
 
     async def pid(self) -> int:
         """Of this process."""
@@ -146,13 +155,18 @@ class VllmActor:
             if self._serves(stamp):
                 return
             assert self._opened is not None
+            if self._asleep:  # the cache's memory comes last: the update needs some of its own
+                await self._runner.call("wake_up", ["weights"])
             if adapter := self._opened[1].adapter:
                 await self._adopt(adapter, written)
                 self._version, self._stamp = version, stamp
-                return
-            await self.begin(in_flight)
-            await self.transfer("update_weights", {"update_info": info})
-            await self.end(version, stamp)
+            else:
+                await self.begin(in_flight)
+                await self.transfer("update_weights", {"update_info": info})
+                await self.end(version, stamp)
+            if self._asleep:
+                await self._runner.call("wake_up", ["kv_cache"])
+                self._asleep = False
 
     async def _adopt(self, config: str, written: Written) -> None:
         folder, self._num_adapters = tempfile.TemporaryDirectory(prefix="opd-adapter-"), self._num_adapters + 1
@@ -160,6 +174,17 @@ class VllmActor:
         request = runner.adapter_request(self._num_adapters, Path(folder.name), config, read(written))
         await self._runner.call("add_lora", request)
         self._adapters.append((request, folder))
+
+    async def begin_update(self, in_flight: bool = False) -> None:
+        """As `begin`, for an update that comes in several calls: until `end_update` nobody else touches the weights, and requests wait."""
+        await self._changing.acquire()
+        self._updating = True
+        await self.begin(in_flight)
+
+    async def end_update(self, version: int, stamp: str) -> None:
+        await self.end(version, stamp)
+        self._updating = False
+        self._changing.release()
 
     async def begin(self, in_flight: bool = False) -> None:
         """Hold generation and open an update."""
@@ -187,12 +212,22 @@ class VllmActor:
     async def resume(self) -> None:
         await self._runner.release()
 
-    async def sleep(self) -> None:
-        """Give the GPU's memory to the learner; weights wait on the host."""
-        await self._runner.call("sleep", level=1)
+    async def sleep(self, user: str) -> None:
+        """`user` needs it no more: once no other rank does, the GPU's memory goes to the learner and the weights wait on the host."""
+        async with self._changing:
+            self._users.discard(user)
+            if not self._users and not self._asleep:
+                await self._runner.call("sleep", level=1)
+                self._asleep = True
 
-    async def wake(self) -> None:
-        await self._runner.call("wake_up")
+    async def wake(self, user: str) -> None:
+        """Be ready for `user`, ATTEMPT/RANK: a rank of the learner. Ranks of an attempt that has ended are forgotten."""
+        async with self._changing:
+            attempt = user.rpartition("/")[0]
+            self._users = {one for one in self._users if one.rpartition("/")[0] == attempt} | {user}
+            if self._asleep:
+                await self._runner.call("wake_up")
+                self._asleep = False
 
     async def _run(self, prompts: Sequence[Any], params: Sequence[Any]) -> list[Any]:
         try:
@@ -204,6 +239,8 @@ class VllmActor:
 
 
 def _pack(answers: Sequence[Any], version: int, sampling: Sampling) -> Answers:
+    if any(answer.finish_reason == "abort" for answer in answers):
+        raise RuntimeError("the actor fell asleep in mid-answer")  # it is started anew, and the same requests are given out again
     lengths = [len(answer.token_ids) for answer in answers]
     spans = []
     for answer, length in zip(answers, lengths, strict=True):

@@ -6,7 +6,7 @@ import secrets
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +17,7 @@ from ray._private import ray_constants, services
 from ray.exceptions import RayError
 
 from opd_rollout.vllm_actor import VllmActor
+from opd_rollout.vllm_types import Place
 
 TESTED_VLLM = ((0, 27), (0, 33))
 LOOPBACK = "127.0.0.1"
@@ -39,14 +40,14 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "RAY
 class ActorPlan:
     """`replicas` actors of one role (student, or a teacher's name), each on `gpus` GPUs.
 
-    visible_gpus: set where an actor shares the learner's GPUs (colocated) and Ray must not count them.
+    shared_gpus: CUDA_VISIBLE_DEVICES of every replica where they share the learner's GPUs (colocated) and Ray must not count them.
     """
 
     role: str
     replicas: int = 1
     gpus: int = 0
     restarts: int = 10
-    visible_gpus: str | None = None
+    shared_gpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +86,18 @@ def _version_of(name: str) -> str | None:
 
 @contextmanager
 def start_actors(
-    plans: Sequence[ActorPlan], *, address: str = "", learner_gpus: int = 0, folder: Path | None = None, passed: Mapping[str, str] | None = None
+    plans: Sequence[ActorPlan],
+    *,
+    address: str = "",
+    gpus: Sequence[str] = (),
+    learner_gpus: int = 0,
+    folder: Path | None = None,
+    passed: Mapping[str, str] | None = None,
 ) -> Iterator[ActorAddress]:
     """Start (or join, by `address`) a Ray cluster and create the named, still empty actors of every plan; all are gone after the block.
 
-    learner_gpus: GPUs of this machine that the learner's ranks will take. folder: where a cluster that is started keeps its sockets and logs.
+    gpus: this machine's, as CUDA_VISIBLE_DEVICES names them; the learner's ranks take the first `learner_gpus`, and a cluster that is started
+    here gives out the others. folder: where a cluster that is started keeps its sockets and logs.
     passed: environment variables of the actors. Raises ValueError where the cluster lacks what the plans need, or cannot be reached.
     """
     check_installed()
@@ -101,14 +109,15 @@ def start_actors(
     else:
         os.environ[ONE_MACHINE] = "0"
     try:
-        _join(address, namespace, folder)
-        check_resources(plans, ray.available_resources(), learner_gpus if not address else 0, address)
+        with nullcontext() if address or not gpus else _sees_only(gpus[learner_gpus:]):
+            _join(address, namespace, folder)
+        taken, offered = 0 if address else learner_gpus, ray.available_resources()
+        check_resources(plans, {**offered, "GPU": offered.get("GPU", 0) + taken}, taken, address)
         names: dict[str, list[str]] = {}
         for plan in plans:
             for index in range(plan.replicas):
-                name = f"{plan.role}-{index}"
-                created.append(_create(plan, name, namespace, passed or {}, shared=bool(address)))
-                names.setdefault(plan.role, []).append(name)
+                created.append(_create(plan, index, namespace, passed or {}, shared=bool(address)))
+                names.setdefault(plan.role, []).append(f"{plan.role}-{index}")
         yield ActorAddress(address=ray.get_runtime_context().gcs_address, namespace=namespace, names=names)
     finally:
         for handle in created:
@@ -153,13 +162,30 @@ def connect(where: ActorAddress, role: str) -> list[tuple[str, Any]]:
     return found
 
 
+def own_address() -> str:
+    """Of this machine in the cluster that this process has joined."""
+    return ray.util.get_node_ip_address()
+
+
+def places(actors: Sequence[tuple[str, Any]], path: str, seconds: float) -> list[Place]:
+    """Of every actor that answers in time, with whether it sees `path`."""
+    asked = [handle.place.remote(path) for _, handle in actors]
+    ready, _ = ray.wait(asked, num_returns=len(asked), timeout=seconds)
+    found = []
+    for reference in ready:
+        with suppress(RayError):  # one that is being restarted: the others say where it will be
+            found.append(ray.get(reference, timeout=seconds))
+    return found
+
+
 def check_resources(plans: Sequence[ActorPlan], offered: Mapping[str, float], learner_gpus: int, address: str) -> None:
     """Raises ValueError with what is missing."""
-    wanted = sum(plan.gpus * plan.replicas for plan in plans)
+    counted = [plan for plan in plans if plan.gpus and not plan.shared_gpus]
+    wanted = sum(plan.gpus * plan.replicas for plan in counted)
     have = int(offered.get("GPU", 0))
     where = f"the Ray cluster at {address}" if address else "this machine"
     if wanted and have < wanted + learner_gpus:
-        parts = ", ".join(f"{plan.role} {plan.replicas} x {plan.gpus}" for plan in plans if plan.gpus)
+        parts = ", ".join(f"{plan.role} {plan.replicas} x {plan.gpus}" for plan in counted)
         learner = f" and {learner_gpus} for the learner" if learner_gpus else ""
         raise ValueError(
             f"{where} offers {have} free GPUs, and this run needs {wanted} for the actors ({parts}){learner}: {wanted + learner_gpus - have} are "
@@ -172,22 +198,34 @@ def check_resources(plans: Sequence[ActorPlan], offered: Mapping[str, float], le
         )
 
 
-def _create(plan: ActorPlan, name: str, namespace: str, passed: Mapping[str, str], *, shared: bool) -> Any:
+def _create(plan: ActorPlan, index: int, namespace: str, passed: Mapping[str, str], *, shared: bool) -> Any:
     environment = {**ENVIRONMENT, **passed}
     if "OMP_NUM_THREADS" in os.environ:
         environment["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
-    if plan.visible_gpus is not None:
-        environment |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "CUDA_VISIBLE_DEVICES": plan.visible_gpus}
+    if plan.shared_gpus:
+        environment |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "CUDA_VISIBLE_DEVICES": plan.shared_gpus[index]}
     if plan.gpus:
         del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
     return (
         ray.remote(VllmActor)
         .options(
-            name=name, namespace=namespace, num_cpus=1 if shared else 0, num_gpus=0 if plan.visible_gpus is not None else plan.gpus,
+            name=f"{plan.role}-{index}", namespace=namespace, num_cpus=1 if shared else 0, num_gpus=0 if plan.shared_gpus else plan.gpus,
             max_restarts=plan.restarts, max_task_retries=0, max_concurrency=1000, runtime_env={"env_vars": environment},
         )
         .remote()
     )  # fmt: skip
+
+
+@contextmanager
+def _sees_only(gpus: Sequence[str]) -> Iterator[None]:
+    """Processes that are started in the block see these GPUs: Ray numbers and gives out what its first process sees."""
+    found = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    try:
+        yield
+    finally:
+        os.environ.pop("CUDA_VISIBLE_DEVICES")
+        os.environ.update({} if found is None else {"CUDA_VISIBLE_DEVICES": found})
 
 
 def _join(address: str, namespace: str, folder: Path | None = None) -> None:

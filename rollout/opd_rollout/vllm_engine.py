@@ -3,6 +3,7 @@
 Legend: T completion tokens, K support size.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,15 +19,17 @@ from opd_rollout.scoring import view_hash
 from opd_rollout.types import Completion, GenerateRequest, Sampling, ScoreRequest, TokenScores, WeightSource
 from opd_rollout.vllm_actor import FOLDER_STAMP
 from opd_rollout.vllm_types import Answers, ModelFiles, RunnerSettings, Scored, ScoreJob
-from opd_rollout.weight_sync import Canary, Parcel, SharedMemoryParcels, check_manifest
+from opd_rollout.weight_sync import Canary, Parcel, Transfer, check_manifest
 
+LOG = logging.getLogger("opd.rollout")
 NO_GAP = LogprobGap(mean=0.0, max=0.0, num_tokens=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """chunk: requests of a lease at most. load_seconds: deadline of one weight update. leads: this rank sends the weights. in_flight:
-    new weights also reach answers under way (async runner); otherwise those end first.
+    new weights also reach answers under way (async runner); otherwise those end first. sleeps: actors share the learner's GPUs and sleep while
+    nobody asks them; user: this rank's name among those that do, ATTEMPT/RANK.
 
     manifest: name -> shape of every weight that the model has; tied: the name of a head that is another weight.
     """
@@ -39,6 +42,7 @@ class EngineSettings:
     leads: bool = True
     in_flight: bool = False
     sleeps: bool = False
+    user: str = ""
     limits: Limits = field(default_factory=Limits)
 
 
@@ -56,7 +60,7 @@ class VllmEngine:
         runner: RunnerSettings,
         settings: EngineSettings,
         *,
-        parcels: SharedMemoryParcels | None = None,
+        transfer: Transfer | None = None,
         check: Callable[[], None] | None = None,
         share: Callable[[Any], Any] = lambda value: value,
     ) -> None:
@@ -64,8 +68,9 @@ class VllmEngine:
 
         Raises ValueError for a model that vLLM cannot load, ActorsLost where no actor comes up.
         """
-        self._model, self._runner, self._settings, self._parcels, self._share = model, runner, settings, parcels, share
+        self._model, self._runner, self._settings, self._transfer, self._share = model, runner, settings, transfer, share
         self.canary: Canary | None = None
+        self.route = ""  # which way weights come, in words
         self.version, self.last_gap, self.sync_seconds = 0, None, 0.0
         self._parcel = Parcel(stamp=FOLDER_STAMP if model.folder else "", version=0, written=None)
         self._pool = Pool([Replica(name=name, handle=handle) for name, handle in actors], settings.limits, self._revive, check)
@@ -114,19 +119,21 @@ class VllmEngine:
         Raises ValueError, before a weight changes, for weights that are not the model's, and afterwards for actors that disagree with the
         learner even when restarted from the full export.
         """
-        assert self._parcels is not None, "this engine's weights came with its folder"
+        assert self._transfer is not None, "this engine's weights came with its folder"
         started = time.monotonic()
+        if self._settings.sleeps:
+            torch.cuda.empty_cache()
         check_manifest(self._settings.manifest, weights.metadata(), self._settings.tied)
-        parcel = self._parcels.make(weights)
-        if self._settings.leads:
+        parcel = self._transfer.make(weights)
+        if self._settings.leads and parcel.written:
             self._parcel = parcel
-            self._pool.call("load", parcel.written, parcel.version, parcel.stamp, self._settings.in_flight, seconds=self._settings.load_seconds)
-            if not any(replica.state == "ready" for replica in self._pool.replicas):
-                self._pool.bring_up()
+        self._transfer.deliver(self._pool, parcel, in_flight=self._settings.in_flight, seconds=self._settings.load_seconds)
         self._share(None)  # from here on an actor that any rank brings up finds the whole file
         self._parcel, self.version = parcel, weights.version
         self._fly_canary()
-        self._parcels.done()
+        if self._settings.sleeps and self._settings.leads:
+            self._pool.call("sleep", self._settings.user, seconds=self._settings.load_seconds)
+        self._transfer.done()
         self._loads += 1
         self.sync_seconds = time.monotonic() - started
 
@@ -144,11 +151,14 @@ class VllmEngine:
     def close(self) -> None:
         """Ends waits of other threads and removes files; the actors belong to whoever started them."""
         self._pool.close()
-        if self._parcels is not None:
-            self._parcels.close()
+        if self._transfer is not None:
+            self._transfer.close()
 
     def _revive(self, handle: Any) -> Any:
         parcel = self._parcel
+        if not parcel.lasting:
+            LOG.warning("a restarted actor has no weights to load (engine.transfer=nccl keeps no copy); the run goes on without it")
+            return None
         return handle.revive.remote(self._model, self._runner, parcel.written, parcel.version, parcel.stamp)
 
     def _fly_canary(self) -> None:
@@ -160,7 +170,7 @@ class VllmEngine:
         for index in range(self._share(len(chosen))):
             replica = chosen[index] if self._settings.leads else None
             gap = self._gap(replica, canary)
-            if self._share(not gap.mean <= canary.limit_nats):
+            if self._share(not gap.mean <= canary.limit_nats and self._parcel.lasting):
                 if replica is not None:
                     self._pool.restart(replica, f"after the update it is {gap.mean:.3f} nats from the learner", "poisoned")
                     self._pool.bring_up()
@@ -169,8 +179,8 @@ class VllmEngine:
             if not gap.mean <= canary.limit_nats:
                 raise ValueError(
                     f"actor {chosen[index].name} and the learner disagree by {gap.mean:.4f} nats on average (largest {gap.max:.4f}) after a weight "
-                    f"update, more than engine.audit_nats={canary.limit_nats}, also from a full export: training would be off-policy. Use float32, "
-                    "or raise the threshold knowingly"
+                    f"update, more than engine.audit_nats={canary.limit_nats}{', also from a full export' if self._parcel.lasting else ''}: training "
+                    "would be off-policy. Use float32, or raise the threshold knowingly"
                 )
         self._share(None)
 
@@ -194,11 +204,12 @@ class VllmEngine:
         sizes = [chunk.stop - chunk.start for chunk in chunks]
         if not self._settings.sleeps:
             return self._pool.run(sizes, send)
-        self._pool.call("wake", seconds=self._settings.load_seconds)
+        torch.cuda.empty_cache()  # what the learner's allocator keeps for later is the actors' now
+        self._pool.call("wake", self._settings.user, seconds=self._settings.load_seconds)
         try:
             return self._pool.run(sizes, send)
         finally:
-            self._pool.call("sleep", seconds=self._settings.load_seconds)
+            self._pool.call("sleep", self._settings.user, seconds=self._settings.load_seconds)
 
     def _chunks(self, number: int) -> list[slice]:
         """Equal chunks, at least two leases an actor where there is enough work, `chunk` requests at most."""

@@ -1,6 +1,7 @@
-"""vLLM's weight-transfer protocol over shared memory, for machines without a GPU; imported in every vLLM worker (worker_extension_cls).
+"""vLLM's weight-transfer protocol over shared memory; imported in every vLLM worker (worker_extension_cls).
 
-start -> update (one file a version) -> finish is the life that the NCCL and IPC backends have, layer-wise reload included.
+start -> update (one file a version) -> finish is the life that the NCCL and IPC backends have, layer-wise reload included. Every worker of an
+actor maps the same file; the model's own loaders take its shard and copy it to its device, as they do from a checkpoint.
 """
 
 from dataclasses import dataclass
@@ -52,8 +53,10 @@ class SharedMemoryTransfer(WeightTransferEngine[SharedMemoryInit, SharedMemoryUp
         self.model.load_weights(read(Written(path=update_info.path, metadata=metadata)))
 
     def finish_weight_update(self) -> None:
-        """Finish the reload, then repack what shares a parameter: on a CPU a tied head would keep its packed copy of the old weights."""
+        """Finish the reload, then, on a CPU, repack what shares a parameter: a tied head would keep its packed copy of the old weights."""
         finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type != "cpu":
+            return  # nothing is packed there, and what a quantised layer did to its weights must not be done to them twice
         with torch.no_grad():
             for module in tied_modules(self.model):
                 module.quant_method.process_weights_after_loading(module)

@@ -49,6 +49,15 @@ class RunnerFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """An actor's machine by its address; sees: a path that was asked for is there. is_open: its vLLM has been started."""
+
+    address: str
+    sees: bool
+    is_open: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
     """A chunk of completions, packed: token_ids and logprobs of all, one after the other; ends[i] is one past the last of answer i."""
 

@@ -1,14 +1,16 @@
 """The learner's weights to the actors' vLLM: what is sent is checked first.
 
 One shared-memory file a version, copied into once; it stays until the next version is in place, so that a restarted actor finds a full
-export. There is no transfer between GPUs (NCCL, IPC) yet.
+export. Between GPUs of several machines: opd_rollout.vllm_nccl.
 """
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+from opd_rollout.dispatch import Pool
 from opd_rollout.shared_memory import Written, remove, remove_stale, write
 from opd_rollout.types import GenerateRequest, Sampling, ScoreRequest, TokenScores, WeightMetadata, WeightSource
 
@@ -29,11 +31,33 @@ class Canary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parcel:
-    """One version on its way: `stamp` is unique, `version` is what answers carry; `written` None where no file is kept."""
+    """One version on its way: `stamp` is unique, `version` is what answers carry; `written` None where no file is kept.
+
+    lasting: an actor that is restarted can still have it.
+    """
 
     stamp: str
     version: int
     written: Written | None
+    lasting: bool = True
+
+
+class Transfer(Protocol):
+    """How versions reach the actors. Every rank has one and calls it together with the others; the leading one sends."""
+
+    def make(self, weights: WeightSource) -> Parcel:
+        """What will be sent, in the form in which an actor that is restarted meanwhile could load it, where there is such a form."""
+        ...
+
+    def deliver(self, pool: Pool, parcel: Parcel, *, in_flight: bool, seconds: float) -> None:
+        """Into every ready actor, by the leading rank. Raises ActorsLost where none has it."""
+        ...
+
+    def done(self) -> None:
+        """The newest version is in place everywhere."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class SharedMemoryParcels:
@@ -63,6 +87,13 @@ class SharedMemoryParcels:
                 pass
             written = Written(path=str(path), metadata=metadata)
         return Parcel(stamp=stamp, version=weights.version, written=written)
+
+    def deliver(self, pool: Pool, parcel: Parcel, *, in_flight: bool, seconds: float) -> None:
+        """Every actor loads the file; one that is restarted meanwhile does so too."""
+        if self._leads:
+            pool.call("load", parcel.written, parcel.version, parcel.stamp, in_flight, seconds=seconds)
+            if not any(replica.state == "ready" for replica in pool.replicas):
+                pool.bring_up()
 
     def done(self) -> None:
         """The newest version is in place: older files may go."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,8 +192,8 @@ def test_an_actor_with_other_weights_than_the_learners_is_restarted_from_a_full_
     number = ray.get(victim.handle.pid.remote(), timeout=100)
     wrong = parts.learner.weights(version)
     garbage = type(wrong)(version=version, named=tuple((name, 0.1 * torch.randn_like(tensor)) for name, tensor in wrong.named))
-    parcel = engine._parcels.make(garbage)
-    stamp = f"{engine._parcels._attempt}-{engine._parcels._serial + 1}"
+    parcel = engine._transfer.make(garbage)
+    stamp = f"{engine._transfer._attempt}-{engine._transfer._serial + 1}"
     ray.get(victim.handle.load.remote(parcel.written, version, stamp), timeout=100)
     parts.learner.version = version
     engine.load_weights(parts.learner.weights(version))
@@ -202,6 +203,36 @@ def test_an_actor_with_other_weights_than_the_learners_is_restarted_from_a_full_
     drawn = engine.generate(asked, sampling(parts))
     for own, theirs in zip(learner_logprobs(parts, asked, drawn), drawn, strict=True):
         assert torch.allclose(own, theirs.logprobs, atol=1e-4, rtol=0)
+
+
+def test_actors_that_sleep_while_the_learner_learns_wake_for_new_weights_and_for_every_rank(parts, monkeypatch):
+    """The protocol of colocated actors: vLLM's executor keeps its sleeping state on a CPU too, where no memory moves."""
+    engine = parts.engine
+    monkeypatch.setattr(engine, "_settings", replace(engine._settings, sleeps=True, user="first/0"))
+
+    def asleep():
+        return ray.get([replica.handle.__ray_call__.remote(lambda actor: actor._asleep) for replica in engine._pool.replicas], timeout=100)
+
+    asked = requests(parts)
+    engine.generate(asked, sampling(parts))
+    assert asleep() == [True, True]
+    with torch.no_grad():
+        for parameter in parts.learner.policy.model.parameters():
+            parameter.mul_(1.01)
+    parts.learner.version += 1
+    engine.load_weights(parts.learner.weights(parts.learner.version))
+    assert engine.last_gap.mean < 1e-4
+    assert asleep() == [True, True]
+    engine._pool.call("wake", "first/1", seconds=100)
+    drawn = engine.generate(asked, sampling(parts))
+    assert asleep() == [False, False], "another rank is not done"
+    for own, theirs in zip(learner_logprobs(parts, asked, drawn), drawn, strict=True):
+        assert torch.allclose(own, theirs.logprobs, atol=1e-4, rtol=0)
+    assert {version for c in drawn for version, _, _ in c.versions} == {parts.learner.version}
+    engine._pool.call("wake", "second/0", seconds=100)  # of another start of the learner: those of the first are gone
+    engine._pool.call("sleep", "second/0", seconds=100)
+    assert asleep() == [True, True]
+    engine._pool.call("wake", "second/0", seconds=100)
 
 
 def test_a_sequence_longer_than_the_engine_and_a_foreign_id_are_refused_before_any_work(parts):

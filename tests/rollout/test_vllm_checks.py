@@ -13,11 +13,13 @@ import pytest
 import ray
 from opd_rollout import vllm_cluster
 from opd_rollout.vllm_cluster import ActorPlan, check_installed, check_reachable, check_resources
+from opd_rollout.vllm_types import Place
 from transformers import AutoTokenizer, Qwen3Config
 
-from opd.build import system
-from opd.build.actors import check_placement, check_served, plans
+from opd.build import devices, system
+from opd.build.actors import check_placement, check_served, learner_gpus, plans
 from opd.build.student import room_for_prompts, smallest_room
+from opd.build.transfers import check_shared_gpu, chosen_transfer
 from opd.config.load import load_recipe, parse_recipe
 from opd.objective.terms import SignalNeeds
 
@@ -35,6 +37,7 @@ def recipe(**changes):
     [
         ({"engine.placement": "colocated"}, "here is none: use engine.placement=separate"),
         ({"engine.tensor_parallel": 2}, "but here is no GPU: use 1, and engine.replicas"),
+        ({"engine.transfer": "nccl"}, "from GPU to GPU, and here is none: use engine.transfer=shared_memory, or auto"),
         ({"engine.exchange": "/nowhere"}, "/nowhere is no folder; name one in memory"),
     ],
 )
@@ -82,9 +85,86 @@ def test_what_a_cluster_lacks_is_counted():
 
 
 def test_the_actors_of_a_recipe():
-    found = plans(recipe(**{"engine.replicas": 2, "engine.tensor_parallel": 4}), {"main": "a", "other": "b"}, 8)
+    found = plans(recipe(**{"engine.replicas": 2, "engine.tensor_parallel": 4}), {"main": "a", "other": "b"}, tuple("01234567"))
     assert [(plan.role, plan.replicas, plan.gpus) for plan in found] == [("student", 2, 4), ("main", 1, 1), ("other", 1, 1)]
-    assert [plan.gpus for plan in plans(recipe(), {"main": "a"}, 0)] == [0, 0]
+    assert [plan.gpus for plan in plans(recipe(), {"main": "a"}, ())] == [0, 0]
+
+
+def colocated(**changes):
+    return recipe(**{"engine.placement": "colocated", **changes})
+
+
+def test_colocated_replicas_share_out_the_learners_gpus(monkeypatch):
+    [plan, teacher] = plans(colocated(**{"engine.replicas": 2, "engine.tensor_parallel": 2}), {"main": "a"}, ("4", "5", "6", "7", "9"))
+    assert (plan.shared_gpus, teacher.shared_gpus, teacher.gpus) == (("4,5", "6,7"), (), 1)
+    check_resources([plan, teacher], {"GPU": 5.0}, 4, "")  # those that share are not counted, and one is left for the teacher
+    with pytest.raises(ValueError, match="2 replicas on 2 GPUs each need 4 GPUs, and here are 3: lower engine.replicas or engine.tensor_parallel"):
+        plans(colocated(**{"engine.replicas": 2, "engine.tensor_parallel": 2}), {}, ("0", "1", "2"))
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    eight = tuple("01234567")
+    assert learner_gpus(recipe(**{"learner.ranks": 2}), eight) == 2
+    assert learner_gpus(colocated(**{"engine.replicas": 2, "engine.tensor_parallel": 2}), eight) == 4
+    assert learner_gpus(recipe(**{"learner.ranks": 2}), ("0",)) == 1
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert learner_gpus(recipe(**{"learner.ranks": 2}), eight) == 0
+
+
+def test_a_cluster_that_is_started_here_gives_out_what_the_learner_leaves(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-1f,7")
+    monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 3)
+    assert devices.visible_gpus() == ("3", "GPU-1f", "7")
+    with vllm_cluster._sees_only(devices.visible_gpus()[1:]):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-1f,7"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,GPU-1f,7"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert devices.visible_gpus() == ("0", "1", "2")
+    with vllm_cluster._sees_only(()):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+HERE, AWAY = Place(address="10.0.0.1", sees=True, is_open=False), Place(address="10.0.0.2", sees=False, is_open=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "places", "way", "why"),
+    [
+        ("auto", [HERE, HERE], "shared_memory", "all actors see /dev/shm"),
+        ("auto", [HERE, AWAY], "nccl", "the actors at 10.0.0.2 do not see the learner's /dev/shm"),
+        ("shared_memory", [HERE], "shared_memory", "engine.transfer=shared_memory"),
+        ("nccl", [HERE], "nccl", "engine.transfer=nccl"),
+    ],
+)
+def test_which_way_weights_take(asked, places, way, why):
+    assert chosen_transfer(asked, places, Path("/dev/shm"), on_gpus=True, colocated=False) == (way, why)
+
+
+@pytest.mark.parametrize(
+    ("asked", "on_gpus", "colocated", "sentence"),
+    [
+        ("shared_memory", True, False, r"do not see the learner's /dev/shm: use a folder .*engine.exchange=FOLDER\) or engine.transfer=nccl$"),
+        ("shared_memory", False, False, r"do not see the learner's /dev/shm: use a folder that all machines share \(engine.exchange=FOLDER\)$"),
+        ("auto", False, False, "and here is no GPU for NCCL: use a folder"),
+        ("auto", True, True, "colocated actors share the learner's GPU, on which NCCL cannot have two members: use a folder"),
+    ],
+)
+def test_a_way_that_cannot_work_is_refused_with_those_that_can(asked, on_gpus, colocated, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        chosen_transfer(asked, [HERE, AWAY], Path("/dev/shm"), on_gpus=on_gpus, colocated=colocated)
+
+
+def test_a_recipe_with_a_transfer_that_its_layout_excludes_is_refused_at_load():
+    with pytest.raises(ValueError, match="cannot have two members in one NCCL group.*use engine.transfer=shared_memory.*engine.placement=separate"):
+        colocated(**{"engine.transfer": "nccl"})
+    with pytest.raises(ValueError, match="factors alone, as a file: use engine.transfer=shared_memory .*engine.lora=merged"):
+        recipe(**{"engine.transfer": "nccl", "engine.lora": "adapters", "model.lora": {"rank": 4}})
+
+
+def test_a_colocated_actor_that_does_not_fit_beside_the_learner():
+    gib = 2**30
+    check_shared_gpu(0.5, [(40 * gib, 80 * gib), (60 * gib, 80 * gib)])
+    with pytest.raises(ValueError, match=r"wants 68.0 GiB, and beside the learner 40.0 of 80.0 GiB are free: use engine.memory_share=0.48 or less"):
+        check_shared_gpu(0.85, [(60 * gib, 80 * gib), (40 * gib, 80 * gib)])
 
 
 def test_an_address_where_nothing_or_something_else_listens_is_refused_soon():

@@ -38,6 +38,7 @@ EXCEPTIONS = {  # (file, call): why it ends all the same
     ("rollout/opd_rollout/vllm_runner.py", "self._thread.submit(lambda: LLM(disable_log_stats=True, **options)).result()"): (
         "in the actor; the pool restarts an actor that does not open within engine.deadline_seconds"
     ),
+    ("rollout/opd_rollout/vllm_actor.py", "self._changing.acquire()"): "whoever asks has engine.deadline_seconds",
     ("rollout/opd_rollout/vllm_cluster.py", "link.recv(9)"): "the socket has the timeout that it was connected with",
     ("rollout/opd_rollout/vllm_cluster.py", "ray.shutdown()"): "Ray ends its own daemons by signal within seconds",
     ("opd/launcher/watch.py", "self.link.recv(1 << 16)"): "a socket that does not block",
