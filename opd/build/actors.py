@@ -112,7 +112,7 @@ def student_engine(
     check: Callable[[], None] | None,
     ranks: Ranks,
 ) -> VllmEngine:
-    """The student's actors, with the learner's weights in them. asked: prompts of the canary that ends every weight update."""
+    """The student's actors, with the learner's weights in them. asked: prompts of the canary that ends every weight update (none: a stop token)."""
     e, config, where = recipe.engine, model.config, address_of(actors)
     files = ModelFiles(config=json.dumps({**config.to_dict(), "architectures": [type(model).__name__]}, default=str))
     runner = _runner_settings(recipe, served_positions(recipe, config), -1 if vocab_size <= WHOLE_VOCABULARY else 20)
@@ -133,10 +133,10 @@ def student_engine(
     engine.route = sending.route
     sampling = Sampling(temperature=recipe.sampling.temperature, max_tokens=min(CANARY_TOKENS, recipe.sampling.max_tokens), stop_ids=stop_ids)
     engine.canary = Canary(
-        requests=tuple(GenerateRequest(prompt_ids=prompt, seed=index) for index, prompt in enumerate(asked)),
+        requests=tuple(GenerateRequest(prompt_ids=prompt, seed=index) for index, prompt in enumerate(asked or [stop_ids[:1]])),
         sampling=sampling, reference=partial(learner.teacher_pass, weights="live"), limit_nats=e.audit_nats,
         collective=recipe.learner.zero_stage == 3,
-    ) if asked else None  # fmt: skip
+    )  # fmt: skip
     engine.load_weights(learner.weights(learner.version))
     return engine
 

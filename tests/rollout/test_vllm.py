@@ -20,6 +20,8 @@ import torch
 from opd_rollout.sampling import request_seed
 from opd_rollout.torch_engine import TorchEngine
 from opd_rollout.types import GenerateRequest, Sampling, ScoreRequest
+from opd_rollout.vllm_nccl import Actors
+from ray.exceptions import RayActorError
 
 from opd.build.system import actors_of, build_parts
 from opd.config.load import load_recipe
@@ -233,6 +235,36 @@ def test_actors_that_sleep_while_the_learner_learns_wake_for_new_weights_and_for
     engine._pool.call("sleep", "second/0", seconds=100)
     assert asleep() == [True, True]
     engine._pool.call("wake", "second/0", seconds=100)
+
+
+def test_an_update_in_several_calls_and_an_actor_whose_sender_is_gone(parts):
+    """The calls that vLLM's trainer side of NCCL makes, on real actors; what the workers are given is a file."""
+    engine, version = parts.engine, parts.learner.version + 1
+    with torch.no_grad():
+        for parameter in parts.learner.policy.model.parameters():
+            parameter.mul_(0.99)
+    parts.learner.version = version
+    parcel = engine._transfer.make(parts.learner.weights(version))
+    actors = Actors(engine._pool, engine._pool.replicas, 1, 100)
+    actors.parcel = parcel
+    actors.start_weight_update()
+    m, asked = parcel.written.metadata, requests(parts)
+    waiting = [replica.handle.stamp.remote() for replica in engine._pool.replicas]
+    assert ray.get(waiting, timeout=100) == ["", ""], "of no version until the end"
+    actors.update_weights({"path": parcel.written.path, "names": list(m.names), "shapes": [list(s) for s in m.shapes], "dtypes": list(m.dtypes)})
+    actors.finish_weight_update()
+    engine._parcel, engine.version = parcel, version
+    engine._transfer.done()
+    before = engine.counts["reissued"]
+    drawn = engine.generate(asked, sampling(parts))
+    for own, theirs in zip(learner_logprobs(parts, asked, drawn), drawn, strict=True):
+        assert torch.allclose(own, theirs.logprobs, atol=1e-4, rtol=0)
+    assert {span[0] for c in drawn for span in c.versions} == {version} and engine.counts["reissued"] == before
+    left = engine._pool.replicas[0].handle
+    ray.get(left.begin_update.remote(), timeout=100)  # and whoever began it dies
+    with pytest.raises(RayActorError):
+        ray.get(left.open.remote(engine._model, engine._runner), timeout=100)
+    assert [c.token_ids for c in engine.generate(asked, sampling(parts))] == [c.token_ids for c in drawn], "a fresh one has the whole version"
 
 
 def test_a_sequence_longer_than_the_engine_and_a_foreign_id_are_refused_before_any_work(parts):
