@@ -1,5 +1,6 @@
 """Which way the learner's weights take to the vLLM actors, and why."""
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from opd_rollout.vllm_cluster import own_address, places
 from opd_rollout.vllm_types import Place
 from opd_rollout.weight_sync import SharedMemoryParcels, Transfer
 
+from opd.build.devices import compute_device
 from opd.config.recipe import Recipe
 from opd.launcher.ranks import Ranks
 
@@ -38,7 +40,7 @@ def make_transfer(recipe: Recipe, actors: Sequence[tuple[str, Any]], exchange: P
         found = ranks.first(places(actors, probe.name, e.deadline_seconds) if ranks.leads else [])
     if colocated and not any(place.is_open for place in found):  # those of an earlier start of the ranks have their memory already
         check_shared_gpu(e.memory_share, ranks.gather(torch.cuda.mem_get_info()))
-    way, why = chosen_transfer(e.transfer, found, exchange, on_gpus=torch.cuda.is_available(), colocated=colocated)
+    way, why = chosen_transfer(e.transfer, found, exchange, on_gpus=compute_device().type == "cuda", colocated=colocated)
     made: dict[str, tuple[str, str, Callable[[], Transfer]]] = {
         SHARED_MEMORY: ("opd_shared_memory", "a file in shared memory", partial(SharedMemoryParcels, exchange, attempt, leads=ranks.leads)),
         NCCL: ("nccl", "NCCL", partial(_nccl, ranks.rank, [place.address for place in found], e.tensor_parallel, attempt)),
@@ -49,6 +51,7 @@ def make_transfer(recipe: Recipe, actors: Sequence[tuple[str, Any]], exchange: P
 
 def _nccl(rank: int, actors_at: Sequence[str], workers: int, attempt: str) -> Transfer:
     """vLLM is imported only here: a learner that writes files need not wait for it."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     return import_module("opd_rollout.vllm_nccl").NcclBroadcast(rank, own_address(), actors_at, workers, attempt)
 
 

@@ -42,6 +42,8 @@ class Engine(Frozen):
 
     @model_validator(mode="after")
     def _transfer_fits(self) -> "Engine":
+        if self.transfer != "auto" and self.kind != "vllm":
+            raise ValueError(f"engine.transfer={self.transfer} is vLLM's, and engine.kind is {self.kind}: use engine=vllm, or leave it out")
         if self.transfer == "nccl" and self.placement == "colocated":
             raise ValueError(
                 "engine.transfer=nccl with engine.placement=colocated: a GPU cannot have two members in one NCCL group, and colocated actors share "

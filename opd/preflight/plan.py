@@ -30,7 +30,7 @@ class Device:
     memory: int
 
 
-WHILE_WORKING = ("activations", "head", "cache", "logits")
+WHILE_WORKING = ("activations", "head", "cache", "logits", "vLLM")
 """Parts of a role's memory that it gives back when its phase ends."""
 
 DEVICES = {
@@ -131,8 +131,10 @@ def make_plan(facts: Facts, device: Device) -> Plan:
     }  # fmt: skip
     asked = {name: needs for name, needs in objective.needs.signals.items() if name not in absent_teachers(r)}
     apart = _apart(r, device, student, {name: teachers[name] for name in asked if facts.weights.get(name, ("",))[0] == "served" and name in teachers})
-    if r.engine.kind == "vllm" and r.engine.placement == "separate" and not on_cpu:
+    if r.engine.kind == "vllm" and not on_cpu:
         del memory["engine"]
+        if r.engine.placement == "colocated":
+            memory["engine"] = {"vLLM": round(r.engine.memory_share * device.memory)}  # weights too go to the host while it sleeps
     near = {name: needs for name, needs in asked.items() if f"teacher {name}" not in apart}
     for name, needs in near.items():
         kind = facts.weights.get(name, ("frozen", None))[0]

@@ -66,6 +66,7 @@ REMEDIES = {
     "gradients": "train LoRA adapters (model.lora={rank: 32}), or more ranks with learner.zero_stage=2",
     "weights": "model.dtype=bfloat16, LoRA (its frozen teacher is no second copy), or more ranks with learner.zero_stage=3",
     "cache": "lower engine.token_budget",
+    "vLLM": "lower engine.memory_share",
     "average": "teacher=frozen keeps no average, or LoRA",
     "hand-over": "a support of top-k instead of full, or fewer answers a step",
 }

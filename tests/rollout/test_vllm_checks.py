@@ -22,6 +22,7 @@ from opd.build.student import room_for_prompts, smallest_room
 from opd.build.transfers import check_shared_gpu, chosen_transfer
 from opd.config.load import load_recipe, parse_recipe
 from opd.objective.terms import SignalNeeds
+from opd.preflight.report import examine
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes/runs/opsd_expr.yaml")
@@ -158,6 +159,18 @@ def test_a_recipe_with_a_transfer_that_its_layout_excludes_is_refused_at_load():
         colocated(**{"engine.transfer": "nccl"})
     with pytest.raises(ValueError, match="factors alone, as a file: use engine.transfer=shared_memory .*engine.lora=merged"):
         recipe(**{"engine.transfer": "nccl", "engine.lora": "adapters", "model.lora": {"rank": 4}})
+    with pytest.raises(ValueError, match="engine.transfer=nccl is vLLM's, and engine.kind is torch: use engine=vllm, or leave it out"):
+        recipe(**{"engine.transfer": "nccl", "engine.kind": "torch"})
+
+
+def test_a_plan_counts_a_colocated_actor_while_it_is_awake():
+    plans_of = {}
+    for share in (0.2, 0.7):
+        _, plan = examine(colocated(**{"engine.memory_share": share}), device="h100")
+        _, apart = examine(recipe(**{"engine.memory_share": share}), device="h100")
+        assert plan.memory["engine"] == {"vLLM": round(share * 80e9)} and "engine" not in apart.memory
+        plans_of[share] = plan.bytes
+    assert plans_of[0.7] - plans_of[0.2] == round(0.5 * 80e9), "it is awake while the learner's own passes are not"
 
 
 def test_a_colocated_actor_that_does_not_fit_beside_the_learner():
