@@ -21,4 +21,4 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free / 2**30
     if free < FREE_GIB:
-        pytest.exit(f"{folder} has {free:.1f} GiB free, and the tests need {FREE_GIB}; make room there, or set TMPDIR to a roomier folder", returncode=2)
+        pytest.exit(f"{folder} has {free:.1f} GiB free, and the tests need {FREE_GIB}; make room, or set TMPDIR to another folder", returncode=2)

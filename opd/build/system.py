@@ -276,8 +276,9 @@ def make_teacher(kind: str, recipe: Recipe, learner: Learner, module: torch.nn.M
         weights = {"live": "live", "ema": "ema", "frozen": "adapter_off"}[kind]
         return Weights(scores=partial(learner.teacher_pass, weights=weights), head=partial(learner.head, weights))
     le, temperature = recipe.learner, recipe.sampling.temperature
+    budget = 2 * le.token_budget  # a token that is only scored holds less than half of what one that is learned from holds
     teacher = LocalTeacher(
-        module, temperature=temperature, token_budget=le.token_budget, chunk_bytes=chunk_bytes_of(recipe), packed=le.packed, vocab_size=vocab_size
+        module, temperature=temperature, token_budget=budget, chunk_bytes=chunk_bytes_of(recipe), packed=le.packed, vocab_size=vocab_size
     )
     return Weights(scores=teacher.scores, head=teacher.head)
 

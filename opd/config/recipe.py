@@ -159,7 +159,9 @@ class Learner(Frozen):
 
     kind: Literal["auto", "torch", "deepspeed"] = Field(default="auto", description="auto: deepspeed where it imports, else torch")
     ranks: Positive = Field(default=1, description="learner processes on this machine (deepspeed), one a GPU where there are GPUs")
-    token_budget: Positive = Field(default=16384, description="tokens of a micro-batch, padding included")
+    token_budget: Positive = Field(
+        default=16384, description="tokens of a micro-batch, padding included; a teacher of its own in process reads twice as many at once"
+    )
     chunk_bytes: Literal["auto"] | Positive = Field(default="auto", description="bytes of logits held at once; auto: by the memory free at the start")
     packed: bool = Field(default=False, description="packed sequences instead of padded rows")
     zero_stage: Literal[0, 1, 2, 3] = Field(default=0, description="DeepSpeed ZeRO stage")

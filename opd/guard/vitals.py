@@ -15,6 +15,7 @@ from opd.types import Judged
 
 Contexts = Mapping[str, Sequence[tuple[int, ...] | None]]
 EARLY_SHARE, EARLY_CHARACTERS = 0.15, 80
+_FACTOR = 0x9E3779B97F4A7C15
 
 
 def text_vitals(judged: Sequence[Judged], views: Callable[[Sequence[Judged]], Contexts], *, answers: int, ngram: int) -> dict[str, float]:
@@ -55,12 +56,14 @@ def whole_groups(judged: Sequence[Judged], answers: int) -> list[Judged]:
 
 def ngrams(ids: Sequence[int], n: int) -> np.ndarray:
     """A 64-bit code for each run of n tokens, [max(0, T - n + 1)] uint64; equal runs have equal codes."""
-    tokens = np.asarray(ids, dtype=np.uint64)
+    tokens = np.asarray(ids, dtype=np.uint64) + np.uint64(1)
     if len(tokens) < n:
         return np.zeros(0, dtype=np.uint64)
-    codes = np.zeros(len(tokens) - n + 1, dtype=np.uint64)
-    for place in range(n):
-        codes = codes * np.uint64(0x9E3779B97F4A7C15) + tokens[place : len(tokens) - n + 1 + place] + np.uint64(1)
+    codes, length = tokens, 1
+    for bit in f"{n:b}"[1:]:  # twice the length, and one more where the bit says so: the code of two runs in a row is known from theirs
+        codes, length = codes[:-length] * np.uint64(pow(_FACTOR, length, 2**64)) + codes[length:], 2 * length
+        if bit == "1":
+            codes, length = codes[:-1] * np.uint64(_FACTOR) + tokens[length:], length + 1
     return codes
 
 
