@@ -1,6 +1,7 @@
 """The lean step gives what the model's own modules give, and leaves alone whatever is more than it knows."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import opd_rollout.torch_engine as torch_engine
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+import opd
 from opd.build.system import watched
 from tests.rollout.models import FAMILIES, SHAPE, llama, mistral, prompts, qwen3
 
@@ -206,3 +208,11 @@ def test_what_only_watches_a_model_leaves_it_the_lean_step(steps: list[int]) -> 
     watched(lambda prompt, text: None, {model}, lambda *_: next(counter))
     answers(model)
     assert len(steps) > 5 and next(counter) == 2 + 1 + len(steps)  # the head's check, the prompts, the tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torch", "deepspeed"])
+def test_a_training_run_takes_the_lean_step(kind: str, steps: list[int], tmp_path: Path) -> None:
+    settings = {"steps": 1, "rollout.prompts": 2, "group": 2, "sampling.max_tokens": 8, "eval.num_problems": 0, "eval.final_problems": 0}
+    opd.train("recipes/runs/grpo_expr.yaml", {**settings, "learner.kind": kind, "track.wandb": "disabled"}, folder=tmp_path / "run")
+    assert 0 < len(steps) <= 7
