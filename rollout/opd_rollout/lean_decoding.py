@@ -100,11 +100,11 @@ def _is_plain(decoder: nn.Module, home: str) -> bool:
 
     Subclasses, adapters, quantised or parametrised layers, wrappers, and methods that somebody replaced are more than that.
     """
-    parts = all(
-        type(part) in _PLAIN or type(part).__module__ == type(part).forward.__module__ == home for part in decoder.modules()
-    )  # a decorated forward keeps the name of its module
-    kinds = {(type(parameter), parameter.dtype, parameter.device.type, parameter.device.index) for parameter in decoder.parameters()}
-    return parts and len(kinds) == 1 and kinds.pop()[:2] == (nn.Parameter, torch.float32)
+    for part in decoder.modules():
+        if type(part) not in _PLAIN and not type(part).__module__ == type(part).forward.__module__ == home:  # decorated ones keep the name
+            return False
+    device = next(decoder.parameters()).device
+    return all(type(one) is nn.Parameter and one.dtype == torch.float32 and one.device == device for one in decoder.parameters())
 
 
 def _layer(layer: Any) -> _Layer:

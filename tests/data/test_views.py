@@ -242,6 +242,9 @@ def test_whole_groups_of_a_step_keep_their_contexts_and_parts_of_a_group_are_sho
     assert views(judged[2:], {"exposure": 0.9})["part"] != step["part"][2:] == views(judged[2:], {"exposure": 0.5})["part"]
     fresh = SignalViews(TOKENIZER, {"peers": peers, "part": share}, 100)
     assert views(judged[:1], {"exposure": 0.5}) == fresh(judged[:1], {"exposure": 0.5})
+    others = [answered("3", group=0, member=n, verdict=verdict, hints=hints | {"solution": "9"}) for n, verdict in verdicts.items()]
+    views(judged, {"exposure": 1.0})
+    assert views(others) == fresh(others, {"exposure": 1.0}) != views(judged[:2]), "other answers under the same number"
     assert step["peers"][0] is not None and views(judged[:1], {"exposure": 0.5})["peers"] == [None]
 
 

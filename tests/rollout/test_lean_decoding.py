@@ -46,6 +46,12 @@ def cut(model: nn.Module) -> nn.Module:
     return model
 
 
+def louder(model: nn.Module) -> nn.Module:
+    for layer in model.get_decoder().layers:
+        layer.self_attn.scaling *= 3
+    return model
+
+
 KNOWN: dict[str, Callable[[], nn.Module]] = {
     "qwen3": qwen3,
     "qwen2": qwen2,
@@ -56,6 +62,7 @@ KNOWN: dict[str, Callable[[], nn.Module]] = {
     "yarn positions": lambda: qwen3(rope_parameters=YARN_ROPE),
     "mistral": lambda: mistral(sliding_window=None),
     "a wide head": lambda: qwen3(head_dim=24, num_key_value_heads=1),
+    "other constants": lambda: louder(llama(rms_norm_eps=0.5)),
     "two layers of three": lambda: cut(llama(num_hidden_layers=3)),
 }
 

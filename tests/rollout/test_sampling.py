@@ -157,6 +157,22 @@ def test_a_large_vocabulary_is_drawn_as_one_cumulative_sum_would(vocabulary: int
         assert logp[row].item() == pytest.approx(expected[row, above].item(), abs=2e-5)
 
 
+def test_the_first_block_of_a_large_vocabulary_by_hand() -> None:
+    logits = torch.full((3, 5000), NEG_INF)
+    logits[:, [2, 5, 4999]] = torch.tensor([0.2, 0.3, 0.5]).log()
+    token, logp = draw(logits, torch.tensor([0.19, 0.21, 0.51], dtype=torch.float64), temperature=1.0)
+    assert token.tolist() == [2, 5, 4999]
+    assert logp.exp().tolist() == pytest.approx([0.2, 0.3, 0.5], abs=1e-6)
+
+
+def test_noise_next_to_one_stays_inside_the_support_of_a_large_vocabulary() -> None:
+    """A block's sum and the last of its partial sums differ in their last bits, and ids behind the support would lie between them."""
+    logits = torch.full((200, 5000), NEG_INF)
+    logits[:, :120] = torch.randn(200, 120, generator=torch.Generator().manual_seed(0)) * 8
+    token, logp = draw(logits, torch.full((200,), 1 - 2.0**-53, dtype=torch.float64), temperature=1.0)
+    assert token.max() < 120 and logp.isfinite().all()
+
+
 def test_a_large_vocabulary_with_nan_shows_it() -> None:
     logits = torch.zeros(2, 5000)
     logits[0, 7] = float("nan")
