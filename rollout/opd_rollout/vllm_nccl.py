@@ -30,6 +30,10 @@ warnings.filterwarnings("ignore", message=r"Tensor '.*' has size .* exceeds buff
 ELSE = "use engine.transfer=shared_memory (with engine.exchange=FOLDER that all machines share), or run the same command again"
 
 
+class Late(Exception):
+    """A call that may wait for ever has had its time."""
+
+
 class Source(VllmWeightSource):
     """The weights of the version that is being sent, on this rank's device."""
 
@@ -120,8 +124,11 @@ class NcclBroadcast:
         self._actors.parcel, self._actors.in_flight = parcel, in_flight
         if self._device.type == "cuda":
             torch.cuda.synchronize()  # vLLM packs on streams of its own, which do not wait for the optimiser's
-        late = f"the broadcast of version {parcel.version} by NCCL from {self._address} to {self._who()} did not end within {seconds:.0f} s; {ELSE}"
-        self._within(seconds, self._trainer.send_weights, late)
+        try:
+            self._within(seconds, self._trainer.send_weights)
+        except Late:
+            what = f"the broadcast of version {parcel.version} by NCCL from {self._address} to {self._who()}"
+            raise ActorsLost(f"{what} did not end within {seconds:.0f} s; {ELSE}") from None
         self._source.weights = None
 
     def done(self) -> None:
@@ -136,17 +143,25 @@ class NcclBroadcast:
             master_address=self._address, master_port=port, world_size=1 + self._workers * len(actors.members),
             packed_buffer_size_bytes=BUFFER_BYTES, rank=self._rank,
         )  # fmt: skip
-        late = (
-            f"no NCCL group within {seconds:.0f} s between the learner at {self._address}:{port} and {self._who()}: the machines must reach each "
-            f"other on every port, over the interface that NCCL_SOCKET_IFNAME names; NCCL_DEBUG=INFO shows more; {ELSE}"
-        )
-        return self._within(seconds, lambda: WeightTransferTrainerFactory.trainer_init(info, client=actors, source=self._source), late)
+        try:
+            trainer = self._within(seconds, lambda: WeightTransferTrainerFactory.trainer_init(info, client=actors, source=self._source))
+            if self._rank == 0 and trainer.model_update_group.disabled:  # vLLM goes on without a word, and would send nothing
+                raise RuntimeError("vLLM cannot load NCCL here, or VLLM_DISABLE_PYNCCL is set")
+        except ActorsLost:
+            raise
+        except (Late, RuntimeError) as error:
+            why = f"nothing within {seconds:.0f} s" if isinstance(error, Late) else _reason(error)
+            raise ActorsLost(
+                f"no NCCL group between the learner at {self._address}:{port} and {self._who()} ({why}): the machines must reach each other on "
+                f"every port, over the interface that NCCL_SOCKET_IFNAME names; NCCL_DEBUG=INFO shows more; {ELSE}"
+            ) from error
+        return trainer
 
     def _who(self) -> str:
         return f"actors at {', '.join(self._actors_at) or 'unknown addresses'}"
 
-    def _within(self, seconds: float, action: Callable[[], Any], late: str) -> Any:
-        """Of a thread that may stay behind: a call that waits in NCCL cannot be ended."""
+    def _within(self, seconds: float, action: Callable[[], Any]) -> Any:
+        """Of a thread that may stay behind, for a call that waits in NCCL cannot be ended. Raises Late."""
         outcome: Future[Any] = Future()
 
         def run() -> None:
@@ -164,12 +179,15 @@ class NcclBroadcast:
         except TimeoutError:
             if outcome.done():
                 raise
-            raise ActorsLost(late) from None
+            raise Late from None
 
 
 def _free_port(address: str) -> int:
-    with socket.create_server((address, 0)) as found:
-        return found.getsockname()[1]
+    try:
+        with socket.create_server((address, 0)) as found:
+            return found.getsockname()[1]
+    except OSError as error:
+        raise ActorsLost(f"the learner cannot listen at {address}, its address in the Ray cluster, for NCCL ({error}); {ELSE}") from None
 
 
 def _reason(error: Exception) -> str:

@@ -19,7 +19,7 @@ from opd_rollout.shared_memory import Written
 from opd_rollout.types import ModuleWeights
 from opd_rollout.vllm_actor import VllmActor
 from opd_rollout.vllm_engine import VllmEngine
-from opd_rollout.vllm_nccl import NcclBroadcast
+from opd_rollout.vllm_nccl import NcclBroadcast, _free_port
 from opd_rollout.vllm_transfer import SharedMemoryTransfer
 from opd_rollout.weight_sync import Parcel
 from ray.exceptions import GetTimeoutError, RayError
@@ -40,7 +40,7 @@ class FakeNetwork:
 
     def join(self, address, port, rank, world_size, device):
         if self.silent:
-            threading.Event().wait(5)
+            threading.Event().wait(2)
         self.joined.append((port, rank, world_size))
         assert address == "10.0.0.1"
         queues = self.queues.setdefault(port, [Queue() for _ in range(world_size)])
@@ -49,7 +49,7 @@ class FakeNetwork:
 
 class FakeCommunicator:
     def __init__(self, rank, queues):
-        self.rank, self.queues, self.sent = rank, queues, 0
+        self.rank, self.queues, self.sent, self.disabled = rank, queues, 0, False
 
     def broadcast(self, tensor, src):
         assert src == 0
@@ -196,9 +196,29 @@ def test_a_lost_actor_stays_away_and_the_others_form_a_new_group(fake_network, f
 
 def test_a_group_that_does_not_form_is_an_error_with_both_addresses(fake_network, fake_actors):
     fake_network.silent, transfer = True, broadcast()
-    said = r"no NCCL group within 0 s between the learner at 10.0.0.1:1000 and actors at 10.0.0.2, 10.0.0.3: .*NCCL_SOCKET_IFNAME"
-    with pytest.raises(ActorsLost, match=said):
+    said = r"no NCCL group between the learner at 10.0.0.1:1000 and actors at 10.0.0.2, 10.0.0.3 \({}\): .*NCCL_SOCKET_IFNAME"
+    with pytest.raises(ActorsLost, match=said.format("nothing within 0 s")):
         transfer.deliver(fake_pool(fake_actors), transfer.make(weights(1)), in_flight=False, seconds=0.3)
+
+
+@pytest.mark.parametrize("why", ["vLLM cannot load NCCL here", "NCCL error: 2"])
+def test_an_nccl_that_vllm_cannot_use_is_an_error_not_silence(why, fake_network, fake_actors, monkeypatch):
+    def join(*arguments, **options):
+        communicator = fake_network.join(*arguments, **options)
+        communicator.disabled = True
+        if why == "NCCL error: 2":
+            raise RuntimeError(why)
+        return communicator
+
+    monkeypatch.setattr(nccl_common, "stateless_init_process_group", join)
+    transfer = broadcast()
+    with pytest.raises(ActorsLost, match=rf"10.0.0.1:1000 and actors at 10.0.0.2, 10.0.0.3 \(RuntimeError: {why}.*\): "):
+        transfer.deliver(fake_pool(fake_actors), transfer.make(weights(1)), in_flight=False, seconds=20)
+
+
+def test_an_address_where_the_learner_cannot_listen():
+    with pytest.raises(ActorsLost, match="the learner cannot listen at 203.0.113.7, its address in the Ray cluster"):
+        _free_port("203.0.113.7")
 
 
 @pytest.mark.parametrize("method", ["begin_update", "end_update"])
