@@ -73,6 +73,14 @@ def test_another_format_of_the_file_is_refused_with_what_to_do(version, fix):
         parse_recipe({"schema_version": version})
 
 
+def test_a_vllm_actor_on_the_learners_gpu_and_on_one_of_its_own():
+    name = "opsd_qwen3_1.7b_math"
+    shared, apart = (examine(load_recipe(name, {"hardware": hardware})) for hardware in ("gpu1_vllm", "gpu2_vllm"))
+    assert not [finding for found, _ in (shared, apart) for finding in found if finding.severity == "error"]
+    assert (shared[1].gpus, apart[1].gpus) == (1, 2)
+    assert shared[1].memory["engine"] == {"vLLM": 40 * 10**9} and "engine" in apart[1].apart
+
+
 def test_hardware_stands_between_method_and_run():
     recipe = load_recipe("opsd_qwen3_1.7b_math", {"hardware": "gpu8"})
     assert recipe.learner.ranks == 8 and recipe.model.dtype == "bfloat16" and recipe.model.lora and recipe.rollout.prompts == 32
