@@ -27,6 +27,7 @@ class Policy(nn.Module):
         remove_dropout(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.disable_input_require_grads()  # a hook on the embeddings, which only reentrant checkpoints need; without it generation is lean
         self.model = model
 
     @property

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from opd_rollout.backbone import has_hooks
 from opd_rollout.types import ScoreRequest
 from peft import PeftModel
 from pytest import mark, raises
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from opd.learner.deepspeed_learner import deepspeed_learner
 from opd.learner.lora import add_lora
+from opd.learner.policy import Policy
 from opd.learner.torch_learner import torch_learner
 from tests.learner import cases
 from tests.learner.cases import optimizer, settings, tiny_model, train, weights_of
@@ -114,3 +116,16 @@ def test_the_adapters_alone_on_the_base_are_the_merged_export(tmp_path):
     expected, found = merged(IDS).logits, loaded(IDS).logits
     assert (expected - found).abs().max() < 1e-5 < (expected - base(IDS).logits).abs().max()
     learner.close()
+
+
+def test_recomputed_activations_keep_adapters_gradients_and_leave_no_hook():
+    """Over frozen embeddings; a hook would take generation off its lean step."""
+    grads = []
+    for recomputed in (False, True):
+        model = adapted()
+        Policy(model, gradient_checkpointing=recomputed).train()
+        assert not has_hooks(model)
+        model.get_decoder()(input_ids=IDS).last_hidden_state.square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    assert any(grad.abs().sum() > 0 for grad in grads[0])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
