@@ -56,7 +56,7 @@ def wait_until(condition, seconds=60.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.05)
+        time.sleep(0.002)
 
 
 @pytest.fixture
@@ -101,14 +101,14 @@ def test_a_child_that_is_killed_is_replaced_and_writes_the_same_answers(engine, 
     long = Sampling(max_tokens=40)
     whole = engine.generate(requests(), long)
     first, found = engine.pid, []
-    caller = threading.Thread(target=lambda: found.extend(engine.generate(requests(40)[:], long)))
+    caller = threading.Thread(target=lambda: found.extend(engine.generate(requests(150), long)))
     beats = int(engine._shared.counters[2])
     caller.start()
     wait_until(lambda: int(engine._shared.counters[2]) > beats)  # it is writing
     os.kill(first, signal.SIGKILL)
     caller.join(60)
     assert gone(first) and engine.pid != first
-    assert len(found) == len(requests(40))
+    assert len(found) == len(requests(150))
     same(engine.generate(requests(), SAMPLING), expected)
     same(engine.generate(requests(), long), whole)
 
@@ -140,6 +140,7 @@ def test_a_closed_engine_says_so_to_who_waits(model):
             raised.append(str(error))
 
     engine.generate(requests(), SAMPLING)
+    os.kill(engine.pid, signal.SIGSTOP)  # it must not answer before it is closed
     caller = threading.Thread(target=call)
     caller.start()
     wait_until(lambda: engine._turn.locked())
@@ -152,7 +153,7 @@ def test_in_flight_weights_change_between_two_tokens_and_every_token_names_its_v
     engine = ProcessEngine(model, ChildSettings(pad_id=0, token_budget=10_000, in_flight=True))
     try:
         engine.load_weights(weights(model, 1))
-        asked, long, found = requests(30), Sampling(max_tokens=48), []
+        asked, long, found = requests(120), Sampling(max_tokens=48), []
         engine.generate(requests(1), SAMPLING)
         caller = threading.Thread(target=lambda: found.extend(engine.generate(asked, long)))
         beats = int(engine._shared.counters[2])
