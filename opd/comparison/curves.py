@@ -1,5 +1,6 @@
 """What the report's curves show: means and extremes over seeds of accuracy, length, entropy, truncation and pass@k, and where runs went wrong."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,13 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from opd.comparison.results import PRIMARY, CurvePoint, RunResult
-from opd.comparison.summary import ArmSummary
+from opd.comparison.summary import ArmSummary, Summary
 
 VITAL_LABELS = (  # name, label, factor
     ("length/mean", "answer length, tokens", 1.0),
     ("entropy/student", "student entropy, nats", 1.0),
     ("length/truncated", "answers cut at the limit, %", 100.0),
 )
+MOST_CURVES = 12
+"""That one picture can show; beyond, nobody tells them apart."""
 Points = Sequence[tuple[float, float]]
 
 
@@ -37,6 +40,19 @@ class Mark:
     y: float
     style: str
     text: str
+
+
+def drawn_arms(summary: Summary) -> list[ArmSummary]:
+    """The trained arms whose curves are drawn, in the table's order: all, or of many the baseline and the most accurate on test."""
+    trained = [arm for arm in summary.arms if arm.trained]
+    best = sorted(trained, key=lambda arm: (arm.name != summary.reference.name, -_accuracy(arm)))[:MOST_CURVES]
+    chosen = {arm.name for arm in best}
+    return [arm for arm in trained if arm.name in chosen]
+
+
+def _accuracy(arm: ArmSummary) -> float:
+    found = arm.tests.get((PRIMARY, "avg@k"))
+    return -1.0 if found is None or math.isnan(found.mean) else found.mean
 
 
 def band(arm: ArmSummary, cost: Callable[[CurvePoint], float], style: str) -> Band | None:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter
 
-from opd.comparison.curves import VITAL_LABELS, Band, band, passed_band, vital_band
+from opd.comparison.curves import VITAL_LABELS, Band, band, drawn_arms, passed_band, vital_band
 from opd.comparison.results import PRIMARY
 from opd.comparison.summary import Summary
 
@@ -19,7 +19,7 @@ LEGEND_LETTERS = 100  # that a line of the legend has room for
 
 def write_figures(folder: Path, summary: Summary) -> list[Path]:
     """Accuracy against each kind of cost, pass@k against k, length, entropy and truncation, differences to the baseline; returns the paths."""
-    arms = [arm for arm in summary.arms if arm.trained]
+    arms = drawn_arms(summary)
     styles = {arm.name: n for n, arm in enumerate(arms)}
     paths = []
     for cost, take in summary.costs.items():
@@ -31,7 +31,7 @@ def write_figures(folder: Path, summary: Summary) -> list[Path]:
         paths += _save(figure, folder / f"accuracy-vs-{cost.replace(',', '').replace(' ', '-')}")
     untrained = [arm.name for arm in summary.arms if not arm.trained]
     own = {**styles, **{name: -1 - n for n, name in enumerate(untrained)}}
-    passed = [(own[arm.name], found) for arm in summary.arms if (found := passed_band(arm, "")) is not None]
+    passed = [(own[arm.name], found) for arm in summary.arms if arm.name in own and (found := passed_band(arm, "")) is not None]
     if passed:
         figure, axes = _axes("k", "pass@k on test, temperature 1 (%)")
         axes.set_xscale("log", base=2)

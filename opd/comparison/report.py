@@ -16,7 +16,7 @@ from opd.comparison.arms import recipe_rows
 from opd.comparison.breakdown import Breakdown, breakdowns
 from opd.comparison.charts import Axes, Level, interval_bar, interval_scale, line_chart, percent_axes, plain_axes
 from opd.comparison.costs import TOKENS
-from opd.comparison.curves import VITAL_LABELS, band, first_alarms, marks, passed_band, vital_band
+from opd.comparison.curves import VITAL_LABELS, band, drawn_arms, first_alarms, marks, passed_band, vital_band
 from opd.comparison.exports import latex_table, write_breakdowns, write_curves, write_pairs, write_runs
 from opd.comparison.figures import write_figures
 from opd.comparison.jobs import Tuned
@@ -51,7 +51,8 @@ def write_report(folder: Path, summary: Summary) -> Path:
 def render(summary: Summary, folder: Path, found: list[Breakdown], beside: list[str]) -> str:
     """The page as text; run folders are named relative to `folder`, `beside` are the files that lie there."""
     comparison = summary.comparison
-    styles = {arm.name: f"s{n % NUM_STYLES}{' dashed' if n >= NUM_STYLES else ''}" for n, arm in enumerate(_trained(summary))}
+    styles = {arm.name: f"s{n % NUM_STYLES}{' dashed' if n >= NUM_STYLES else ''}" for n, arm in enumerate(drawn_arms(summary))}
+    styles |= {arm.name: "undrawn" for arm in _trained(summary) if arm.name not in styles}
     untrained = [arm.name for arm in summary.arms if not arm.trained]
     styles |= {name: "base" if n == 0 else "base other" for n, name in enumerate(untrained)}
     return (
@@ -64,6 +65,8 @@ def render(summary: Summary, folder: Path, found: list[Breakdown], beside: list[
             arms=summary.arms,
             reference=summary.reference,
             styles=styles,
+            drawn=drawn_arms(summary),
+            left_out=len(_trained(summary)) - len(drawn_arms(summary)),
             charts=charts(summary, styles),
             vitals=vitals(summary, styles),
             passed=passed(summary, styles),
@@ -168,14 +171,14 @@ def charts(summary: Summary, styles: Mapping[str, str]) -> list[tuple[str, Marku
     if summary.base_dev is not None:
         levels.append(Level(value=summary.base_dev, style="base", text=f"base on dev {wording.percent(summary.base_dev)} %"))
     for cost, take in summary.costs.items():
-        bands = [found for arm in _trained(summary) if (found := band(arm, take, styles[arm.name])) is not None]
+        bands = [found for arm in drawn_arms(summary) if (found := band(arm, take, styles[arm.name])) is not None]
         if all(found.x[-1] <= 0 for found in bands):
             continue
         unit, name = wording.time_unit(max(found.x[-1] for found in bands)) if cost.endswith("seconds") else (1.0, "")
         label = f"{cost.removesuffix('-seconds').removesuffix(' seconds')} time, {name}" if name else cost
         number = partial(_in_unit, unit) if name else _tick
         axes = replace(percent_axes(bands, levels, x_label=label, x_number=number), x_unit=unit, x_name=f" {name}" if name else "")
-        crosses = [mark for arm in _trained(summary) for mark in marks(arm, take, styles[arm.name])]
+        crosses = [mark for arm in drawn_arms(summary) for mark in marks(arm, take, styles[arm.name])]
         title = f"Accuracy against {label.removesuffix(f', {name}') if name else cost}"
         drawn.append((title, Markup(line_chart(bands, axes, levels=levels, marks=crosses))))
     return drawn
@@ -185,7 +188,7 @@ def vitals(summary: Summary, styles: Mapping[str, str]) -> list[tuple[str, Marku
     """(title, SVG) of answer length, entropy and truncation during training; what no run recorded is left out."""
     drawn = []
     for name, label, factor in VITAL_LABELS:
-        bands = [found for arm in _trained(summary) if (found := vital_band(arm, name, styles[arm.name])) is not None]
+        bands = [found for arm in drawn_arms(summary) if (found := vital_band(arm, name, styles[arm.name])) is not None]
         if bands:
             axes = plain_axes(bands, x_label="generated tokens", y_label=label, x_number=_tick, y_number=partial(_plain_times, factor))
             drawn.append((label[0].upper() + label[1:], Markup(line_chart(bands, axes))))
@@ -194,7 +197,9 @@ def vitals(summary: Summary, styles: Mapping[str, str]) -> list[tuple[str, Marku
 
 def passed(summary: Summary, styles: Mapping[str, str]) -> Markup | None:
     """SVG of pass@k against k on test; None where every evaluation took one answer a problem."""
-    bands = [found for arm in summary.arms if (found := passed_band(arm, styles.get(arm.name, "base"))) is not None]
+    shown = {arm.name for arm in drawn_arms(summary)}
+    chosen = [arm for arm in summary.arms if arm.name in shown or not arm.trained]
+    bands = [found for arm in chosen if (found := passed_band(arm, styles.get(arm.name, "base"))) is not None]
     if not bands:
         return None
     axes: Axes = percent_axes(bands, [], x_label="k, answers a problem", x_number=_plain, doubling=True)

@@ -13,7 +13,7 @@ from opd.comparison.answers import sentences
 from opd.comparison.arms import flattened, recipe_rows
 from opd.comparison.breakdown import breakdowns
 from opd.comparison.costs import COSTS, TOKENS
-from opd.comparison.curves import Band, marks, over_seeds, passed_band
+from opd.comparison.curves import Band, drawn_arms, marks, over_seeds, passed_band
 from opd.comparison.exports import escaped, latex_table
 from opd.comparison.figures import _axes, _curves
 from opd.comparison.report import charts, write_report
@@ -346,6 +346,20 @@ def test_the_terminals_table_fits_80_columns_and_cuts_no_word(made):
     printed = console.export_text()
     assert max(map(len, printed.splitlines())) <= 80 and "\N{HORIZONTAL ELLIPSIS}" not in printed
     assert "> budget" in printed and "T=0.2" in printed and "greedy" in printed
+
+
+def test_of_many_arms_the_baseline_and_the_most_accurate_are_drawn(made, tmp_path, monkeypatch):
+    summary = made[0]
+    trained = [arm.name for arm in summary.arms if arm.trained]
+    assert [arm.name for arm in drawn_arms(summary)] == trained and "Drawn are" not in write_report(tmp_path, summary).read_text()
+    monkeypatch.setattr("opd.comparison.curves.MOST_CURVES", 3)
+    assert [arm.name for arm in drawn_arms(summary)] == ["grpo", "opd", "opsd_ema"], "the baseline is fourth of six"
+    page = write_report(tmp_path, summary).read_text()
+    assert f"Drawn are the baseline and the most accurate on test; curves.csv has the other {len(trained) - 3} too." in page
+    legends = re.findall(r'<ul class="legend">(.*?)</ul>', page, flags=re.DOTALL)
+    assert legends and all(text.count('class="key s') == 3 for text in legends)
+    with (tmp_path / "curves.csv").open() as file:
+        assert set(trained) <= {row["arm"] for row in csv.DictReader(file)}
 
 
 @pytest.mark.parametrize("label", ["GRPO", "GRPO + OPSD on wrong answers"])
