@@ -51,6 +51,7 @@ from opd.run.folder import (
     run_folder,
     write_json,
 )
+from opd.run.heap import settled_heap
 from opd.run.live import LiveView, PhaseClock, Reports, Status
 from opd.run.roles import of_actors
 from opd.run.training import Plan, TrainingRun
@@ -163,7 +164,7 @@ def train_rank(
         run = make_run(recipe, folder, parts, status, view, ranks, system.teachers, profile)
         clock.stop.at_once = False
         watch_actors(status, parts)
-        with _recording(folder, run, view, status, ranks):
+        with settled_heap(), _recording(folder, run, view, status, ranks):
             reason = train_as_asked(recipe, system, run, clock)
             report_final(recipe, folder, parts, run, system, ranks)
             if ranks.leads:
@@ -274,8 +275,7 @@ def make_run(
         evaluate_dev=evaluate_dev if parts.problems.dev else None,
         write_samples=partial(
             write_samples, tokenizer=parts.tokenizer, num_samples=tr.samples, texts_in_table=tr.texts, contexts=parts.views,
-            readers=readers(recipe, parts, ranks),
-            columns=shown.of,
+            readers=readers(recipe, parts, ranks), columns=shown.of,
         ),
         save_tokenizer=parts.tokenizer.save_pretrained,
         guard=make_guard(recipe),

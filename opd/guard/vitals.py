@@ -109,6 +109,6 @@ def leaked(judged: Sequence[Judged], contexts: Sequence[tuple[int, ...] | None],
     counted = []
     for one, context in zip(judged, contexts, strict=True):
         if context is not None and context != one.prompt_ids:
-            privileged = np.setdiff1d(ngrams(context, n), ngrams(one.prompt_ids, n))
-            counted.append(float(np.isin(ngrams(one.completion.token_ids, n), privileged).any()))
+            privileged = set(ngrams(context, n).tolist()) - set(ngrams(one.prompt_ids, n).tolist())
+            counted.append(float(not privileged.isdisjoint(ngrams(one.completion.token_ids, n).tolist())))
     return fmean(counted) if counted else None
