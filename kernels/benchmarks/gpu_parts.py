@@ -1,7 +1,7 @@
 """Where the time of an operation goes on a GPU: bandwidth of every row kernel by launch shape, and the profiler's list of kernels.
 
-    python kernels/benchmarks/gpu_parts.py                # about a minute
-    python kernels/benchmarks/gpu_parts.py --device cpu   # tiny, under TRITON_INTERPRET=1: checks the script
+    python kernels/benchmarks/gpu_parts.py                                   # about a minute
+    TRITON_INTERPRET=1 python kernels/benchmarks/gpu_parts.py --device cpu   # tiny: checks the script
 
 A row kernel should run at the bandwidth of a copy; one that does not is the next to be looked at.
 """
@@ -18,6 +18,11 @@ from typing import Any
 
 import torch
 from harness import RESULTS, Inputs, Sizes, machine, make_inputs, run_once
+from opd_kernels import divergences, row_kernels, triton_divergence
+from opd_kernels.row_kernels import TileConstants, Tiles
+from opd_kernels.selection import Coefficients
+from opd_kernels.triton_topk import top_columns
+from systems import composable, dense_ours, fused, scoring_ours
 from torch import Tensor
 
 SHAPES = ((1024, 4), (2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (16_384, 16))  # columns and warps of a program
@@ -43,12 +48,8 @@ def seconds(call: Callable[[], object], device: str, repeats: int) -> float:
     return statistics.median(times)
 
 
-def row_kernels(device: str, rows: int, columns: int, repeats: int, only: str) -> list[dict[str, Any]]:
+def bandwidths(device: str, rows: int, columns: int, repeats: int, only: str) -> list[dict[str, Any]]:
     """GB/s of each kernel over a tile [rows, columns], by columns and warps of a program, and of a copy."""
-    from opd_kernels import divergences, row_kernels, triton_divergence
-    from opd_kernels.row_kernels import TileConstants, Tiles
-    from opd_kernels.selection import Coefficients
-
     z, other = (torch.randn(rows, columns, device=device) * 6 for _ in range(2))
     dz, vector = torch.empty(rows, columns, dtype=torch.bfloat16, device=device), torch.zeros(rows, device=device)
     constants = TileConstants(inverse_temperature=torch.ones(rows, device=device))
@@ -80,21 +81,15 @@ def row_kernels(device: str, rows: int, columns: int, repeats: int, only: str) -
 
 
 def _top(z, k, group, constants, tiles) -> object:
-    from opd_kernels.triton_topk import top_columns
-
     return top_columns(z, k, group, constants, tiles)
 
 
 def _value(student, teacher, kind, tiles) -> object:
-    from opd_kernels.triton_divergence import divergence_rows
-
-    return divergence_rows(student, teacher, kind, tiles)
+    return triton_divergence.divergence_rows(student, teacher, kind, tiles)
 
 
 def _dz(student, teacher, kind, vector, dz, tiles) -> object:
-    from opd_kernels.triton_divergence import divergence_dz
-
-    return divergence_dz(student, teacher, kind, vector, vector + 1, dz, tiles)
+    return triton_divergence.divergence_dz(student, teacher, kind, vector, vector + 1, dz, tiles)
 
 
 def profiled(call: Callable[[Inputs], Tensor], inputs: Inputs, device: str, most: int = 25) -> list[dict[str, Any]]:
@@ -125,14 +120,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_parts.json")
     options = parser.parse_args()
     device = options.device
-    if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
-    elif not torch.cuda.is_available():
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":  # read by Triton as kernels are defined, before any option
+        parser.error("--device cpu needs TRITON_INTERPRET=1 in the environment")
+    if device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device: run this on a GPU, or add --device cpu to check the script")
-    from systems import composable, dense_ours, fused, scoring_ours
-
     size = (2944, 151_936) if device == "cuda" else (3, 600)
-    record: dict[str, Any] = {"machine": machine(), "rows": [] if options.skip_rows else row_kernels(device, *size, options.repeats, options.only)}
+    record: dict[str, Any] = {"machine": machine(), "rows": [] if options.skip_rows else bandwidths(device, *size, options.repeats, options.only)}
     for row in record["rows"]:
         shape = f"{row.get('block', ''):>7} {row.get('warps', ''):>3}"
         print(f"{row['kernel']:32}{shape}{row['seconds'] * 1e3:10.3f} ms{row['gigabytes_per_second']:10.0f} GB/s", flush=True)
