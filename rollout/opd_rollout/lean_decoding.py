@@ -1,4 +1,4 @@
-"""One more token of every row through a decoder of Llama's shape, in half the operators that its modules take.
+"""One more token of every row through a decoder of Llama's shape, in far fewer calls than its modules make.
 
 A step of a small model costs its calls, not its arithmetic. Weights are the module's own, read at every step; what a family adds beyond this
 shape (adapters, hooks, windows, other activations) keeps to the module.
