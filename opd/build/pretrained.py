@@ -30,12 +30,21 @@ def find_model(path: str) -> str:
             return str(candidate)
     shelves = [root.parent / "models" for root in PACKAGED]
     known = sorted({config.parent.name for shelf in shelves for config in shelf.glob("*/config.json")})
+    if path.startswith("runs/") and (maker := _maker(path)):
+        raise ValueError(f"no model folder {path!r} yet: make it first with `opd train {maker}` (on a GPU with hardware=gpu1)")
     if path.startswith((".", "/", "~", "models/", "runs/")) or path.count("/") > 1 or Path(path).exists():
         raise ValueError(
             f"no model folder {path!r} (no config.json there){nearest(Path(path).name, known)}; give a Hugging Face folder, a hub name "
             f"(owner/name) or one of {', '.join(f'models/{name}' for name in known) or 'the embedded models'}"
         )
     return path
+
+
+def _maker(path: str) -> str:
+    """The shipped recipe whose run leaves its model in this folder (runs/NAME/model), or ""."""
+    parts = Path(path).parts
+    own = len(parts) == 3 and parts[2] == "model" and any((root / f"runs/{parts[1]}.yaml").is_file() for root in (Path("recipes"), *PACKAGED))
+    return f"recipes/runs/{parts[1]}.yaml" if own else ""
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

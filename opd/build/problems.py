@@ -17,7 +17,8 @@ from opd.data.selection import between, contaminated, overlap, pass_rates
 from opd.data.stream import LazyStream, first_prompts
 from opd.data.suites import SUITES, suite_records
 from opd.prompts import PromptStream, judged_record, read_prompts, shuffled_stream, split_prompts, task_prompts, task_stream
-from opd.tasks import HINT_TEMPLATES, TASKS
+from opd.tasks import TASKS
+from opd.tasks.types import task_corpus
 from opd.types import Prompt, Verifier
 from opd.verify import adapted, gold_choice, make_verifier, reads_of, version_of
 from opd.verify.cache import VerdictCache, cached
@@ -69,8 +70,8 @@ def _embedded(recipe: Recipe, verifier: Callable[..., Any] | None) -> Problems:
         dev=task_prompts(data.task, "dev", ev.num_problems, difficulty=data.difficulty),
         test=task_prompts(data.task, "test", ev.final_problems, difficulty=data.difficulty),
         verify=_verifier(recipe, "task" if data.verifier == "auto" else data.verifier, verifier),
-        templates=HINT_TEMPLATES,
-        corpus=lambda: [task.characters],
+        templates=task.templates,
+        corpus=lambda: task_corpus(task, data.difficulty),
         suite=data.task,
     )
 

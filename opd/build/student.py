@@ -15,6 +15,7 @@ from opd.config.recipe import Recipe
 from opd.revising import PHRASE_TOKENS
 from opd.run.named import RUNS, nearest_runs, read_status
 from opd.source import parse_source
+from opd.tasks import TASKS
 from opd.tasks.tokenizer import character_tokenizer
 from opd.text.bpe import train_byte_bpe
 
@@ -75,11 +76,11 @@ def student_config(recipe: Recipe, path: str, tokenizer: PreTrainedTokenizerBase
 
 
 def load_tokenizer(recipe: Recipe, problems: Problems) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; for a new model a character tokenizer (embedded task) or a byte-level BPE trained on the data."""
+    """The model's tokenizer; for a new model the task's characters, or a byte-level BPE trained on the data or on what the task writes."""
     path = student_path(recipe)
     if path:
         return tokenizer_at(recipe, path)
-    if recipe.data.task:
+    if recipe.data.task and TASKS[recipe.data.task].characters:
         return character_tokenizer(problems.corpus()[0])
     return train_byte_bpe(problems.corpus(), recipe.model.vocabulary)
 

@@ -210,6 +210,7 @@ def make_learner(recipe: Recipe, model: torch.nn.Module, tokenizer: PreTrainedTo
         chunk_bytes=chunk_bytes_of(recipe), minibatches=updates.minibatches, epochs=updates.epochs, ema_rate=average and average.rate,
         ema_every=average.every if average else 1, gradient_checkpointing=recipe.model.gradient_checkpointing,
         merge_adapters=speaks_apart(recipe), adapters_alone=distant and recipe.engine.lora == "adapters",
+        shard_bytes=recipe.checkpoint.shard_mib << 20,
     )  # fmt: skip
     if learner_kind(recipe) == "torch":
         return torch_learner(model, optimizer, settings, vocab_size=len(tokenizer))

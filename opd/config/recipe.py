@@ -200,6 +200,7 @@ class Checkpoint(Frozen):
     every: NonNegative = Field(default=50, description="steps between checkpoints; 0: only at the end")
     keep: Positive = Field(default=2, description="newest checkpoints kept, besides the best")
     best: bool = Field(default=True, description="keep the checkpoint with the best dev accuracy and report it on test")
+    shard_mib: Positive = Field(default=4096, description="largest file of weights in `model/`, MiB; a larger model is saved in several")
 
 
 class Guard(Frozen):

@@ -212,12 +212,15 @@ class PolicyLearner:
             _set_random_state(torch.load(own, weights_only=True))
 
     def export(self, folder: Path) -> None:
-        """A plain Hugging Face folder (safetensors and config; adapters merged, and alone in `adapter/`). Collective; rank 0 writes."""
+        """A plain Hugging Face folder: safetensors of settings.shard_bytes at most and config; adapters merged, and alone in `adapter/`.
+
+        Collective; rank 0 writes.
+        """
         model = self.policy.model
         with self._updater.whole_weights():
             if self._updater.rank == 0:
                 named = dict(merged_tensors(model)) if adapted_layers(model) else dict(model.state_dict())
-                model.save_pretrained(folder, state_dict=named)
+                model.save_pretrained(folder, state_dict=named, max_shard_size=self.settings.shard_bytes)
                 if adapted_layers(model):
                     save_adapters(model, folder / "adapter")
         self._updater.gather(None)

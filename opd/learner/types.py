@@ -47,6 +47,7 @@ class LearnerSettings:
     copy that old); None keeps none.
     merge_adapters: `weights` sends LoRA merged into Hugging Face names (an engine with a module of its own); otherwise the module's own
     parameters (an engine that shares it). adapters_alone: it sends LoRA's factors and nothing else (an engine that has the base model).
+    shard_bytes: largest file of weights that an export writes.
     """
 
     temperature: float = 1.0
@@ -61,6 +62,7 @@ class LearnerSettings:
     ema_rate: float | None = None
     ema_every: int = 1
     gradient_checkpointing: bool = False
+    shard_bytes: int = 4 << 30
 
 
 class Learner(Protocol):

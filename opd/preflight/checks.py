@@ -12,7 +12,6 @@ from packaging.version import Version
 
 from opd.build.fused import check_fused
 from opd.build.pretrained import num_experts
-from opd.build.system import learner_kind
 from opd.preflight.facts import Facts, Finding
 from opd.run.folder import check_run
 
@@ -131,8 +130,6 @@ def schedule(facts: Facts) -> Iterator[Finding]:
 
 def precision(facts: Facts) -> Iterator[Finding]:
     m = facts.recipe.model
-    if m.dtype == "bfloat16" and learner_kind_of(facts) == "torch":
-        yield warning("model.dtype=bfloat16 with learner.kind=torch trains bf16 weights without fp32 masters: small updates are lost")
     if m.dtype == "bfloat16" and not torch.cuda.is_available() and not facts.recipe.target.device:
         yield warning("model.dtype=bfloat16 on a CPU: log-probs are off by up to 1.5 nats in single tokens; use float32 here")
     if m.attention == "flash_attention_2" and _installed("flash_attn") is None:
@@ -212,13 +209,6 @@ def disk(facts: Facts, checkpoint_bytes: int) -> Iterator[Finding]:
             f"{kept} checkpoints of {checkpoint_bytes / 2**30:.1f} GiB do not fit the {free / 2**30:.1f} GiB that are free here; "
             "lower checkpoint.keep or run on a larger disk"
         )
-
-
-def learner_kind_of(facts: Facts) -> str:
-    try:
-        return learner_kind(facts.recipe)
-    except ValueError:
-        return facts.recipe.learner.kind
 
 
 def _positions(config) -> int | None:

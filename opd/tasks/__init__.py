@@ -3,7 +3,8 @@
 from opd.tasks.expr import EXPR
 from opd.tasks.route import ROUTE
 from opd.tasks.types import HINT_TEMPLATES, Task
+from opd.tasks.words import WORDS
 
 __all__ = ["HINT_TEMPLATES", "TASKS", "Task"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (EXPR, ROUTE)}
+TASKS: dict[str, Task] = {task.name: task for task in (EXPR, ROUTE, WORDS)}

@@ -1,8 +1,9 @@
 """What an embedded task is: generated questions with an exact verifier, disjoint splits and several kinds of privileged hint."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from random import Random
 
 from opd.types import Prompt, Verifier
@@ -19,6 +20,7 @@ HINT_CHARACTERS = "FSAW\n"
 
 SPLITS = ("pretrain_base", "pretrain_teacher", "train", "dev", "test")
 NUM_HELD_OUT = 512
+CORPUS_PROMPTS = 4000
 _HELD_OUT_BUCKETS = {0: "dev", 1: "test"}
 
 
@@ -26,16 +28,18 @@ _HELD_OUT_BUCKETS = {0: "dev", 1: "test"}
 class Task:
     """An embedded task. prompts(split, seed, difficulty): endless for training splits, finite and seedless for "dev" and "test".
 
-    The pretrain splits carry hints["demonstration"], the text to learn, and may already show a hint. characters: the whole alphabet.
+    The pretrain splits carry hints["demonstration"], the text to learn, and may already show a hint. characters: the whole alphabet, a token
+    each; empty for a task in words, whose tokenizer is a byte-level BPE. templates: how the base was taught to read each kind of hint.
     num_buckets: a num_buckets-th of all questions is kept for "dev", as many for "test".
     """
 
     name: str
     prompts: Callable[[str, int, str], Iterator[Prompt]]
     verify: Verifier
-    characters: str
     difficulties: tuple[str, ...]
     num_buckets: int
+    characters: str = ""
+    templates: Mapping[str, str] = field(default_factory=lambda: HINT_TEMPLATES)
 
 
 def bucket_of(question: str, num_buckets: int) -> str:
@@ -61,9 +65,9 @@ def stream_rng(task: str, split: str, seed: int, difficulty: str) -> Random:
     return Random(f"{task}/{split}/{difficulty}/{0 if split in ('dev', 'test') else seed}")
 
 
-def with_hint(kind: str, hint: str, question: str) -> str:
+def with_hint(kind: str, hint: str, question: str, templates: Mapping[str, str] = HINT_TEMPLATES) -> str:
     """The user message that a view of this kind shows; kind "" is the bare question."""
-    return HINT_TEMPLATES[kind].format(hint=hint, question=question) if kind else question
+    return templates[kind].format(hint=hint, question=question) if kind else question
 
 
 def check_split(task: str, split: str, difficulty: str, difficulties: tuple[str, ...]) -> None:
@@ -72,3 +76,11 @@ def check_split(task: str, split: str, difficulty: str, difficulties: tuple[str,
         raise ValueError(f"task {task} has no split {split!r}; known: {', '.join(SPLITS)}")
     if difficulty not in difficulties:
         raise ValueError(f"task {task} has no difficulty {difficulty!r}; known: {', '.join(difficulties)}")
+
+
+def task_corpus(task: Task, difficulty: str) -> list[str]:
+    """What a tokenizer of the task is made from: its alphabet, or CORPUS_PROMPTS demonstrations, the same ones for every seed."""
+    if task.characters:
+        return [task.characters]
+    shown = islice(task.prompts("pretrain_base", 0, difficulty or task.difficulties[0]), CORPUS_PROMPTS)
+    return [text for prompt in shown for text in (prompt.messages[-1]["content"], prompt.hints["demonstration"])]

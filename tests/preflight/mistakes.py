@@ -56,7 +56,6 @@ KINDS = {
         "warm-up": (EXPR, {"optimizer.warmup_steps": 999}, "error: optimizer.warmup_steps=999"),
         "high rate": (EXPR, {"optimizer.lr": 0.1}, "warning: optimizer.lr=0.1 is high"),
         "low rate": (EXPR, {"optimizer.lr": 1e-7, "model.lora": {"rank": 4}}, "warning: optimizer.lr=1e-07 is low for LoRA"),
-        "masters": (EXPR, {"model.dtype": "bfloat16", "learner.kind": "torch"}, "without fp32 masters"),
         "bf16 on a CPU": (EXPR, {"model.dtype": "bfloat16"}, "warning: model.dtype=bfloat16 on a CPU"),
     },
     "Teachers, views and objective": {

@@ -18,7 +18,8 @@ from opd.text import chat
 from opd.types import Prompt
 
 MODELS = Path(__file__).parents[2] / "models"
-FOLDERS = [f"{task}-{role}" for task in TASKS for role in ("base", "teacher")]
+SHIPPED = [name for name, task in TASKS.items() if task.characters]  # the base of task words is made by its recipe
+FOLDERS = [f"{task}-{role}" for task in SHIPPED for role in ("base", "teacher")]
 
 
 @cache
@@ -52,7 +53,7 @@ def accuracy(
     return torch.tensor(right, dtype=torch.float64).view(len(prompts), samples)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SHIPPED)
 def test_base_solves_some_alone_and_nearly_all_with_the_facts(task):
     base, prompts = f"{task}-base", problems(task)
     alone = float(accuracy(base, prompts).mean())
@@ -65,13 +66,13 @@ def test_base_solves_some_alone_and_nearly_all_with_the_facts(task):
     assert misled <= alone + 0.03
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SHIPPED)
 def test_base_finds_right_answers_among_sixteen(task):
     right = accuracy(f"{task}-base", problems(task, 128), samples=16)
     assert float(right.amax(1).mean()) >= float(right.mean()) + 0.15
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SHIPPED)
 def test_base_reads_the_other_hints(task):
     base, prompts = f"{task}-base", problems(task, 256)
     alone = float(accuracy(base, prompts).mean())
@@ -79,7 +80,7 @@ def test_base_reads_the_other_hints(task):
     assert float(accuracy(base, prompts, "answer").mean()) >= alone + 0.05
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SHIPPED)
 def test_feedback_helps_the_base(task):
     base, prompts = f"{task}-base", problems(task, 256)
     verify = TASKS[task].verify
@@ -98,7 +99,7 @@ def greedy_text(folder: str, prompt: Prompt) -> str:
     return chat.decode(tokenizer, completion.token_ids)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SHIPPED)
 def test_teacher_needs_no_hint(task):
     assert float(accuracy(f"{task}-teacher", problems(task)).mean()) >= 0.93
 
