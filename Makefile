@@ -11,7 +11,7 @@ export WANDB_MODE := offline
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-fast lint clean
+.PHONY: help demo demo-full words test test-fast lint clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,12 @@ demo: $(VENV)/train ## compare base, GRPO, OPD and OPSD on an embedded task: 3 s
 demo-full: $(VENV)/train ## all arms x 5 seeds x both tasks, under 75 minutes on 2 cores
 	$(BIN)/opd compare recipes/compare/demo_full_expr.yaml
 	$(BIN)/opd compare recipes/compare/demo_full_route.yaml
+
+words: ## on one GPU, after pip install ".[gpu]": a model of 10 M parameters from scratch, its teacher, then all arms x 5 seeds
+	@python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'no GPU here: docs/tasks.md says how to train a smaller one on a CPU')"
+	opd train recipes/runs/base_words.yaml hardware=gpu1
+	opd train recipes/runs/teacher_words.yaml hardware=gpu1
+	opd compare recipes/compare/words.yaml
 
 test: $(VENV)/test lint ## every test that needs no GPU, under 40 minutes on 2 cores
 	$(BIN)/python -m pytest
