@@ -72,7 +72,8 @@ class VllmActor:
 
     async def place(self, path: str) -> Place:
         """Where this actor is, and whether it sees `path`."""
-        return Place(address=ray.util.get_node_ip_address(), sees=os.path.exists(path), is_open=self._runner is not None)
+        gpus = tuple(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
+        return Place(address=ray.util.get_node_ip_address(), sees=os.path.exists(path), is_open=self._runner is not None, gpus=gpus)
 
     async def pid(self) -> int:
         """Of this process."""
@@ -155,8 +156,7 @@ class VllmActor:
             if self._serves(stamp):
                 return
             assert self._opened is not None
-            if self._asleep:  # the cache's memory comes last: the update needs some of its own
-                await self._runner.call("wake_up", ["weights"])
+            await self._wake("weights")  # the cache's memory comes last: the update needs some of its own
             if adapter := self._opened[1].adapter:
                 await self._adopt(adapter, written)
                 self._version, self._stamp = version, stamp
@@ -164,9 +164,12 @@ class VllmActor:
                 await self.begin(in_flight)
                 await self.transfer("update_weights", {"update_info": info})
                 await self.end(version, stamp)
-            if self._asleep:
-                await self._runner.call("wake_up", ["kv_cache"])
-                self._asleep = False
+            await self._wake("kv_cache")
+            self._asleep = False
+
+    async def _wake(self, part: str) -> None:
+        if self._asleep:
+            await self._runner.call("wake_up", [part])
 
     async def _adopt(self, config: str, written: Written) -> None:
         folder, self._num_adapters = tempfile.TemporaryDirectory(prefix="opd-adapter-"), self._num_adapters + 1
@@ -179,11 +182,13 @@ class VllmActor:
         """As `begin`, for an update that comes in several calls: until `end_update` nobody else touches the weights, and requests wait."""
         await self._changing.acquire()
         self._updating = True
+        await self._wake("weights")
         await self.begin(in_flight)
 
     async def end_update(self, version: int, stamp: str) -> None:
         await self.end(version, stamp)
-        self._updating = False
+        await self._wake("kv_cache")
+        self._updating = self._asleep = False
         self._changing.release()
 
     async def begin(self, in_flight: bool = False) -> None:

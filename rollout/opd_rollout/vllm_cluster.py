@@ -14,7 +14,10 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants, services
+from ray._private import state as ray_state
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from opd_rollout.vllm_actor import VllmActor
 from opd_rollout.vllm_types import Place
@@ -31,6 +34,7 @@ ENVIRONMENT = {  # of every actor; nobind: with vLLM's own binding all actors of
 }
 ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray keeps 127.0.0.1, on which its servers then listen, instead of a public address
 REACH_SECONDS = 5.0  # to connect, and again to be greeted
+PLACED_SECONDS = 60.0  # until an actor says which GPUs it was given
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # of HTTP/2 (RFC 9113), which gRPC and so Ray speaks
 SETTINGS = 4  # the kind of the frame that its servers answer with
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -104,21 +108,26 @@ def start_actors(
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     namespace, found = f"opd-{secrets.token_hex(6)}", os.environ.get(ONE_MACHINE)
     created: list[Any] = []
-    if address:
-        check_reachable(address)
-    else:
+    at, is_loopback = find_cluster(address) if address else ("", True)
+    if is_loopback:
         os.environ[ONE_MACHINE] = "0"
     try:
         with nullcontext() if address or not gpus else _sees_only(gpus[learner_gpus:]):
-            _join(address, namespace, folder)
+            _join(at, namespace, folder)
         taken, offered = 0 if address else learner_gpus, ray.available_resources()
         check_resources(plans, {**offered, "GPU": offered.get("GPU", 0) + taken}, taken, address)
+        if address:
+            check_nodes(plans, [node.get("GPU", 0) for node in ray_state.available_resources_per_node().values()], address)
         names: dict[str, list[str]] = {}
         for plan in plans:
             for index in range(plan.replicas):
                 created.append(_create(plan, index, namespace, passed or {}, shared=bool(address)))
                 names.setdefault(plan.role, []).append(f"{plan.role}-{index}")
-        yield ActorAddress(address=ray.get_runtime_context().gcs_address, namespace=namespace, names=names)
+        where = ActorAddress(address=ray.get_runtime_context().gcs_address, namespace=namespace, names=names)
+        if address and learner_gpus:
+            apart = [actor for plan in plans if plan.gpus and not plan.shared_gpus for actor in connect(where, plan.role)]
+            check_given(places(apart, "", PLACED_SECONDS), own_address(), gpus[:learner_gpus])
+        yield where
     finally:
         for handle in created:
             with suppress(RayError, RuntimeError):
@@ -128,23 +137,50 @@ def start_actors(
         os.environ.update({} if found is None else {ONE_MACHINE: found})
 
 
-def check_reachable(address: str) -> None:
-    """Raises ValueError within 2 x REACH_SECONDS where no Ray cluster answers; Ray itself would try for over a minute, then end this process."""
+def find_cluster(address: str) -> tuple[str, bool]:
+    """HOST:PORT where the cluster of `address` (auto, or HOST:PORT) answers, and whether it keeps to this machine's loopback interface.
+
+    Raises ValueError within 4 x REACH_SECONDS where none does; Ray itself would try for over a minute, then end this process.
+    """
     fix = "start a cluster (ray start --head), correct ray.address, or leave it empty for a cluster of this machine"
-    found = address
+    found = given = address
+    _follow_environment()
     try:
-        found = services.canonicalize_bootstrap_address(address) or ""  # Ray takes 127.0.0.1 for this machine's public address
-        host, _, port = found.rpartition(":")
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS) as link:
-            if os.environ.get("RAY_USE_TLS", "0") == "0":
-                link.sendall(PREFACE)
-                answer = link.recv(9)
-                if len(answer) < 9 or answer[3] != SETTINGS:
-                    raise ConnectionError("something else than Ray listens there")
+        given = _the_one_here() if address == "auto" else address
+        found = services.canonicalize_bootstrap_address(given) or ""  # Ray takes 127.0.0.1 for this machine's public address
+        try:
+            _greet(found)
+        except (OSError, ValueError):
+            if found == given:
+                raise
+            _greet(given)  # of a cluster that was started with --node-ip-address=127.0.0.1
+            return given, True
     except TimeoutError:
         raise ValueError(f"no Ray cluster answers at ray.address={address} ({found}: no answer within {REACH_SECONDS:.0f} s); {fix}") from None
     except (OSError, OverflowError, ValueError) as error:
         raise ValueError(f"no Ray cluster answers at ray.address={address} ({found}: {_first_line(error)}); {fix}") from None
+    return found, found.startswith(f"{LOOPBACK}:")
+
+
+def _the_one_here() -> str:
+    """As Ray finds it: RAY_ADDRESS, what `ray start` started last, or what runs on this machine; but never one of several by chance."""
+    if given := os.environ.get(ray_constants.RAY_ADDRESS_ENVIRONMENT_VARIABLE):
+        return given
+    running, newest = sorted(services.find_gcs_addresses()), services.find_bootstrap_address(None)
+    if newest in running or len(running) == 1:
+        return newest if newest in running else running[0]
+    raise ValueError(f"on this machine run {', '.join(running)}: name one" if running else "none runs on this machine")
+
+
+def _greet(address: str) -> None:
+    """Raises OSError, OverflowError or ValueError where nothing, or something else than Ray, listens."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS) as link:
+        if os.environ.get("RAY_USE_TLS", "0") == "0":
+            link.sendall(PREFACE)
+            answer = link.recv(9)
+            if len(answer) < 9 or answer[3] != SETTINGS:
+                raise ConnectionError("something else than Ray listens there")
 
 
 def connect(where: ActorAddress, role: str) -> list[tuple[str, Any]]:
@@ -198,6 +234,31 @@ def check_resources(plans: Sequence[ActorPlan], offered: Mapping[str, float], le
         )
 
 
+def check_nodes(plans: Sequence[ActorPlan], gpus_of_nodes: Sequence[float], address: str) -> None:
+    """Raises ValueError where the GPUs of an actor are free on no one machine of the cluster: Ray would wait for them without a word."""
+    left = sorted((int(gpus) for gpus in gpus_of_nodes), reverse=True)
+    for plan in sorted(plans, key=lambda plan: -plan.gpus):
+        for _ in range(plan.replicas if plan.gpus and not plan.shared_gpus else 0):
+            place = next((index for index, free in reversed(list(enumerate(left))) if free >= plan.gpus), None)
+            if place is None:
+                raise ValueError(
+                    f"each of the {plan.replicas} {plan.role} actors wants {plan.gpus} GPUs of one machine, and the machines of the Ray cluster at "
+                    f"{address} have {', '.join(str(int(gpus)) for gpus in gpus_of_nodes)} free: lower engine.tensor_parallel or engine.replicas"
+                )
+            left[place] -= plan.gpus
+            left.sort(reverse=True)
+
+
+def check_given(actors_at: Sequence[Place], learner_at: str, learners: Sequence[str]) -> None:
+    """Raises ValueError where Ray gave an actor a GPU of the learner's, `learners`, as CUDA_VISIBLE_DEVICES names them."""
+    both = sorted({gpu for place in actors_at if place.address == learner_at for gpu in place.gpus} & set(learners))
+    if both:
+        raise ValueError(
+            f"the Ray cluster gives out the learner's GPU {', '.join(both)} of {learner_at}: start Ray there with CUDA_VISIBLE_DEVICES set to GPUs "
+            f"other than {', '.join(learners)}, leave ray.address empty, or use engine.placement=colocated"
+        )
+
+
 def _create(plan: ActorPlan, index: int, namespace: str, passed: Mapping[str, str], *, shared: bool) -> Any:
     environment = {**ENVIRONMENT, **passed}
     if "OMP_NUM_THREADS" in os.environ:
@@ -206,11 +267,13 @@ def _create(plan: ActorPlan, index: int, namespace: str, passed: Mapping[str, st
         environment |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "CUDA_VISIBLE_DEVICES": plan.shared_gpus[index]}
     if plan.gpus:
         del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # whose GPUs they share
     return (
         ray.remote(VllmActor)
         .options(
             name=f"{plan.role}-{index}", namespace=namespace, num_cpus=1 if shared else 0, num_gpus=0 if plan.shared_gpus else plan.gpus,
-            max_restarts=plan.restarts, max_task_retries=0, max_concurrency=1000, runtime_env={"env_vars": environment},
+            scheduling_strategy=here if plan.shared_gpus else None, max_restarts=plan.restarts, max_task_retries=0, max_concurrency=1000,
+            runtime_env={"env_vars": environment},
         )
         .remote()
     )  # fmt: skip
@@ -236,11 +299,13 @@ def _join(address: str, namespace: str, folder: Path | None = None) -> None:
         options |= {} if folder is None else {"_temp_dir": str(folder)}
     else:
         options |= {"address": address}
-    ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(ONE_MACHINE) != "0"  # Ray reads the variable when it is imported
+    _follow_environment()
     asked_to_stop, talk = signal.getsignal(signal.SIGTERM), logging.getLogger("ray")
     level = talk.level
     talk.setLevel(logging.ERROR)
     try:
+        if _is_here(address):
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # by this rule `ray start` asks for one
         ray.init(**options)
     except Exception as error:  # Ray raises also plain Exceptions
         reason = _first_line(error)
@@ -251,6 +316,16 @@ def _join(address: str, namespace: str, folder: Path | None = None) -> None:
     finally:
         talk.setLevel(level)
         signal.signal(signal.SIGTERM, asked_to_stop)  # Ray puts its own in the place of whoever saves the run
+
+
+def _follow_environment() -> None:
+    """Ray reads the variable only when it is imported."""
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(ONE_MACHINE) != "0"
+
+
+def _is_here(address: str) -> bool:
+    """Whether a cluster's HOST:PORT is on this machine."""
+    return address.rpartition(":")[0] in (LOOPBACK, services.get_node_ip_address()) if address else False
 
 
 def _first_line(error: BaseException) -> str:

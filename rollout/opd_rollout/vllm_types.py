@@ -50,11 +50,12 @@ class RunnerFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """An actor's machine by its address; sees: a path that was asked for is there. is_open: its vLLM has been started."""
+    """An actor's machine by its address; sees: a path that was asked for is there. is_open: its vLLM has been started. gpus: as given by Ray."""
 
     address: str
     sees: bool
     is_open: bool
+    gpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

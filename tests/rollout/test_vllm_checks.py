@@ -6,13 +6,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import ray
 from opd_rollout import vllm_cluster
-from opd_rollout.vllm_cluster import ActorPlan, check_installed, check_reachable, check_resources
+from opd_rollout.vllm_cluster import ActorPlan, check_given, check_installed, check_nodes, check_resources, find_cluster
 from opd_rollout.vllm_types import Place
 from transformers import AutoTokenizer, Qwen3Config
 
@@ -83,6 +84,45 @@ def test_what_a_cluster_lacks_is_counted():
     check_resources([ActorPlan(role="student", replicas=2, gpus=1)], offered, 1, "")
     with pytest.raises(ValueError, match="offers 1 free CPUs, and 2 actors need one each"):
         check_resources([ActorPlan(role="student", replicas=2)], {"CPU": 1.0}, 0, "auto")
+
+
+def test_an_actor_whose_gpus_no_one_machine_has_is_refused():
+    """Ray would keep it waiting without a word: 8 GPUs are free, but not 4 at one place."""
+    wide, teacher = ActorPlan(role="student", replicas=2, gpus=4), ActorPlan(role="main", gpus=1)
+    check_nodes([teacher, wide], [4, 5, 0], "auto")
+    said = "each of the 2 student actors wants 4 GPUs of one machine, and the machines of the Ray cluster at auto have 4, 3, 1 free: lower"
+    with pytest.raises(ValueError, match=said):
+        check_nodes([teacher, wide], [4, 3, 1], "auto")
+    with pytest.raises(ValueError, match="each of the 1 main actors wants 1 GPUs of one machine"):
+        check_nodes([wide, teacher], [4, 4], "auto")
+    shared = ActorPlan(role="student", replicas=2, gpus=4, shared_gpus=("0,1,2,3", "4,5,6,7"))
+    check_nodes([shared, ActorPlan(role="main")], [0], "auto")
+
+
+def test_a_cluster_that_gives_out_the_learners_gpus_is_refused():
+    away, here = Place(address="10.0.0.2", sees=True, is_open=False, gpus=("0", "1")), replace(HERE, gpus=("1", "2"))
+    check_given([away, here, HERE], "10.0.0.1", ["0"])
+    with pytest.raises(ValueError, match="the learner's GPU 1 of 10.0.0.1: start Ray there with CUDA_VISIBLE_DEVICES .* other than 0, 1, leave"):
+        check_given([away, here, HERE], "10.0.0.1", ["0", "1"])
+
+
+def test_auto_takes_no_cluster_by_chance(monkeypatch):
+    running = ["127.0.0.1:1", "10.0.0.1:6379"]
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(vllm_cluster.services, "find_gcs_addresses", lambda: set(running))
+    monkeypatch.setattr(vllm_cluster.services, "find_bootstrap_address", lambda folder: "10.0.0.1:6379")
+    assert vllm_cluster._the_one_here() == "10.0.0.1:6379"  # what `ray start` started last
+    running.remove("10.0.0.1:6379")
+    assert vllm_cluster._the_one_here() == "127.0.0.1:1"  # that one is gone
+    running.append("127.0.0.1:2")
+    with pytest.raises(ValueError, match=r"ray.address=auto \(auto: on this machine run 127.0.0.1:1, 127.0.0.1:2: name one\); start a cluster"):
+        find_cluster("auto")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
+    assert vllm_cluster._the_one_here() == "127.0.0.1:2"
+    monkeypatch.delenv("RAY_ADDRESS")
+    running.clear()
+    with pytest.raises(ValueError, match=r"ray.address=auto \(auto: none runs on this machine\); start a cluster"):
+        find_cluster("auto")
 
 
 def test_the_actors_of_a_recipe():
@@ -182,18 +222,18 @@ def test_a_colocated_actor_that_does_not_fit_beside_the_learner():
 
 def test_an_address_where_nothing_or_something_else_listens_is_refused_soon():
     with pytest.raises(ValueError, match=r"no Ray cluster answers at ray.address=127.0.0.1:9 \(.*:9: .*refused\); start a cluster"):
-        check_reachable("127.0.0.1:9")
+        find_cluster("127.0.0.1:9")
     for wrong in ("nonsense", "host:port", "127.0.0.1:99999999"):
         with pytest.raises(ValueError, match="ray.address=" + wrong):
-            check_reachable(wrong)
+            find_cluster(wrong)
     with socket.create_server(("127.0.0.2", 0)) as silent:
         with pytest.raises(ValueError, match=r"no Ray cluster answers at ray.address=127.0.0.2:\d+ \(.*: no answer within 5 s\)"):
-            check_reachable(f"127.0.0.2:{silent.getsockname()[1]}")
+            find_cluster(f"127.0.0.2:{silent.getsockname()[1]}")
     with socket.create_server(("127.0.0.2", 0)) as other:
         thread = threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 400 Bad Request"))
         thread.start()
         with pytest.raises(ValueError, match=r"something else than Ray listens there"):
-            check_reachable(f"127.0.0.2:{other.getsockname()[1]}")
+            find_cluster(f"127.0.0.2:{other.getsockname()[1]}")
         thread.join(timeout=10)
 
 
