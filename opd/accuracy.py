@@ -121,7 +121,8 @@ def smallest_difference(correct: Sequence[Sequence[bool]], *, level: float = 0.9
     """[at best, at worst] difference between two models' avg@k that these problems and answers would show, with this power, as not zero.
 
     At best: both models find the same problems hard, and the comparison is paired by problem, so that only the noise of the k answers is
-    left (with one answer a problem it cannot be told apart from the problems, and is taken to be everything). At worst: nothing in common.
+    left (with one answer a problem it cannot be told apart from the problems, and is taken to be everything; where every problem is always or
+    never solved, what one answer more of each kind would give). At worst: nothing in common.
     arXiv:2411.00640, section 5, where the variance of the conditional differences is 0 and twice the problems' own.
     """
     if len(correct) < 2:
@@ -130,8 +131,15 @@ def smallest_difference(correct: Sequence[Sequence[bool]], *, level: float = 0.9
     few = (sum(means) + 1) / (len(means) + 2)
     total = statistics.variance(means) or few * (1 - few)  # where all agree, what one problem more of each kind would give
     noise = [m * (1 - m) / (len(answers) - 1) if len(answers) > 1 else total for m, answers in zip(means, correct, strict=True)]
+    noise = noise if any(noise) else [_least_noise([len(answers) for answers in correct])]
     quantiles = NormalDist().inv_cdf(0.5 + level / 2) + NormalDist().inv_cdf(power)
     return [min(1.0, quantiles * math.sqrt(2 * variance / len(correct))) for variance in (min(_mean(noise), total), total)]
+
+
+def _least_noise(answers: Sequence[int]) -> float:
+    """Variance of a problem's mean where no problem disagrees with itself."""
+    rare = 1 / (sum(answers) + 2)
+    return rare * (1 - rare) / _mean(answers)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, Qwen3Config
 from transformers.utils import logging as transformers_logging
@@ -155,10 +156,13 @@ def check_same_tokens(ours: Mapping[str, int], theirs: Mapping[str, int], teache
 
 
 def fingerprint(folders: Collection[str]) -> str:
-    """Names weights on disk by the sizes, beginnings and ends of their files: enough to tell one training from another."""
+    """Names weights on disk by the sizes, beginnings and ends of their files, those of the hub by their commit, where the cache knows it."""
     digest = hashlib.blake2b(digest_size=8)
-    for path in [path for folder in folders for path in sorted(Path(folder).glob("*.safetensors"))]:
-        digest.update(_ends(path))
+    for folder in folders:
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            digest.update(_ends(path))
+        if not Path(folder).is_dir() and isinstance(config := try_to_load_from_cache(folder, "config.json"), str):
+            digest.update(Path(config).parent.name.encode())
     return digest.hexdigest()
 
 

@@ -141,7 +141,7 @@ def _problems(
     recipe: Recipe, stream: PromptStream | LazyStream, train: Sequence[Prompt], exam: Sequence[Prompt], verify: Verifier, notes: Sequence[str]
 ) -> Problems:
     """Half of an exam that is too short goes to dev."""
-    ev, data = recipe.eval, recipe.data
+    ev = recipe.eval
     num_dev = min(ev.num_problems, len(exam) // 2 if ev.final_problems else len(exam))
     return Problems(
         stream=stream,
@@ -151,9 +151,16 @@ def _problems(
         verify=verify,
         templates=TEMPLATES,
         corpus=lambda: [m["content"] for p in train for m in p.messages] + [h for p in train for h in p.hints.values()],
-        suite=data.preset or Path(data.path).stem,
+        suite=_own_name(recipe),
         notes=tuple(notes),
     )
+
+
+def _own_name(recipe: Recipe) -> str:
+    """What the run's own dev and test problems are called in eval.jsonl: never as a public suite, which asks other problems, or asks otherwise."""
+    data = recipe.data
+    name = Path(data.eval_path).stem if data.eval_path else data.preset or Path(data.path).stem
+    return name if name not in SUITES else f"{name}-{'own' if data.eval_path else 'held-out'}"
 
 
 def check_streamable(recipe: Recipe, source: str) -> None:

@@ -74,6 +74,8 @@ def explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
             lines.append(f"{where} is missing")
         elif not where:  # about several keys, which the sentence names itself
             lines.append(item["msg"].removeprefix("Value error, "))
+        elif item.get("input", "") is None and ":" in str(loc[-1]):  # {key:value} is one key of YAML, without a value
+            lines.append(f"{where}: a space is missing after the colon: write {str(loc[-1]).replace(':', ': ', 1)}")
         else:
             lines.append(f"{where}: {_wording(item, _type_at(model, loc))} (found {short(item.get('input'))})")
     return f"{origin}: " + "; ".join(dict.fromkeys(lines))

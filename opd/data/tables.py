@@ -37,7 +37,7 @@ def hub(name: str, subset: str, split: str, streaming: bool, start: int = 0) -> 
         for number, record in enumerate(rows.skip(start) if start else rows, start):
             yield f"{name}/{split}[{number}]", record
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200].rstrip(".")
         raise Unreachable(
             f"{name!r} is no file here, and as a data set of the hub (subset {subset or 'none'}, split {split}) it cannot be read: {reason}. "
             "Check the name, data.subset and data.split and the connection (HF_HUB_OFFLINE must not be 1), or give a local file"

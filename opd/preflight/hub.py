@@ -4,21 +4,24 @@ import os
 import socket
 from collections.abc import Collection
 from pathlib import Path
-from urllib.request import getproxies
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 
 PATIENCE_SECONDS = 2.0
 
 
 def hub_answers() -> bool:
-    """Whether the hub can be reached within PATIENCE_SECONDS; with a proxy it is assumed to be."""
+    """Whether the hub, or the mirror that HF_ENDPOINT names, can be reached within PATIENCE_SECONDS; through a proxy it is assumed to be."""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return False
-    if getproxies().get("https"):
+    hub = urlsplit(constants.ENDPOINT)
+    host, port = hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443)
+    if getproxies().get(hub.scheme) and not proxy_bypass(host):
         return True
     try:
-        socket.create_connection(("huggingface.co", 443), timeout=PATIENCE_SECONDS).close()
+        socket.create_connection((host, port), timeout=PATIENCE_SECONDS).close()
     except OSError:
         return False
     return True

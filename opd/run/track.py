@@ -43,7 +43,9 @@ class WandbSink:
         self._run.summary.update(dict(values))
 
     def finish(self, failed: bool) -> None:
+        """W&B's own process ends, too: what a run leaves behind is killed (opd.launcher.sweep), and W&B would report that at the exit."""
         self._run.finish(exit_code=int(failed))
+        wandb.teardown(int(failed))
 
 
 def wandb_mode(wanted: str) -> str:

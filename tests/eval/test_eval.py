@@ -178,6 +178,8 @@ def test_smallest_difference_by_hand_and_by_simulation():
     assert worst == pytest.approx(2.8016 * math.sqrt(2 * 0.0625 * 100 / 99 / 100), rel=1e-3)
     assert smallest_difference([[False]] * 30)[1] > 0.1  # thirty failures show no small difference
     assert smallest_difference([[True]]) == [1.0, 1.0]
+    best, worst = smallest_difference([[False, False]] * 4)  # nobody disagrees with himself: one answer in ten is still within reason
+    assert best == pytest.approx(2.8016 * math.sqrt(2 * 0.1 * 0.9 / 2 / 4), rel=1e-3) and best < worst
     rng, seen, p, k = random.Random(2), 0, 0.4, 8
     best, _ = smallest_difference([[rng.random() < p for _ in range(k)] for _ in range(100)])
     for _ in range(1000):  # two models equal on every problem but for `best`: a paired test sees it in 80 % of exams

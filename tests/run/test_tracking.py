@@ -6,6 +6,7 @@ from signal import SIGKILL
 import pytest
 import wandb
 
+from opd.launcher.sweep import marked, marked_processes
 from opd.run.offline import read_offline
 from opd.run.track import WandbSink
 from opd.run.training import TOKEN_COLUMNS, token_rows
@@ -141,3 +142,12 @@ def test_a_comparison_is_one_group_with_an_arm_a_job_type(tmp_path, monkeypatch)
         assert any(name.startswith("tokens/_type") for row in run.history for name in row)
     tables = list(tmp_path.glob("runs/c/runs/*/*/wandb/offline-run-*/files/media/table/tokens_1_*.table.json"))
     assert len(tables) == 2 and json.loads(tables[0].read_text())["columns"] == list(TOKEN_COLUMNS)
+
+
+def test_wandb_has_ended_before_a_runs_processes_are_swept(tmp_path):
+    wandb.teardown()  # of tests before: its process would be nobody's
+    with marked_processes() as mark:
+        sink = WandbSink(folder=tmp_path, project="q", mode="offline", config={}, run_id="", texts=False, labels={})
+        assert marked(mark)
+        sink.finish(failed=False)
+        assert not marked(mark)  # else it is killed, and the exit of this process says so in thirty lines
