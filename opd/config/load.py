@@ -224,14 +224,17 @@ def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def recipe_hash(recipe: BaseModel) -> str:
-    """Eight hex digits of everything that decides the run's result (not its name, nor how it is logged and launched)."""
+    """Eight hex digits of everything that decides the run's result (not its name, nor how it is logged and launched).
+
+    Only what differs from the defaults counts, so that a key which a later version adds renames nobody's run.
+    """
     unimportant = dict.fromkeys(("name", "track", "launch", "hardware", "target", "profile"), True)
-    content = recipe.model_dump(mode="json", exclude={**unimportant, "learner": {"ranks"}})
+    content = recipe.model_dump(mode="json", exclude_defaults=True, exclude={**unimportant, "learner": {"ranks"}})
     if not any(content.get("budget", {}).get(key) for key in ("money", "energy", "device_seconds")):
         content.pop("prices", None)  # then they stop nothing
-    for data in (content, content.get("data", {})):
-        if data.get("stream") is False:  # then no buffer decides anything, and runs from before there was one keep their hash
-            del data["stream"], data["buffer"]
+    for data in (content, content.get("data", {})):  # of a recipe, or of its data alone
+        if not data.get("stream"):
+            data.pop("buffer", None)  # then it decides nothing
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,14 +22,16 @@ from typing import Any
 
 from opd.config.recipe import Recipe
 from opd.errors import Paused, Preempted, RunFailed, TooManySkipped
+from opd.launcher.machines import interface_to, machines_of, master_address
 from opd.launcher.sweep import marked_processes
-from opd.launcher.watch import Board, Child, End, behind, read_messages, verdict
+from opd.launcher.watch import Board, Child, End, behind, preempted, read_messages, verdict
 from opd.run.folder import check_chain, finished, run_folder
 from opd.stop import stop_signals
 
 GRACE_SECONDS = 10.0  # for the others to say how they ended, once one rank is gone
 POLL_SECONDS = 0.2
 GONE_SECONDS = 60.0  # from SIGKILL to the end
+BEFORE_WORK = ("start", "imports", "join")  # phases of a rank that has nothing to save, and may wait for others where no signal reaches it
 
 
 def wants_launcher(recipe: Recipe) -> bool:
@@ -77,20 +79,22 @@ def launch(recipe: Recipe, folder: Path, *, quiet: bool) -> None:
     check_machine(recipe)
     asked, tries = Forwarded(), 0
     board = Board(folder, recipe)
-    with stop_signals(asked), tempfile.TemporaryDirectory(prefix="opd-") as scratch, actors_for(recipe) as actors:
+    with stop_signals(asked), tempfile.TemporaryDirectory(prefix="opd-") as scratch, machines_of(recipe) as machines, actors_for(recipe) as actors:
         while True:
             place = Path(scratch) / str(board.restarts)
             place.mkdir()
+            rendezvous = machines.gather(place, lambda: asked.number)
             with exchange_folder(recipe) as exchange, marked_processes(exchange):
-                order = {"recipe": recipe.model_dump(mode="json"), "folder": str(folder), "quiet": quiet}
+                order = {"recipe": recipe.model_dump(mode="json"), "folder": str(folder), "quiet": quiet, "rendezvous": rendezvous}
                 order["actors"] = actors and {**actors, "exchange": str(exchange or "")}
                 children = start_ranks(recipe, order, place)
                 try:
-                    end = supervise(children, board, asked, recipe.launch.deadline_seconds)
+                    end = supervise(children, board, asked, recipe.launch.deadline_seconds, machines.look)
                 finally:
                     stop_all(children)
             tries = 1 if board.saved_anew() else tries + 1
-            if not end.restartable or asked.number or tries > recipe.launch.restarts:
+            end, again = machines.agree(end, not asked.number and tries <= recipe.launch.restarts)
+            if not again:
                 break
             board.restarts += 1
             print(f"opd: {end.text}; restarting from the last checkpoint ({tries} of {recipe.launch.restarts} without a new one)", file=sys.stderr)
@@ -124,14 +128,6 @@ def check_machine(recipe: Recipe) -> None:
     if devices and ranks > devices and os.environ.get("DS_ACCELERATOR") != "cpu":
         seen = f" (CUDA_VISIBLE_DEVICES={given})" if given is not None else ""
         raise ValueError(f"learner.ranks is {ranks}, but here are {devices} GPUs{seen}: use learner.ranks={devices}, or DS_ACCELERATOR=cpu")
-    if recipe.launch.nodes > 1 and recipe.launch.node_rank == 0:
-        host, _, port = recipe.launch.master.rpartition(":")
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, int(port)))
-            except (OSError, OverflowError) as error:
-                raise ValueError(f"launch.master={recipe.launch.master}: cannot listen there ({error}); give a free port of machine 0") from None
 
 
 def num_gpus() -> int:
@@ -175,8 +171,8 @@ def start_ranks(recipe: Recipe, order: Mapping[str, Any], scratch: Path) -> list
     """This machine's ranks, told `order`. The first one of machine 0 has the terminal, the others write to files under `scratch`."""
     local, nodes = recipe.learner.ranks, recipe.launch.nodes
     first, count = recipe.launch.node_rank * local, local * nodes
-    rendezvous = f"file://{scratch}/rendezvous" if nodes == 1 else f"tcp://{recipe.launch.master}"
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // local))
+    interface = ("lo" if sys.platform == "linux" else None) if nodes == 1 else interface_to(master_address(recipe.launch.master)[0])
     children = []
     for place in range(local):
         ours, theirs = socket.socketpair()
@@ -185,7 +181,7 @@ def start_ranks(recipe: Recipe, order: Mapping[str, Any], scratch: Path) -> list
         with theirs, open(os.devnull) as nothing, log.open("wb") if log else open(os.devnull) as output:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "opd.launcher.beacon", str(theirs.fileno())],
-                env={**os.environ, **environment(place, rank, count, nodes)},
+                env={**os.environ, **environment(place, rank, count, interface)},
                 stdin=nothing,
                 stdout=output if log else None,
                 stderr=output if log else None,
@@ -193,26 +189,34 @@ def start_ranks(recipe: Recipe, order: Mapping[str, Any], scratch: Path) -> list
                 start_new_session=True,
             )
         child = Child(rank=rank, process=process, link=ours, log=log)
-        child.tell(**order, rank=rank, count=count, rendezvous=rendezvous, threads=threads)
+        child.tell(**order, rank=rank, count=count, threads=threads)
         ours.setblocking(False)
         children.append(child)
     return children
 
 
-def environment(place: int, rank: int, count: int, nodes: int) -> dict[str, str]:
-    """What torch, DeepSpeed and CUDA read; each rank sees one GPU, where there are any."""
+def environment(place: int, rank: int, count: int, interface: str | None) -> dict[str, str]:
+    """What torch, DeepSpeed and CUDA read; each rank sees one GPU, where there are any.
+
+    interface: of the network over which ranks meet. Left to itself gloo takes that of the host's name, which is often the loopback.
+    """
     found = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(count), "PYTHONFAULTHANDLER": "1"}
     given = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
     if num_gpus() and os.environ.get("DS_ACCELERATOR") != "cpu":
         found["CUDA_VISIBLE_DEVICES"] = given[place] if given else str(place)
-    if nodes == 1 and sys.platform == "linux":
-        found["GLOO_SOCKET_IFNAME"] = "lo"
+    if interface is not None:
+        found["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME") or interface
     return found
 
 
-def supervise(children: Sequence[Child], board: Board, asked: Forwarded, deadline_seconds: float) -> End:
-    """Watch until every rank has ended, or one has and the others had time to say so too; returns how the attempt ended."""
-    forwarded, first_end = False, None
+def supervise(
+    children: Sequence[Child], board: Board, asked: Forwarded, deadline_seconds: float, elsewhere: Callable[[], End | None]
+) -> End:
+    """Watch until every rank has ended, or one has and the others had time to say so too; returns how the attempt ended here.
+
+    elsewhere: how it has ended on another machine, if it has.
+    """
+    forwarded, first_end, other = False, None, None
     while True:
         read_messages(children, POLL_SECONDS)
         if asked.number and not forwarded:
@@ -224,11 +228,14 @@ def supervise(children: Sequence[Child], board: Board, asked: Forwarded, deadlin
         if len(gone) == len(children):
             read_messages(children, 0.0)
             return verdict(children, asked.number)
+        if asked.number and all(child.facts.get("phase", "start") in BEFORE_WORK for child in children):
+            return preempted(asked.number)
+        other = other or elsewhere()
         broken = [child for child in gone if child.outcome[0] != "finished"]
-        if broken and first_end is None:
+        if (broken or other) and first_end is None:
             first_end = time.monotonic()
         if first_end is not None and time.monotonic() - first_end > GRACE_SECONDS:
-            return verdict(children, asked.number)
+            return verdict(children, asked.number) if broken or other is None else other
         stalled = board.stalled(children, deadline_seconds)
         if stalled is not None:
             for child in behind(children) or children:

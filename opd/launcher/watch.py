@@ -95,11 +95,15 @@ class Child:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """How an attempt ended. kind: finished, preempted, paused, input, skipped, failed, lost; restartable: the next one may fare better."""
+    """How an attempt ended. kind: finished, preempted, paused, input, skipped, failed, lost; restartable: the next one may fare better.
+
+    caused: by the end of another rank, which explains it.
+    """
 
     kind: str
     text: str = ""
     restartable: bool = False
+    caused: bool = False
 
 
 def read_messages(children: Sequence[Child], seconds: float) -> None:
@@ -124,8 +128,7 @@ def verdict(children: Sequence[Child], asked: int) -> End:
             return End(kind=kind, text=next(text for found, text in outcomes.values() if found == kind))
     silent = [child for child in children if not child.outcome[0] and child.process.poll() is not None]
     if asked and ("preempted" in kinds or "interrupted" in kinds or silent):
-        name = "interrupted (Ctrl-C)" if asked == signal.SIGINT else f"preempted ({signal.Signals(asked).name})"
-        return End(kind="preempted", text=name)
+        return preempted(asked)
     if silent:
         child = min(silent, key=lambda one: one.process.returncode)  # killed by a signal before anything else
         return End(kind="lost", text=f"rank {child.rank} {_death(child)} in phase {child.place}{child.last_words()}", restartable=True)
@@ -135,12 +138,17 @@ def verdict(children: Sequence[Child], asked: int) -> End:
         return End(kind="failed", text=f"rank {rank} failed in phase {child.place}: {text}{child.last_words()}")
     if "lost" in kinds:
         rank, text = next((rank, text) for rank, (kind, text) in outcomes.items() if kind == "lost")
-        return End(kind="lost", text=f"rank {rank} lost another rank: {text.splitlines()[0]}", restartable=True)
+        return End(kind="lost", text=f"rank {rank} lost another rank: {text.splitlines()[0]}", restartable=True, caused=True)
     if "preempted" in kinds:
         return End(kind="preempted", text=next(text for kind, text in outcomes.values() if kind == "preempted"))
     if set(kinds) == {"finished"}:
         return End(kind="finished", text=outcomes[min(outcomes)][1])
     return End(kind="failed", text="; ".join(f"rank {child.rank}: {child.outcome[0] or child.state}" for child in children))
+
+
+def preempted(asked: int) -> End:
+    """The end that signal `asked` wished for."""
+    return End(kind="preempted", text="interrupted (Ctrl-C)" if asked == signal.SIGINT else f"preempted ({signal.Signals(asked).name})")
 
 
 def _death(child: Child) -> str:
@@ -246,4 +254,4 @@ def in_words(children: Sequence[Child]) -> str:
         named = ", ".join(f"rank {child.rank} ({child.facts.get('phase', 'start')} {now - child.entered:.1f} s)" for child in late)
         return f"waiting for {named}"
     phases = dict.fromkeys(str(child.facts.get("phase", "start")) for child in children)
-    return f"{len(children)} ranks: {', '.join(phases)}"
+    return f"{len(children)} rank{'s' if len(children) > 1 else ''}: {', '.join(phases)}"

@@ -1,5 +1,6 @@
 """The run folder: resolved recipe, append-only JSON lines, atomic checkpoints. Nothing here knows a model."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from opd.config.load import differences, recipe_hash
+from opd.config.load import differences, parse_recipe, recipe_hash
 from opd.config.recipe import Recipe
 from opd.run.machine import environment
 from opd.run.named import process_facts
@@ -112,7 +113,11 @@ def recorded_steps(resolved: Path) -> int:
 
 
 def _changes(resolved: Path, recipe: Recipe) -> list[str]:
-    return differences(json.loads(resolved.read_text(encoding="utf-8"))["recipe"], recipe.model_dump(mode="json"))
+    """What differs from the recorded recipe; a key that the run's version of the code did not know had today's default."""
+    recorded = json.loads(resolved.read_text(encoding="utf-8"))["recipe"]
+    with contextlib.suppress(ValueError):  # a key that is gone: shown as it stands
+        recorded = parse_recipe(recorded, resolved=True).model_dump(mode="json")
+    return differences(recorded, recipe.model_dump(mode="json"))
 
 
 def open_run(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:

@@ -27,6 +27,19 @@ def test_a_rerun_with_another_recipe_is_refused_with_the_difference(tmp_path):
     assert facts["packages"]["torch"] and facts["hardware"]["cpus"] == os.cpu_count()
 
 
+def test_a_run_goes_on_after_an_upgrade_that_brought_a_key(tmp_path):
+    recipe = parse_recipe({"optimizer": {"lr": 1e-4}})
+    open_run(tmp_path / "r", recipe, {})
+    resolved = tmp_path / "r/resolved.json"
+    facts = json.loads(resolved.read_text())
+    for section, key in (("checkpoint", "shard_mib"), ("optimizer", "clip")):
+        del facts["recipe"][section][key]
+    resolved.write_text(json.dumps(facts))
+    open_run(tmp_path / "r", recipe, {})
+    with pytest.raises(ValueError, match="optimizer.clip: 1.0 -> 7.0"):
+        open_run(tmp_path / "r", parse_recipe({"optimizer": {"lr": 1e-4, "clip": 7.0}}), {})
+
+
 def test_torn_last_line_is_left_out_and_later_steps_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2, 3):

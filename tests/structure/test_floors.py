@@ -22,6 +22,7 @@ FLOORS = [  # lowest first; a module may import its own floor and below; a modul
         "opd.data",
         "opd.guard",
         "opd.launcher.beacon",
+        "opd.launcher.machines",
         "opd.launcher.ranks",
         "opd.launcher.watch",
         "opd.learner",
