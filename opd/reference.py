@@ -174,7 +174,7 @@ def shipped_recipes() -> str:
         lines.append(f"| `{path.stem}` | {recipe.method} | {student} | {lora} | {teachers} | {data} | {recipe.learner.ranks} | {tried} |")
     lines += ["", "| comparison | tried |", "|---|---|"]
     for path in recipe_files("compare"):
-        lines.append(f"| `{path.stem}` | {'loaded' if path.stem.startswith(('rl_against', 'words')) else 'trained'} |")
+        lines.append(f"| `{path.stem}` | {'loaded' if path.stem.startswith('rl_against') or path.stem == 'words' else 'trained'} |")
     return "\n".join(lines) + "\n"
 
 

@@ -284,16 +284,20 @@ def make_teacher(kind: str, recipe: Recipe, learner: Learner, module: torch.nn.M
     return Weights(scores=teacher.scores, head=teacher.head)
 
 
+def model_folders(recipe: Recipe) -> list[str]:
+    """The student's folder (or "") and those of other teachers; hub names stay as they are. Raises ValueError for a folder that is not there."""
+    paths = [value for name, signal in recipe.signals.items() for kind, value in [parse_weights(name, signal.weights)] if kind in OTHERS]
+    return [student_path(recipe), *map(pretrained.find_model, paths)]
+
+
 def input_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Hashes of what the run starts from, compared when it is resumed."""
     files = [path for path in (recipe.data.path, recipe.data.eval_path) if path]
-    paths = [value for name, signal in recipe.signals.items() for kind, value in [parse_weights(name, signal.weights)] if kind in OTHERS]
-    folders = [student_path(recipe), *map(pretrained.find_model, paths)]  # a hub name has no files here
     return {
         "learner": learner_kind(recipe),
         "template_hash": template_hash(tokenizer),
         "data_hash": pretrained.content_hash(recipe_hash(recipe.data), files, [recipe.data.path] * recipe.data.stream),
-        "model_hash": pretrained.fingerprint([folder for folder in folders if folder]),
+        "model_hash": pretrained.fingerprint([folder for folder in model_folders(recipe) if folder]),  # a hub name has no files here
     }
 
 

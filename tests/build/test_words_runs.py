@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from opd.api import train
+from opd.cli import main
 from opd.comparison.config import load_comparison
 from opd.config.load import load_recipe
 from opd.preflight.report import examine
@@ -76,6 +77,16 @@ def test_a_recipe_says_which_command_makes_what_it_starts_from(name, maker, work
     found, _ = examine(load_recipe(name))
     sentence = f"no model folder 'runs/{maker}/model' yet: make it first with `opd train recipes/runs/{maker}.yaml`"
     assert [sentence in finding.sentence for finding in found if finding.severity == "error"] == [True]
+
+
+def test_the_comparison_says_so_before_any_run_starts(workplace, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "words"]) == 2
+    assert "arm 'base': no model folder 'runs/base_words/model' yet: make it first with `opd train recipes/runs/base_words" in capsys.readouterr().err
+    shutil.copytree(workplace / "runs/base_words/model", "runs/base_words/model")
+    assert main(["compare", "words"]) == 2
+    assert "arm 'opd': no model folder 'runs/teacher_words/model' yet" in capsys.readouterr().err
+    assert not Path("runs/words").exists()
 
 
 def test_the_comparison_has_every_arm_at_ten_times_the_tokens_of_the_cpu_demo():
