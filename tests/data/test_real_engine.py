@@ -12,8 +12,9 @@ from opd.contexts import render_views
 from opd.data.records import read_records
 from opd.prompts import read_prompts, shuffled_stream, task_stream
 from opd.source import Codec, RolloutSource, SourceSettings
-from opd.tasks import HINT_TEMPLATES, TASKS
+from opd.tasks import TASKS
 from opd.tasks.tokenizer import character_tokenizer
+from opd.tasks.types import task_corpus
 from opd.text import chat
 from opd.text.bpe import train_byte_bpe
 from opd.types import Judged
@@ -115,16 +116,17 @@ def test_dataset_answers_of_real_text_are_right_by_the_verifier(real_text):
 
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_embedded_task_demonstrations_and_views(name):
-    tokenizer = character_tokenizer(TASKS[name].characters)
+    task = TASKS[name]
+    tokenizer = character_tokenizer(task.characters) if task.characters else train_byte_bpe(task_corpus(task, ""), 2048)
     source = source_over(tokenizer, task_stream(name, "train", 3), "task", 64, student_share=0.0, dataset_hint="solution")
     judged = [item for step in range(4) for item in source.collect(step)]
     assert all(item.verdict.correct and item.completion.finish == "stop" for item in judged)
     for kind in ("facts", "solution", "answer", "demonstration"):
-        contexts, counts = render_views(tokenizer, judged, resolve_view(kind, HINT_TEMPLATES), 200)
+        contexts, counts = render_views(tokenizer, judged, resolve_view(kind, task.templates), 200)
         assert counts.shown == len(judged)
         assert all(tokenizer.unk_token_id not in context for context in contexts), "a hint in letters that the base never saw"
     student = source_over(tokenizer, task_stream(name, "train", 3), "task", 16)
     wrong = [item for item in student.collect(0) if not item.verdict.correct]
-    contexts, counts = render_views(tokenizer, wrong, resolve_view("feedback", HINT_TEMPLATES), 200)
+    contexts, counts = render_views(tokenizer, wrong, resolve_view("feedback", task.templates), 200)
     assert counts.shown > 0
     assert all(tokenizer.unk_token_id not in context for context in contexts if context)
