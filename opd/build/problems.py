@@ -16,6 +16,7 @@ from opd.data.sample import sample_records
 from opd.data.selection import between, contaminated, overlap, pass_rates
 from opd.data.stream import LazyStream, first_prompts
 from opd.data.suites import SUITES, suite_records
+from opd.errors import Unreachable
 from opd.prompts import PromptStream, judged_record, read_prompts, shuffled_stream, split_prompts, task_prompts, task_stream
 from opd.tasks import TASKS
 from opd.tasks.types import task_corpus
@@ -251,7 +252,7 @@ def _read(recipe: Recipe, source: str, split: str, verify: Verifier | None) -> t
 
 
 def _under_our_names(records: Records, preset: Preset) -> Records:
-    for place, record in records:
+    for place, record in _noted(records, preset.note):
         try:
             named = preset.record(record)
         except (KeyError, TypeError) as error:
@@ -259,6 +260,14 @@ def _under_our_names(records: Records, preset: Preset) -> Records:
                 f"{place}: not a record of the preset (no {error}; it has {', '.join(record)}); name the columns with data.columns"
             ) from None
         yield place, {name: value for name, value in named.items() if value is not None}
+
+
+def _noted(records: Records, note: str) -> Records:
+    """The records; where they cannot be reached, what the preset's note says about that."""
+    try:
+        yield from records
+    except Unreachable as error:
+        raise ValueError(f"{error}. Note: {note}" if note else str(error)) from None
 
 
 def _decontaminated(recipe: Recipe, prompts: Sequence[Prompt], exam: Sequence[Prompt]) -> tuple[list[Prompt], list[str]]:

@@ -39,7 +39,7 @@ class Data(Frozen):
     difficulty: str = Field(default="", description="difficulty setting of the embedded task; empty: its default")
     split: str = Field(default="train", description="split of the embedded task or hub data set that training draws from")
     path: str = Field(
-        default="", description="JSONL, JSON, Parquet or CSV file, or owner/name on the hub; {question, answer with ####} or columns named below"
+        default="", description="JSONL, JSON, Parquet, Arrow, CSV file, or owner/name on the hub; {question, answer with ####} or columns named below"
     )
     preset: str = Field(default="", description="a public data set by name (gsm8k, math, dapo_math ...); `path` then replaces its source")
     subset: str = Field(default="", description="configuration of the hub data set")

@@ -19,7 +19,7 @@ Record = Mapping[str, Any]
 class Preset:
     """path, subset, split: on the hub. columns: our name -> theirs, where plain. fields: our name -> what a record gives.
 
-    verifier: who judges, as data.verifier names it. licence: as the page states it.
+    verifier: who judges, as data.verifier names it. licence: as the page states it. note: what a user must know where it cannot be read.
     """
 
     path: str
@@ -29,6 +29,7 @@ class Preset:
     fields: Mapping[str, Callable[[Record], Any]] = field(default_factory=dict)
     verifier: Choice = "math"
     licence: str = ""
+    note: str = ""
 
     def record(self, theirs: Record) -> dict[str, Any]:
         """A record under our names. Raises KeyError for a missing column."""
@@ -48,9 +49,16 @@ def _boxed(column: str) -> Callable[[Record], str | None]:
 
 
 def _lettered(record: Record) -> str:
-    choices = record["choices"]
-    lines = [f"{label}. {text}" for label, text in zip(choices["label"], choices["text"], strict=True)]
+    """The question and its choices; open questions, which have none (and no letter as their answer), as they are."""
+    choices = record["choices"] or {}
+    lines = [f"{label}. {text}" for label, text in zip(choices.get("label") or (), choices.get("text") or (), strict=True)]
     return "\n".join([record["question"], *lines])
+
+
+def programming_task(question: str, starter: str) -> str:
+    """The task and the form that the program must have."""
+    form = f"Begin with this code:\n```python\n{starter}\n```" if starter else "Read standard input and write standard output."
+    return f"{question}\n\n{form}"
 
 
 def lettered(question: str, options: Sequence[str]) -> str:
@@ -107,8 +115,11 @@ PRESETS = {
     ),
     "taco": Preset(
         path="BAAI/TACO",
-        columns={"question": "question", "answer": "input_output", "domain": "difficulty"},
+        columns={"answer": "input_output", "domain": "difficulty"},
+        fields={"question": lambda r: programming_task(r["question"], r.get("starter_code") or "")},
         verifier="code",
         licence="Apache-2.0",
+        note="its loading script is not run: hf download BAAI/TACO --repo-type dataset --include 'train/*.arrow' --local-dir DIR, then "
+        "data.path=DIR/train/data-00000-of-00009.arrow, one of nine files",
     ),
 }

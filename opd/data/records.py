@@ -1,4 +1,4 @@
-"""Raw records of a data source, each with the place it stands at: JSONL, JSON, Parquet and CSV files, and data sets of the Hugging Face hub."""
+"""Raw records of a data source, each with the place it stands at: JSONL, JSON, Parquet, Arrow and CSV files, and data sets of the hub."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from opd.config.choices import nearest
 
 Records = Iterator[tuple[str, dict[str, Any]]]
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -56,13 +56,15 @@ def _tables() -> Any:
     try:
         return import_module("opd.data.tables")
     except ModuleNotFoundError as error:
-        raise ValueError(f'Parquet files and the hub need {error.name}: pip install "opd-train[train]"') from None
+        raise ValueError(f'Parquet and Arrow files and the hub need {error.name}: pip install "opd-train[train]"') from None
 
 
 def _file(file: Path, start: int = 0) -> Records:
     match file.suffix.lower():
         case ".parquet":
             return _tables().parquet(file, start)
+        case ".arrow":
+            return _tables().arrow(file, start)
         case ".csv":
             return islice(_csv(file, ","), start, None)
         case ".tsv":

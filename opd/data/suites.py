@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd.config.choices import nearest
-from opd.data.presets import Preset, Record, find_preset, lettered
+from opd.data.presets import Preset, Record, find_preset, lettered, programming_task
 from opd.data.programs import tests_of_record
 from opd.data.records import Records, read_records
 from opd.errors import Unreachable
@@ -64,9 +64,7 @@ def _shuffled(record: Record) -> tuple[list[str], str]:
 
 
 def _programming_task(record: Record) -> str:
-    starter = record.get("starter_code") or ""
-    form = f"Begin with this code:\n```python\n{starter}\n```" if starter else "Read standard input and write standard output."
-    return f"{record['question_content']}\n\n{form}"
+    return programming_task(record["question_content"], record.get("starter_code") or "")
 
 
 SUITES: Mapping[str, Suite] = {

@@ -1,10 +1,11 @@
-"""Parquet files and data sets of the Hugging Face hub, as (place, record) pairs; opd.data.records reads through these."""
+"""Parquet and Arrow files and data sets of the Hugging Face hub, as (place, record) pairs; opd.data.records reads through these."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.ipc
 import pyarrow.parquet
 
 from opd.errors import Unreachable
@@ -28,6 +29,18 @@ def parquet(file: Path, start: int = 0) -> Records:
                     if row >= start:
                         yield f"{file}[{row}]", record
             number += count
+
+
+def arrow(file: Path, start: int = 0) -> Records:
+    """Rows of an Arrow file as the datasets library writes it, from row `start` on. Raises ValueError for any other file."""
+    try:
+        with pyarrow.memory_map(str(file)) as content, pyarrow.ipc.open_stream(content) as batches:
+            rows = (record for batch in batches for record in batch.to_pylist())
+            for row, record in enumerate(rows):
+                if row >= start:
+                    yield f"{file}[{row}]", record
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{file}: not an Arrow stream ({str(error).splitlines()[0]})") from None
 
 
 def hub(name: str, subset: str, split: str, streaming: bool, start: int = 0) -> Records:

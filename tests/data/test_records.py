@@ -2,10 +2,13 @@
 
 import csv
 import json
+from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
 from opd.build.problems import load_problems
 from opd.config.recipe import Recipe
@@ -15,6 +18,8 @@ from opd.data.selection import between, contaminated, pass_rates
 from opd.prompts import read_prompts
 from opd.types import Prompt
 
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = {path.stem: yaml.safe_load(path.read_text()).get("data", {}) for path in sorted((ROOT / "recipes/runs").glob("*.yaml"))}
 ROWS = [{"question": f"How much is {n}, plus {n}?", "answer": f"It is {2 * n}\n#### {2 * n}", "domain": "sums"} for n in range(12)]
 
 
@@ -90,8 +95,21 @@ RECORDS = {  # one record a preset, with the columns that its page shows
         "assert f() == 1",
         "def f",
     ),
-    "taco": ({"question": "q", "input_output": '{"inputs": ["1"], "outputs": ["1"]}', "difficulty": "EASY"}, '{"inputs"', None),
+    "taco": (
+        {"question": "q", "input_output": '{"inputs": ["1"], "outputs": ["1"]}', "difficulty": "EASY", "starter_code": "def f(x):"},
+        '{"inputs"',
+        None,
+    ),
 }
+AWKWARD = {  # records that such sets hold beside the ordinary ones: no final answer, no choices, no parsable answer
+    "openthoughts_math": {"problem": "prove it", "solution": "QED", "source": "olympiads"},
+    "math": {"problem": "draw it", "level": "Level 1", "type": "Geometry", "solution": "a figure"},
+    "deepmath": {"question": "odd", "final_answer": "((((", "difficulty": 4.5, "topic": "Calculus", "r1_solution_1": "so"},
+    "sciknoweval": {
+        "question": "open", "choices": {"text": [], "label": []}, "answer": "long", "answerKey": "", "type": "open-ended-qa", "domain": "Biology"
+    },
+    "mbpp": {"task_id": 2, "text": "no tests", "code": "pass", "test_list": [], "test_setup_code": ""},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -105,6 +123,44 @@ def test_presets(tmp_path, name):
     assert ("solution" in prompt.hints) == (solution is not None)
     if name in ("sciknoweval", "mmlu_pro"):
         assert prompt.messages[0]["content"] == "q\nA. x\nB. y"
+
+
+@pytest.mark.parametrize("shipped", [name for name, data in SHIPPED.items() if data.get("preset") in AWKWARD])
+def test_shipped_recipes_leave_out_what_their_data_set_is_known_to_hold_beside(tmp_path, shipped):
+    data = SHIPPED[shipped]
+    name = data["preset"]
+    rows = [RECORDS[name][0], AWKWARD[name], RECORDS[name][0]]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_problems(recipe(tmp_path / "d.jsonl", preset=name, repair=data["repair"]), None)
+    assert len(found.train) == 1 and len(found.notes) == 2 and "1 duplicate records left out" in found.notes
+
+
+def test_open_questions_without_choices_stay_as_they_are():
+    preset = PRESETS["sciknoweval"]
+    for none in (None, {"text": [], "label": []}, {"text": None, "label": None}):
+        assert preset.record(AWKWARD["sciknoweval"] | {"choices": none})["question"] == "open"
+
+
+def test_a_program_that_is_called_is_shown_how_it_begins():
+    preset, record = PRESETS["taco"], RECORDS["taco"][0]
+    assert preset.record(record)["question"] == "q\n\nBegin with this code:\n```python\ndef f(x):\n```"
+    assert preset.record(record | {"starter_code": None})["question"].endswith("Read standard input and write standard output.")
+
+
+def test_a_data_set_whose_script_is_not_run_says_what_to_download(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="'BAAI/TACO' is no file here.*Note: its loading script is not run: hf download BAAI/TACO"):
+        load_problems(recipe("", preset="taco"), None)
+
+
+def test_arrow_files_as_the_datasets_library_writes_them(tmp_path):
+    datasets.Dataset.from_list([RECORDS["taco"][0] | {"question": f"q{n}"} for n in range(5)]).save_to_disk(tmp_path / "saved")
+    [file] = (tmp_path / "saved").glob("*.arrow")
+    assert [record["question"] for _, record in read_records(str(file), start=2)] == ["q2", "q3", "q4"]
+    assert len(load_problems(recipe(file, preset="taco"), None).train) == 5
+    (tmp_path / "no.arrow").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="no.arrow: not an Arrow stream"):
+        list(read_records(str(tmp_path / "no.arrow")))
 
 
 def test_a_preset_that_does_not_fit_and_one_that_does_not_exist(tmp_path):
