@@ -23,7 +23,7 @@ from opd.build import pretrained
 from opd.build.devices import visible_gpus
 from opd.build.served import SUPPORT_LIMIT, WHOLE_VOCABULARY, check_served
 from opd.build.student import served_positions, student_path
-from opd.build.transfers import NCCL, make_transfer
+from opd.build.transfers import IPC, NCCL, make_transfer
 from opd.config.recipe import Recipe
 from opd.launcher.ranks import Ranks
 from opd.launcher.sweep import MARK, marked_processes
@@ -92,8 +92,13 @@ def check_placement(recipe: Recipe) -> None:
         raise ValueError("engine.placement=colocated shares a GPU between learner and actors, and here is none: use engine.placement=separate")
     if e.tensor_parallel > 1 and not has_gpus:
         raise ValueError(f"engine.tensor_parallel is {e.tensor_parallel}, but here is no GPU: use 1, and engine.replicas for more actors")
-    if e.transfer == NCCL and not has_gpus:
-        raise ValueError("engine.transfer=nccl sends from GPU to GPU, and here is none: use engine.transfer=shared_memory, or auto")
+    if e.transfer in (NCCL, IPC) and not has_gpus:
+        raise ValueError(f"engine.transfer={e.transfer} sends from GPU to GPU, and here is none: use engine.transfer=shared_memory, or auto")
+    if os.environ.get("DS_ACCELERATOR") == "cpu" and (e.transfer in (NCCL, IPC) or e.placement == "colocated"):
+        raise ValueError(
+            f"DS_ACCELERATOR=cpu keeps the learner off the GPUs, and engine.transfer={e.transfer} engine.placement={e.placement} needs it there: "
+            "unset it, or use engine.transfer=shared_memory (or auto) with engine.placement=separate"
+        )
     if e.kind == "vllm" and not Path(e.exchange).is_dir():
         raise ValueError(f"engine.exchange: {e.exchange} is no folder; name one in memory (/dev/shm) or on a disk, as large as the weights")
     if e.kind == "vllm" and recipe.rollout.sampler != "student":
@@ -121,12 +126,13 @@ def student_engine(
         shapes = {name: tuple(whole_shape(parameter)) for name, parameter in model.named_parameters() if FACTOR in name}
     settings = EngineSettings(
         vocab_size=vocab_size, manifest=shapes, chunk=e.chunk, load_seconds=e.deadline_seconds, leads=ranks.leads, limits=_limits(recipe),
-        in_flight=recipe.asynchrony.in_flight,
+        in_flight=recipe.asynchrony.in_flight, resends=ranks.count == 1 and not recipe.asynchrony.max_staleness,
         tied="lm_head.weight" if getattr(config.get_text_config(), "tie_word_embeddings", False) else "", sleeps=e.placement == "colocated",
         user=f"{Path(where.exchange).name}/{ranks.rank}",
     )  # fmt: skip
     found, exchange = connect(where, STUDENT), Path(where.exchange or e.exchange)
-    first, sending = ranks.rank % len(found), make_transfer(recipe, found, exchange, Path(where.exchange).name, ranks)
+    trainable = sum(whole_shape(parameter).numel() for parameter in model.parameters() if parameter.requires_grad)
+    first, sending = ranks.rank % len(found), make_transfer(recipe, found, exchange, Path(where.exchange).name, ranks, trainable)
     turned = found[first:] + found[:first]  # ranks begin with different actors
     runner = replace(runner, transfer="" if runner.adapter else sending.backend)
     engine = VllmEngine(turned, files, runner, settings, transfer=sending.transfer, check=check, share=ranks.first)

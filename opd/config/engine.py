@@ -35,10 +35,17 @@ class Engine(Frozen):
     lora: Literal["merged", "adapters"] = Field(
         default="merged", description="a LoRA student's weights for vLLM: merged and whole, or its factors alone, over the base model's folder"
     )
-    transfer: Literal["auto", "shared_memory", "nccl"] = Field(
-        default="auto", description="how weights reach the actors: a file in `exchange`, NCCL between GPUs; auto: the file where all actors see it"
+    transfer: Literal["auto", "shared_memory", "nccl", "ipc"] = Field(
+        default="auto",
+        description="how weights reach the actors: a file in `exchange`, NCCL between GPUs, CUDA IPC on shared ones; auto: IPC for colocated actors "
+        "where it can be had, else the file where all actors see it",
     )
     exchange: str = Field(default="/dev/shm", description="folder for a version of the weights on its way to the actors, as large as one")
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of the student's actors, where there are any."""
+        return self.replicas * self.tensor_parallel
 
     @model_validator(mode="after")
     def _transfer_fits(self) -> "Engine":
@@ -49,9 +56,14 @@ class Engine(Frozen):
                 "engine.transfer=nccl with engine.placement=colocated: a GPU cannot have two members in one NCCL group, and colocated actors share "
                 "the learner's: use engine.transfer=shared_memory (or auto), or engine.placement=separate"
             )
-        if self.transfer == "nccl" and self.lora == "adapters":
+        if self.transfer == "ipc" and self.placement != "colocated":
             raise ValueError(
-                "engine.transfer=nccl sends whole weights, and engine.lora=adapters factors alone, as a file: use engine.transfer=shared_memory "
-                "(or auto), or engine.lora=merged"
+                "engine.transfer=ipc hands over memory of the GPU that learner and actor share: use engine.placement=colocated, or "
+                "engine.transfer=nccl (or auto) for actors with GPUs of their own"
+            )
+        if self.transfer in ("nccl", "ipc") and self.lora == "adapters":
+            raise ValueError(
+                f"engine.transfer={self.transfer} sends whole weights, and engine.lora=adapters factors alone, as a file: use "
+                "engine.transfer=shared_memory (or auto), or engine.lora=merged"
             )
         return self

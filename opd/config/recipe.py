@@ -342,6 +342,12 @@ class Recipe(Frozen):
             raise ValueError("learner.offload is DeepSpeed's, from ZeRO 1 on: use learner.kind=deepspeed learner.zero_stage=1, or offload=false")
         if count > 1 and self.learner.kind == "torch":
             raise ValueError("learner.kind torch is one process: use learner.kind=deepspeed, or learner.ranks=1")
+        if self.engine.transfer == "ipc" and (nodes > 1 or self.engine.num_gpus != count):
+            raise ValueError(
+                f"engine.transfer=ipc: each rank fills a buffer on its own GPU, and one worker there reads it, but here are {count} ranks on {nodes} "
+                f"machines and {self.engine.num_gpus} workers (engine.replicas x engine.tensor_parallel): make them as many, on one machine, or use "
+                "engine.transfer=shared_memory (or auto)"
+            )
         if nodes > 1 and self.engine.kind == "vllm" and not self.ray.address:
             raise ValueError("engine=vllm on several machines needs a Ray cluster over them: ray.address=HOST:PORT (or auto), or engine=torch")
         if count > 1 and self.track.bundle_steps:

@@ -6,18 +6,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
 
+from opd_rollout.actor_states import RETRY_SECONDS, Limits, Replica, ReplicaStatus, is_final, reason_of, role_of
 from opd_rollout.engine import EngineLost
 
 LOG = logging.getLogger("opd.rollout")
 POLL_SECONDS = 0.25
-RETRY_SECONDS = 0.3
 MAX_TRIES = 4
 
 
@@ -25,67 +25,32 @@ class ActorsLost(EngineLost):
     """No actor is left that could do the work, or the engine was closed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """work_seconds: of one lease. start_seconds: from an actor's death until it is back. depth: leases at one actor at a time.
-    straggler_factor: a lease that takes so many times the median is given to a second actor too, where one is idle."""
-
-    work_seconds: float = 600.0
-    start_seconds: float = 600.0
-    depth: int = 2
-    straggler_factor: float = 4.0
-
-
-@dataclass(slots=True, kw_only=True)
-class Replica:
-    """One actor as this process sees it."""
-
-    name: str
-    handle: Any
-    state: str = "lost"  # ready | reviving | lost | dead
-    since: float = field(default_factory=time.monotonic)
-    retry_at: float = 0.0
-    trouble: str = "starting"  # what a replica that is not ready is in: starting | restarting | poisoned
-    called: str = ""  # the method that Pool.call waits for
-    shown: str = ""  # its role for people, and since when
-    shown_since: float = 0.0
-
-    def becomes(self, state: str, trouble: str = "restarting") -> None:
-        if self.state == "ready" or state == "ready":
-            self.since, self.trouble = time.monotonic(), trouble
-        self.state = state
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaStatus:
-    """state: starting | generating | idle | updating | poisoned | restarting | gone, for `seconds`; in_flight: requests that it has.
-
-    pid: of its process, as it was when it last came up; 0 before.
-    """
-
-    name: str
-    state: str
-    seconds: float
-    in_flight: int
-    pid: int
-
-
 @dataclass(slots=True)
 class _Flight:
     replica: Replica
     lease: int | None  # None: the replica is being revived
     started: float
+    then: str = "ready"  # the state of a replica that has been revived
 
 
 class Pool:
-    """Runs leases on replicas. revive(handle) brings an actor, new or restarted, to where it can work; None: it has to wait for weights.
+    """Runs leases on replicas. revive(handle) brings an actor, new or restarted, to where it can work, or, with the second value, only to where
+    it waits for weights. refill: called where all actors wait for weights; sends them, or raises ActorsLost.
 
     check: called while waiting; may raise. counts: leases, reissued, stragglers, revived. Every method may be called by several threads at
     a time (one generates, one updates): what they share are the replicas' states, which change only under `lock`; nobody waits for work with it.
     """
 
-    def __init__(self, replicas: Sequence[Replica], limits: Limits, revive: Callable[[Any], Any], check: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        limits: Limits,
+        revive: Callable[[Any], tuple[Any, bool]],
+        check: Callable[[], None] | None = None,
+        refill: Callable[[], None] | None = None,
+    ) -> None:
         self.replicas, self.limits, self._revive, self._check = list(replicas), limits, revive, check or (lambda: None)
+        self.refill = refill or _give_up
         self.counts = dict.fromkeys(("leases", "reissued", "stragglers", "revived"), 0)
         self.facts: dict[str, Any] = {}
         self.lock, self._batches, self._closed = threading.RLock(), list[_Batch](), False
@@ -101,11 +66,33 @@ class Pool:
             return batch.in_order()
 
     def bring_up(self) -> None:
-        """Every replica ready, or dead. Raises ActorsLost where all are, ValueError for a model that cannot be loaded."""
+        """Every replica ready, waiting for weights, or dead. Raises ActorsLost where all are dead, ValueError for a model that cannot be loaded."""
         with self._batch((), lambda handle, lease: None, self.replicas) as batch:
             while any(replica.state in ("lost", "reviving") for replica in self.replicas):
                 self._go_on(batch)
             batch.check_alive()
+
+    def present(self, seconds: float) -> list[Replica]:
+        """Replicas that can take weights; one whose actor has died unnoticed is opened anew first where no other is left.
+
+        Raises ActorsLost where none is.
+        """
+        pids = self.call("pid", seconds=seconds)
+        with self.lock:
+            for replica in self.replicas:
+                if replica.state in ("ready", "waiting") and pids.get(replica.name, 0) != self.facts[replica.name].pid:
+                    replica.becomes("lost")
+        if not any(replica.state in ("ready", "waiting") for replica in self.replicas):
+            self.bring_up()
+        return [replica for replica in self.replicas if replica.state in ("ready", "waiting")]
+
+    def filled(self, replicas: Sequence[Replica]) -> None:
+        """These have weights now."""
+        with self.lock:
+            for replica in replicas:
+                if replica.state == "waiting":
+                    replica.becomes("ready")
+            self.note()
 
     def close(self) -> None:
         """Whoever waits in another thread raises ActorsLost."""
@@ -128,7 +115,7 @@ class Pool:
     def note(self) -> None:
         """Takes down what the replicas do from now on."""
         for replica in self.replicas:
-            role = _role(replica, self._requests_at(replica))
+            role = role_of(replica, self._requests_at(replica))
             if role != replica.shown:
                 replica.shown, replica.shown_since = role, time.monotonic()
 
@@ -146,25 +133,26 @@ class Pool:
             replica.becomes("lost", trouble)
             replica.retry_at = time.monotonic() + RETRY_SECONDS
 
-    def call(self, method: str, *args: Any, seconds: float) -> list[Any]:
-        """One method on every ready replica; those that fail or are late are restarted and left out of the result."""
+    def call(self, method: str, *args: Any, seconds: float) -> dict[str, Any]:
+        """name -> result of one method on every replica that is up; those that fail or are late are restarted and left out."""
         with self.lock:
-            asked = [(replica, getattr(replica.handle, method).remote(*args)) for replica in self.replicas if replica.state == "ready"]
+            up = [replica for replica in self.replicas if replica.state in ("ready", "waiting")]
+            asked = [(replica, getattr(replica.handle, method).remote(*args)) for replica in up]
             for replica, _ in asked:
                 replica.called = method
             self.note()
-        deadline, results = time.monotonic() + seconds, []
+        deadline, results = time.monotonic() + seconds, dict[str, Any]()
         for replica, reference in asked:
             while True:
                 self._check()
                 try:
-                    results.append(ray.get(reference, timeout=POLL_SECONDS))
+                    results[replica.name] = ray.get(reference, timeout=POLL_SECONDS)
                 except GetTimeoutError:
                     if time.monotonic() < deadline:
                         continue
                     self.restart(replica, f"{method} took more than {seconds:.0f} s")
                 except RayError as error:
-                    self.restart(replica, f"{method} failed: {_reason(error)}")
+                    self.restart(replica, f"{method} failed: {reason_of(error)}")
                 break
             with self.lock:
                 replica.called = ""
@@ -233,7 +221,10 @@ class _Batch:
         else:
             self.check_alive()
             ready = []
-            time.sleep(POLL_SECONDS)
+            if self._queue and all(replica.state in ("waiting", "dead") for replica in self._replicas):
+                self._pool.refill()
+            else:
+                time.sleep(POLL_SECONDS)
         with self._pool.lock:
             for reference in ready:
                 if reference in self._flights:  # not dropped with its actor a moment ago
@@ -286,12 +277,9 @@ class _Batch:
                 LOG.warning("actor %s did not come back within %.0f s; going on without it", replica.name, self._pool.limits.start_seconds)
                 replica.becomes("dead")
                 continue
-            reference = self._pool._revive(replica.handle)
-            if reference is None:
-                replica.becomes("dead")
-                continue
+            reference, is_whole = self._pool._revive(replica.handle)
             replica.becomes("reviving")
-            self._flights[reference] = _Flight(replica, None, time.monotonic())
+            self._flights[reference] = _Flight(replica, None, time.monotonic(), "ready" if is_whole else "waiting")
 
     def _take_in(self, reference: Any) -> None:
         flight = self._flights.pop(reference)
@@ -306,7 +294,7 @@ class _Batch:
 
     def _arrived(self, flight: _Flight, value: Any) -> None:
         if flight.lease is None:
-            flight.replica.becomes("ready")
+            flight.replica.becomes(flight.then, "empty")
             self._pool.counts["revived"] += 1
             self._pool.facts[flight.replica.name] = value
         elif flight.lease not in self._results:  # the other holder of a lease may have been faster
@@ -323,7 +311,7 @@ class _Batch:
             flight.replica.becomes("lost")  # and revived with the right ones
         elif flight.replica.state in ("ready", "reviving"):
             self._drop(flight.replica)
-            self._pool.restart(flight.replica, _reason(error))
+            self._pool.restart(flight.replica, reason_of(error))
 
     def _lost(self, flight: _Flight, error: RayError) -> None:
         """The actor is gone; Ray starts it anew, unless it has done so too often."""
@@ -334,7 +322,7 @@ class _Batch:
         self._drop(flight.replica)
         flight.replica.becomes("lost")
         flight.replica.retry_at = time.monotonic() + RETRY_SECONDS
-        if isinstance(error, ActorDiedError) and _is_final(flight.replica):
+        if isinstance(error, ActorDiedError) and is_final(flight.replica):
             flight.replica.becomes("dead")
 
     def _drop(self, replica: Replica) -> None:
@@ -349,7 +337,7 @@ class _Batch:
             return
         self._tries[lease] += 1
         if self._tries[lease] > MAX_TRIES and error is not None:
-            raise RuntimeError(f"the same work failed {MAX_TRIES} times on the actors: {_reason(error)}") from error
+            raise RuntimeError(f"the same work failed {MAX_TRIES} times on the actors: {reason_of(error)}") from error
         self._pool.counts["reissued"] += 1
         self._queue.appendleft(lease)
 
@@ -362,27 +350,5 @@ class _Batch:
                 self._pool.restart(flight.replica, f"no result within {limit:.0f} s")
 
 
-def _role(replica: Replica, in_flight: int) -> str:
-    """One word for people."""
-    if replica.state == "dead":
-        return "gone"
-    if replica.state != "ready":
-        return replica.trouble
-    updating = dict.fromkeys(("load", "begin_update", "transfer", "end_update"), "updating")
-    return {**updating, "": "generating" if in_flight else "idle"}.get(replica.called, replica.called)
-
-
-def _is_final(replica: Replica) -> bool:
-    """Whether Ray has given an actor up; asks the cluster, because an error says "died" also while a restart is under way."""
-    try:
-        ray.get(replica.handle.pid.remote(), timeout=RETRY_SECONDS)
-    except ActorDiedError:
-        return True
-    except RayError:
-        return False
-    return False
-
-
-def _reason(error: Exception) -> str:
-    cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {next(iter(str(cause).strip().splitlines()), '')[:300]}"
+def _give_up() -> None:
+    raise ActorsLost("no actor has weights")

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd_rollout.dispatch import Limits, Pool, Replica, ReplicaStatus
+from opd_rollout.actor_states import Limits, Replica, ReplicaStatus
+from opd_rollout.dispatch import ActorsLost, Pool
 from opd_rollout.parity import LogprobGap, logprob_gap
 from opd_rollout.sampling import check_sampling
 from opd_rollout.scoring import view_hash
@@ -29,7 +30,8 @@ NO_GAP = LogprobGap(mean=0.0, max=0.0, num_tokens=0)
 class EngineSettings:
     """chunk: requests of a lease at most. load_seconds: deadline of one weight update. leads: this rank sends the weights. in_flight:
     new weights also reach answers under way (async runner); otherwise those end first. sleeps: actors share the learner's GPUs and sleep while
-    nobody asks them; user: this rank's name among those that do, ATTEMPT/RANK.
+    nobody asks them; user: this rank's name among those that do, ATTEMPT/RANK. resends: nobody changes the learner's weights while answers are
+    written, and this process can send them alone, so actors that come back empty get them at once.
 
     manifest: name -> shape of every weight that the model has; tied: the name of a head that is another weight.
     """
@@ -42,6 +44,7 @@ class EngineSettings:
     leads: bool = True
     in_flight: bool = False
     sleeps: bool = False
+    resends: bool = False
     user: str = ""
     limits: Limits = field(default_factory=Limits)
 
@@ -73,7 +76,8 @@ class VllmEngine:
         self.route = ""  # which way weights come, in words
         self.version, self.last_gap, self.sync_seconds = 0, None, 0.0
         self._parcel = Parcel(stamp=FOLDER_STAMP if model.folder else "", version=0, written=None)
-        self._pool = Pool([Replica(name=name, handle=handle) for name, handle in actors], settings.limits, self._revive, check)
+        self._weights: WeightSource | None = None
+        self._pool = Pool([Replica(name=name, handle=handle) for name, handle in actors], settings.limits, self._revive, check, self._refill)
         self._pool.bring_up()
         self._loads = 0
 
@@ -128,6 +132,7 @@ class VllmEngine:
         if self._settings.leads and parcel.written:
             self._parcel = parcel
         self._transfer.deliver(self._pool, parcel, in_flight=self._settings.in_flight, seconds=self._settings.load_seconds)
+        self._weights = weights
         self._share(None)  # from here on an actor that any rank brings up finds the whole file
         self._parcel, self.version = parcel, weights.version
         self._fly_canary()
@@ -154,12 +159,25 @@ class VllmEngine:
         if self._transfer is not None:
             self._transfer.close()
 
-    def _revive(self, handle: Any) -> Any:
+    def _revive(self, handle: Any) -> tuple[Any, bool]:
+        """The call that brings an actor back, and whether it brings the weights too."""
         parcel = self._parcel
         if not parcel.lasting:
-            LOG.warning("a restarted actor has no weights to load (engine.transfer=nccl keeps no copy); the run goes on without it")
-            return None
-        return handle.revive.remote(self._model, self._runner, parcel.written, parcel.version, parcel.stamp)
+            return handle.open.remote(self._model, self._runner), False
+        return handle.revive.remote(self._model, self._runner, parcel.written, parcel.version, parcel.stamp), True
+
+    def _refill(self) -> None:
+        """The learner's weights once more, into actors that all came back empty. Raises ActorsLost where they may not be sent now."""
+        if self._transfer is None or self._weights is None or not self._settings.resends:
+            raise ActorsLost(
+                "every actor has died and came back without weights, of which this way keeps no copy, and they cannot be sent while several ranks "
+                "or a learner ahead of its answers are at work: run the same command again to go on from the last checkpoint, or use "
+                "engine.transfer=shared_memory, which keeps one"
+            )
+        LOG.warning("every actor came back without weights: version %d is sent again", self.version)
+        parcel = self._transfer.make(self._weights)
+        self._transfer.deliver(self._pool, parcel, in_flight=False, seconds=self._settings.load_seconds)
+        self._parcel = parcel
 
     def _fly_canary(self) -> None:
         """Raises ValueError where an actor answers with another distribution than the learner's, also after a restart."""

@@ -1,4 +1,4 @@
-"""vLLM's weight-transfer protocol over shared memory; imported in every vLLM worker (worker_extension_cls).
+"""vLLM's weight-transfer protocol over shared memory, and over CUDA IPC with plain handles; imported in every vLLM worker (worker_extension_cls).
 
 start -> update (one file a version) -> finish is the life that the NCCL and IPC backends have, layer-wise reload included. Every worker of an
 actor maps the same file; the model's own loaders take its shard and copy it to its device, as they do from a checkpoint.
@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from opd_rollout.shared_memory import Written, read
 from opd_rollout.types import WeightMetadata
 
-BACKEND = "opd_shared_memory"
+BACKEND, IPC_BACKEND = "opd_shared_memory", "opd_ipc"
+PACKED = {0: torch.Tensor, 4: torch.storage.TypedStorage, 5: torch.uint8}  # what of torch's handle of a packed buffer is always the same
 
 
 @dataclass
@@ -76,13 +78,34 @@ def tied_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in shared if hasattr(getattr(module, "quant_method", None), "process_weights_after_loading")]
 
 
+class PlainHandleTransfer(IPCWeightTransferEngine):
+    """vLLM's own receiver over CUDA IPC, for handles that hold no classes: vLLM would unpickle those, if it was told to (see plain_handle)."""
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> IPCWeightTransferUpdateInfo:
+        """Raises ValueError for fields that vLLM does not know."""
+        handles = {gpu: whole_handle(handle) for gpu, handle in update_dict["ipc_handles"].items()}
+        return super().parse_update_info({**update_dict, "ipc_handles": handles})
+
+
+def plain_handle(handle: tuple[Any, ...]) -> list[Any]:
+    """What torch's `reduce_tensor` says of a packed buffer, as numbers, bytes and lists: fit for any transport, nothing to unpickle."""
+    assert all(handle[index] is value for index, value in PACKED.items()), "vLLM packs bytes into a plain tensor"
+    return [None if index in PACKED else list(value) if isinstance(value, tuple) else value for index, value in enumerate(handle)]
+
+
+def whole_handle(plain: list[Any]) -> tuple[Any, ...]:
+    """The arguments of torch's `rebuild_cuda_tensor` again."""
+    return tuple(PACKED.get(index, tuple(value) if isinstance(value, list) else value) for index, value in enumerate(plain))
+
+
 class WorkerExtension:
-    """Its import registers the backend; mixed into vLLM's worker."""
+    """Its import registers the backends; mixed into vLLM's worker."""
 
     def opd_num_parameters(self) -> Any:
         """Parameters of this worker's part of the model, packed ones counted as they are."""
         return sum(parameter.numel() for parameter in self.model_runner.model.parameters())  # type: ignore[attr-defined]
 
 
-if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryTransfer)
+for backend, engine in ((BACKEND, SharedMemoryTransfer), (IPC_BACKEND, PlainHandleTransfer)):
+    if backend not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(backend, engine)

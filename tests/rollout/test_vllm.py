@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from opd_rollout.dispatch import ActorsLost
 from opd_rollout.sampling import request_seed
+from opd_rollout.shared_memory import remove, write
 from opd_rollout.torch_engine import TorchEngine
 from opd_rollout.types import GenerateRequest, Sampling, ScoreRequest
-from opd_rollout.vllm_nccl import Actors
+from opd_rollout.vllm_sending import Actors, TrainerTransfer, Way
 from ray.exceptions import RayActorError
 
 from opd.build.system import actors_of, build_parts
@@ -245,7 +247,7 @@ def test_an_update_in_several_calls_and_an_actor_whose_sender_is_gone(parts):
             parameter.mul_(0.99)
     parts.learner.version = version
     parcel = engine._transfer.make(parts.learner.weights(version))
-    actors = Actors(engine._pool, engine._pool.replicas, 1, 100)
+    actors = Actors(engine._pool, engine._pool.replicas, 1, 100, "NCCL")
     actors.parcel = parcel
     actors.start_weight_update()
     m, asked = parcel.written.metadata, requests(parts)
@@ -265,6 +267,62 @@ def test_an_update_in_several_calls_and_an_actor_whose_sender_is_gone(parts):
     with pytest.raises(RayActorError):
         ray.get(left.open.remote(engine._model, engine._runner), timeout=100)
     assert [c.token_ids for c in engine.generate(asked, sampling(parts))] == [c.token_ids for c in drawn], "a fresh one has the whole version"
+
+
+class FakeTrainer:
+    """vLLM's trainer side, but for what it sends: the workers are given a file, which goes when they have it."""
+
+    def __init__(self, actors, source, folder):
+        self.client, self._source, self._folder, self.sent = actors, source, folder, []
+
+    def send_weights(self):
+        path = self._folder / f"{self.client.parcel.stamp}.weights"
+        written, lock = write(path, self._source.weights.metadata(), self._source.weights.buckets())
+        m = written.metadata
+        self.client.start_weight_update()
+        self.client.update_weights({"path": str(path), "names": list(m.names), "shapes": [list(s) for s in m.shapes], "dtypes": list(m.dtypes)})
+        self.client.finish_weight_update()
+        remove(path, lock)
+        self.sent.append([replica.name for replica in self.client.members])
+
+
+def test_actors_that_come_back_empty_get_the_weights_of_a_transfer_that_keeps_no_copy(parts, monkeypatch, tmp_path):
+    """Real actors, killed: one between two versions, then both with requests in flight."""
+    engine, trainers = parts.engine, []
+
+    def join(actors, source, within, seconds):
+        trainers.append(FakeTrainer(actors, source, tmp_path))
+        return trainers[-1]
+
+    monkeypatch.setattr(engine, "_transfer", TrainerTransfer(Way(how="a fake", link="", join=join), 0, 1, "kept-nowhere"))
+    monkeypatch.setattr(engine, "_settings", replace(engine._settings, resends=True))
+    monkeypatch.setattr(engine, "_parcel", engine._parcel)
+
+    def update():
+        parts.learner.version += 1
+        engine.load_weights(parts.learner.weights(parts.learner.version))
+
+    update()
+    engine._pool.bring_up()  # one that the test before has killed comes back empty
+    update()
+    assert trainers[-1].sent[-1] == ["student-0", "student-1"]
+    victim, joined = pids(parts)[0], len(trainers)
+    os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: not Path(f"/proc/{victim}").exists())
+    update()
+    assert [one.sent for one in trainers[joined:]] == [[["student-1"]]], "another group, of those that are there"
+    engine._pool.bring_up()
+    update()
+    assert trainers[-1].sent[-1] == ["student-0", "student-1"] and victim not in pids(parts)
+    asked = requests(parts, 96)
+    expected = [c.token_ids for c in engine.generate(asked, sampling(parts))]
+    sent, old = len(trainers), pids(parts)
+    drawn, _ = while_generating(parts, asked, lambda: [os.kill(one, signal.SIGKILL) for one in old])
+    assert [c.token_ids for c in drawn] == expected and len(trainers) > sent, "sent once more, and the same requests drawn again"
+    monkeypatch.setattr(engine, "_settings", replace(engine._settings, resends=False))
+    with pytest.raises(ActorsLost, match="came back without weights, .*: run the same command again .*transfer=shared_memory"):
+        engine._refill()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sequence_longer_than_the_engine_and_a_foreign_id_are_refused_before_any_work(parts):

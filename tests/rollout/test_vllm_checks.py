@@ -17,10 +17,10 @@ from opd_rollout.vllm_cluster import ActorPlan, check_given, check_installed, ch
 from opd_rollout.vllm_types import Place
 from transformers import AutoTokenizer, Qwen3Config
 
-from opd.build import devices, system
+from opd.build import actors, devices, system
 from opd.build.actors import check_placement, check_served, learner_gpus, plans
 from opd.build.student import room_for_prompts, smallest_room
-from opd.build.transfers import check_shared_gpu, chosen_transfer
+from opd.build.transfers import check_shared_gpu, chosen_transfer, moment_bytes
 from opd.config.load import load_recipe, parse_recipe
 from opd.objective.terms import SignalNeeds
 from opd.preflight.report import examine
@@ -40,12 +40,24 @@ def recipe(**changes):
         ({"engine.placement": "colocated"}, "here is none: use engine.placement=separate"),
         ({"engine.tensor_parallel": 2}, "but here is no GPU: use 1, and engine.replicas"),
         ({"engine.transfer": "nccl"}, "from GPU to GPU, and here is none: use engine.transfer=shared_memory, or auto"),
+        ({"engine.transfer": "ipc", "engine.placement": "colocated"}, "here is none: use engine.placement=separate"),
         ({"engine.exchange": "/nowhere"}, "/nowhere is no folder; name one in memory"),
     ],
 )
 def test_what_the_machine_lacks(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         check_placement(recipe(**change))
+
+
+@pytest.mark.parametrize("change", [{"engine.transfer": "nccl"}, {"engine.placement": "colocated"}])
+def test_a_learner_that_is_kept_on_the_cpu_cannot_send_from_its_gpu(change, monkeypatch):
+    monkeypatch.setattr(actors.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(ValueError, match="^DS_ACCELERATOR=cpu keeps the learner off the GPUs.*: unset it, or use engine.transfer=shared_memory"):
+        check_placement(recipe(**change))
+    check_placement(recipe())
+    monkeypatch.delenv("DS_ACCELERATOR")
+    check_placement(recipe(**change))
 
 
 @pytest.mark.parametrize("missing", [["ray"], ["vllm"], ["ray", "vllm"]])
@@ -180,6 +192,17 @@ def test_which_way_weights_take(asked, places, way, why):
     assert chosen_transfer(asked, places, Path("/dev/shm"), on_gpus=True, colocated=False) == (way, why)
 
 
+def test_colocated_actors_take_weights_on_the_gpu_where_every_rank_shares_its_own():
+    shared = {"on_gpus": True, "colocated": True, "can_share": True}
+    assert chosen_transfer("auto", [HERE], Path("/dev/shm"), **shared) == ("ipc", "every rank shares its GPU with one of the actors' workers")
+    assert chosen_transfer("auto", [AWAY], Path("/dev/shm"), **shared)[0] == "ipc"
+    for other in ({"can_share": False}, {"whole": False}, {"colocated": False}, {"on_gpus": False}):
+        assert chosen_transfer("auto", [HERE], Path("/dev/shm"), **shared | other) == ("shared_memory", "all actors see /dev/shm")
+    assert chosen_transfer("shared_memory", [HERE], Path("/dev/shm"), **shared)[0] == "shared_memory"
+    with pytest.raises(ValueError, match="sends factors as a file, and the actors at 10.0.0.2 do not see .*, or engine.lora=merged"):
+        chosen_transfer("auto", [AWAY], Path("/dev/shm"), on_gpus=True, colocated=False, whole=False)
+
+
 @pytest.mark.parametrize(
     ("asked", "on_gpus", "colocated", "sentence"),
     [
@@ -199,6 +222,13 @@ def test_a_recipe_with_a_transfer_that_its_layout_excludes_is_refused_at_load():
         colocated(**{"engine.transfer": "nccl"})
     with pytest.raises(ValueError, match="factors alone, as a file: use engine.transfer=shared_memory .*engine.lora=merged"):
         recipe(**{"engine.transfer": "nccl", "engine.lora": "adapters", "model.lora": {"rank": 4}})
+    with pytest.raises(ValueError, match="engine.transfer=ipc sends whole weights.*use engine.transfer=shared_memory .*engine.lora=merged"):
+        colocated(**{"engine.transfer": "ipc", "engine.lora": "adapters", "model.lora": {"rank": 4}})
+    with pytest.raises(ValueError, match="of the GPU that learner and actor share: use engine.placement=colocated, or engine.transfer=nccl .or auto"):
+        recipe(**{"engine.transfer": "ipc"})
+    with pytest.raises(ValueError, match="here are 2 ranks on 1 machines and 1 workers .*make them as many.*use engine.transfer=shared_memory"):
+        colocated(**{"engine.transfer": "ipc", "learner.ranks": 2})
+    colocated(**{"engine.transfer": "ipc", "learner.ranks": 2, "engine.tensor_parallel": 2})
     with pytest.raises(ValueError, match="engine.transfer=nccl is vLLM's, and engine.kind is torch: use engine=vllm, or leave it out"):
         recipe(**{"engine.transfer": "nccl", "engine.kind": "torch"})
 
@@ -218,6 +248,17 @@ def test_a_colocated_actor_that_does_not_fit_beside_the_learner():
     check_shared_gpu(0.5, [(40 * gib, 80 * gib), (60 * gib, 80 * gib)])
     with pytest.raises(ValueError, match=r"wants 68.0 GiB, and beside the learner 40.0 of 80.0 GiB are free: use engine.memory_share=0.48 or less"):
         check_shared_gpu(0.85, [(60 * gib, 80 * gib), (40 * gib, 80 * gib)])
+    said = r"wants 40.0 GiB, and beside the learner 8.0 of 80.0 GiB are free, 32.0 GiB kept for its moments: use engine.memory_share=0.08 or less"
+    with pytest.raises(ValueError, match=said):
+        check_shared_gpu(0.5, [(40 * gib, 80 * gib)], 32 * gib)
+
+
+def test_moments_come_with_the_first_step():
+    """8 bytes a parameter that learns: on every rank, or shared out with ZeRO 1 and with masters, or on the host."""
+    assert moment_bytes(recipe(), 1000, 2) == 8000
+    assert moment_bytes(recipe(**{"learner.zero_stage": 1, "learner.ranks": 2}), 1000, 2) == 4000
+    assert moment_bytes(recipe(**{"model.dtype": "bfloat16"}), 1000, 2) == 4000
+    assert moment_bytes(recipe(**{"learner.zero_stage": 1, "learner.offload": True, "learner.kind": "deepspeed"}), 1000, 2) == 0
 
 
 def test_an_address_where_nothing_or_something_else_listens_is_refused_soon():

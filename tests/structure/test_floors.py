@@ -104,7 +104,7 @@ HOMES = {  # third-party package -> modules that may import it
     "matplotlib": {"opd.comparison", "opd.viewer"},
     "jinja2": {"opd.comparison", "opd.viewer", "opd.diagnosis"},
     "trl": {"opd.comparison.outside"},
-    "ray": {"opd_rollout.vllm", "opd_rollout.weight_sync", "opd_rollout.dispatch", "opd.launcher.driver"},
+    "ray": {"opd_rollout.vllm", "opd_rollout.weight_sync", "opd_rollout.dispatch", "opd_rollout.actor_states", "opd.launcher.driver"},
     "vllm": {"opd_rollout.vllm", "opd_rollout.weight_sync", "opd.launcher.driver"},
 }
 
