@@ -36,8 +36,7 @@ def make_transfer(recipe: Recipe, actors: Sequence[tuple[str, Any]], exchange: P
     Raises ValueError, on all ranks, where the recipe's way cannot work.
     """
     e, colocated = recipe.engine, recipe.engine.placement == "colocated"
-    with tempfile.NamedTemporaryFile(dir=exchange, prefix="opd-probe-") as probe:
-        found = ranks.first(places(actors, probe.name, e.deadline_seconds) if ranks.leads else [])
+    found = ranks.first(_places(actors, exchange, e.deadline_seconds) if ranks.leads else [])  # another machine's ranks may not see the folder
     if colocated and not any(place.is_open for place in found):  # those of an earlier start of the ranks have their memory already
         check_shared_gpu(e.memory_share, ranks.gather(torch.cuda.mem_get_info()), moment_bytes(recipe, trainable, ranks.count))
     can_share = colocated and e.num_gpus == ranks.count and recipe.launch.nodes == 1
@@ -50,6 +49,11 @@ def make_transfer(recipe: Recipe, actors: Sequence[tuple[str, Any]], exchange: P
     }
     backend, name, make = made[way]
     return Sending(transfer=make(), backend=backend, route=f"weights reach {len(actors)} vLLM actor{'s' * (len(actors) > 1)} by {name} ({why})")
+
+
+def _places(actors: Sequence[tuple[str, Any]], exchange: Path, deadline_seconds: float) -> list[Place]:
+    with tempfile.NamedTemporaryFile(dir=exchange, prefix="opd-probe-") as probe:
+        return places(actors, probe.name, deadline_seconds)
 
 
 def _nccl(rank: int, actors_at: Sequence[str], workers: int, attempt: str) -> Transfer:
