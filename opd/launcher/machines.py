@@ -183,7 +183,7 @@ class Leader:
         if said is not None and "end" in said:
             end = End(**said["end"])
             return End(**{**asdict(end), "text": f"machine {number}: {end.text}" if end.kind in ("lost", "failed") else end.text})
-        return End(kind="failed", text=f"machine {number}'s launcher is gone") if line.closed else None
+        return End(kind="failed", text=f"machine {number}'s launcher is gone, or the network to it") if line.closed else None
 
 
 class Follower:
@@ -242,7 +242,7 @@ class Follower:
         raise RunFailed(f"machine 0 does not answer at {self._host}:{self._port} ({last}): start the same command there, with launch.node_rank=0")
 
     def _gone(self) -> str:
-        return "machine 0's launcher is gone"
+        return "machine 0's launcher is gone, or the network to it"
 
 
 @contextmanager
