@@ -40,7 +40,7 @@ class Machines(Protocol):
         ...
 
     def look(self) -> End | None:
-        """How the attempt has ended on another machine, if it has."""
+        """How the attempt has ended on another machine, if it has before its time: ranks that have finished there wait for nobody."""
         ...
 
     def agree(self, end: End, may_restart: bool) -> tuple[End, bool]:
@@ -141,7 +141,7 @@ class Leader:
         for number, line in self._lines.items():
             if number not in self._ends and (end := self._end_of(number, line, 0.0)):
                 self._ends[number] = end
-        return next(iter(self._ends.values()), None)
+        return next((end for end in self._ends.values() if end.kind != "finished"), None)
 
     def agree(self, end: End, may_restart: bool) -> tuple[End, bool]:
         for number, line in self._lines.items():
@@ -217,7 +217,7 @@ class Follower:
     def agree(self, end: End, may_restart: bool) -> tuple[End, bool]:
         assert self._line is not None
         self._line.tell(end=asdict(end))
-        until = time.monotonic() + 2 * ANSWER_SECONDS
+        until = time.monotonic() + max(2 * ANSWER_SECONDS, self._deadline_seconds)  # machine 0's rank may still write a large model
         while (left := until - time.monotonic()) > 0 and not self._line.closed:
             said = self._line.hear(left)
             if said is not None and "verdict" in said:

@@ -165,6 +165,22 @@ def test_the_end_of_one_machine_is_seen_on_the_others(tmp_path):
     assert not agreed[1] and not again
 
 
+def test_a_machine_that_has_finished_first_hurries_nobody(tmp_path):
+    done = End(kind="finished", text="done")
+
+    def first(machine):
+        machine.gather(tmp_path, never)
+        until = time.monotonic() + 1.0
+        seen = [machine.look() for _ in iter(lambda: time.monotonic() < until, False)]
+        return set(seen), machine.agree(done, may_restart=True)
+
+    def second(machine):
+        machine.gather(tmp_path, never)
+        return machine.agree(done, may_restart=True)
+
+    assert Both().run(first, second) == (({None}, (done, False)), (done, False))
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
