@@ -15,7 +15,7 @@ from opd_kernels.tiling import spans
 
 BLOCK = 64
 FINE = 8
-_CANDIDATES_CPU = 1 << 18  # looked at together: what the caches hold
+_CANDIDATES_CPU = 1 << 20  # looked at together
 _CANDIDATES_CUDA = 1 << 24
 _NEG_INF = float("-inf")
 _NO_ID = 2**31 - 1  # stands for "no column" in a merge; larger than any id
@@ -39,11 +39,13 @@ def _topk_of_rows(x: Tensor, k: int, block_max: Tensor | None) -> tuple[Tensor, 
         block_max = block_maxima(x) if block_max is None else block_max
         _, chosen = merge(block_max, torch.arange(blocks, device=x.device).expand_as(block_max), k)
         fine = _inside(chosen, BLOCK // FINE)
+        values = _values(x, chosen, BLOCK)
     else:
         fine = torch.arange(-(-columns // FINE), device=x.device).expand(x.shape[0], -1)
-    values, _ = _gather(x, _inside(fine, FINE))
+        values = _values(x, fine, FINE)
     _, chosen = merge(values.unflatten(1, (-1, FINE)).amax(dim=2), fine, k)
-    return merge(*_gather(x, _inside(chosen, FINE)), k)
+    ids = _inside(chosen, FINE)
+    return merge(_values(x, chosen, FINE), ids if columns % BLOCK == 0 else ids.masked_fill(ids >= columns, _NO_ID), k)
 
 
 def _inside(blocks: Tensor, size: int) -> Tensor:
@@ -51,13 +53,19 @@ def _inside(blocks: Tensor, size: int) -> Tensor:
     return (blocks[:, :, None] * size + torch.arange(size, device=blocks.device)).flatten(1)
 
 
-def _gather(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Values of x at ids, and the ids; those beyond the last column become the worst possible pair."""
-    columns = x.shape[1]
+def _values(x: Tensor, blocks: Tensor, size: int) -> Tensor:
+    """x [C, V] at what lies in blocks [C, B] of `size`, -inf beyond the last column: [C, B * size].
+
+    On the CPU whole blocks are copied where rows divide into them: twice as fast as one by one.
+    """
+    rows, columns = x.shape
+    if columns % BLOCK == 0 and x.is_contiguous() and not x.is_cuda:
+        first = torch.arange(rows).unsqueeze(1) * (columns // size)
+        return x.view(-1, size).index_select(0, (first + blocks).flatten()).view(rows, -1)
+    ids = _inside(blocks, size)
     if columns % BLOCK == 0:
-        return x.gather(1, ids), ids
-    beyond = ids >= columns
-    return x.gather(1, ids.clamp(max=columns - 1)).masked_fill_(beyond, _NEG_INF), ids.masked_fill(beyond, _NO_ID)
+        return x.gather(1, ids)
+    return x.gather(1, ids.clamp(max=columns - 1)).masked_fill_(ids >= columns, _NEG_INF)
 
 
 def block_maxima(x: Tensor) -> Tensor:
