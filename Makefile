@@ -26,6 +26,7 @@ demo-full: $(VENV)/train ## all arms x 5 seeds x both tasks, under 75 minutes on
 words: ## on one GPU, after pip install ".[gpu]": a model of 10 M parameters from scratch, its teacher, then all arms x 5 seeds
 	@python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'no GPU here: docs/tasks.md says how to train a smaller one on a CPU')"
 	opd train recipes/runs/base_words.yaml hardware=gpu1
+	python benchmarks/words_base.py runs/base_words/model
 	opd train recipes/runs/teacher_words.yaml hardware=gpu1
 	opd compare recipes/compare/words.yaml
 

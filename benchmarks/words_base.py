@@ -1,6 +1,8 @@
 """What a base of task words can do: its accuracy on the test split alone and under each kind of hint.
 
-python benchmarks/words_base.py runs/base_words/model [DIFFICULTY] [NUMBER]     # writes benchmarks/results/words_base.json
+python benchmarks/words_base.py runs/base_words/model [DIFFICULTY] [NUMBER]     # writes benchmarks/results/words_base_words.json
+
+Ends with status 1 where the base is no base for a comparison: greedy accuracy alone outside of 20 to 85 %, or sampled under the facts below 85 %.
 """
 
 import json
@@ -20,7 +22,7 @@ from opd.tasks import TASKS
 from opd.tasks.types import with_hint
 from opd.text import chat
 
-OUT = Path("benchmarks/results/words_base.json")
+RESULTS = Path("benchmarks/results")
 WORDS = TASKS["words"]
 HINTS = {"facts": "facts", "solution": "solution", "quantities": "quantities", "answer": "answer", "fact": "feedback"}  # hint -> its template
 
@@ -50,8 +52,11 @@ def main(folder: str, difficulty: str = "standard", number: str = "512") -> None
         "machine": torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores, no GPU",
         "parameters": sum(parameter.numel() for parameter in model.parameters()), "vocabulary": len(tokenizer), "accuracy": rows,
     }  # fmt: skip
-    OUT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"words_{Path(folder).resolve().parent.name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
+    alone, told = rows["alone"]["greedy"], rows["facts"]["sampled"]
+    if not 0.2 <= alone <= 0.85 or told < 0.85:
+        sys.exit(f"no base for a comparison: greedy {alone:.0%} alone (20 to 85), {told:.0%} with the facts (85 and more); see docs/cookbook")
 
 
 if __name__ == "__main__":
