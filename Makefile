@@ -31,7 +31,8 @@ words: ## on one GPU, after pip install ".[gpu]": a model of 10 M parameters fro
 	opd compare recipes/compare/words.yaml
 
 test: $(VENV)/test lint ## every test that needs no GPU, under 40 minutes on 2 cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -m slow
 
 test-fast: $(VENV)/test ## the inner loop, under 3 minutes
 	$(BIN)/python -m pytest -m "not slow" -x -q

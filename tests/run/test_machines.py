@@ -214,12 +214,19 @@ def test_a_stranger_on_the_port_is_not_taken_for_a_machine(tmp_path):
 
     both = Both()
 
+    def first(machine):  # listens by now
+        strangers = threading.Thread(target=stray, args=(both.port,))
+        strangers.start()
+        place = machine.gather(tmp_path, never)
+        strangers.join(timeout=60)
+        return place, strangers.is_alive()
+
     def second(machine):
-        stray(both.port)
+        time.sleep(1.0)
         return machine.gather(tmp_path, never)
 
-    here, there = both.run(lambda machine: machine.gather(tmp_path, never), second)
-    assert here == there
+    here, there = both.run(first, second)
+    assert here == (there, False) and str(there).startswith("tcp://127.0.0.1:")
 
 
 def test_nobody_is_awaited_for_ever(tmp_path):
