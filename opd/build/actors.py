@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from opd_rollout.dispatch import Limits
+from opd_rollout.engine import EngineLost
 from opd_rollout.types import GenerateRequest, Sampling
 from opd_rollout.vllm_cluster import ActorAddress, ActorPlan, check_installed, connect, start_actors
 from opd_rollout.vllm_engine import EngineSettings, VllmEngine
@@ -25,6 +26,7 @@ from opd.build.served import SUPPORT_LIMIT, WHOLE_VOCABULARY, check_served
 from opd.build.student import served_positions, student_path
 from opd.build.transfers import IPC, NCCL, make_transfer
 from opd.config.recipe import Recipe
+from opd.errors import RunFailed
 from opd.launcher.ranks import Ranks
 from opd.launcher.sweep import MARK, marked_processes
 from opd.learner.types import Learner
@@ -105,6 +107,16 @@ def check_placement(recipe: Recipe) -> None:
         raise ValueError("rollout.sampler lets a teacher draw tokens, which vLLM cannot: use engine=torch, or rollout.sampler=student")
 
 
+@contextmanager
+def starting() -> Iterator[None]:
+    """An engine that is lost before the run begins ends the command with a sentence. Raises RunFailed."""
+    try:
+        yield
+    except EngineLost as lost:
+        raise RunFailed(str(lost)) from lost
+
+
+@starting()
 def student_engine(
     recipe: Recipe,
     actors: Actors,
@@ -155,6 +167,7 @@ def adapter_config(recipe: Recipe, model: torch.nn.Module) -> str:
     return json.dumps({**content, "bias": "none", "task_type": "CAUSAL_LM"})
 
 
+@starting()
 def served_teachers(
     recipe: Recipe,
     actors: Actors,
