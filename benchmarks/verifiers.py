@@ -179,7 +179,7 @@ def throughput(golds: list[tuple[str, str]]) -> dict[str, float]:
 
 def main(folder: str, result: str = "", *parts: str) -> None:
     golds = read(Path(folder))
-    found = json.loads(Path(result).read_text(encoding="utf-8")) if parts else {}
+    found = json.loads(Path(result).read_text(encoding="utf-8")) if parts and Path(result).is_file() else {}
     found |= {"machine": f"{os.cpu_count()} cores, no GPU, Python {platform.python_version()}", "date": time.strftime("%Y-%m-%d")}
     measures = {"throughput": lambda: throughput(golds), "agreement": lambda: agreement(golds), "hostile": lambda: under_attack(1000, 100)}
     found |= {part: measures[part]() for part in parts or measures}

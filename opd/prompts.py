@@ -82,14 +82,15 @@ def read_prompts(
     verify: Verifier | None = None,
     repair: frozenset[str] = frozenset(),
     origin: str = "the data",
+    same_texts: bool = False,
 ) -> tuple[list[Prompt], dict[str, int]]:
     """Prompts of (place, record) pairs: GSM8K's {question, answer "... #### 42"}, or {prompt | question, answer, solution ...}.
 
     A prompt is a text or a list of {role, content}. A GSM8K answer gives both the answer 42 and the hint "solution" (the whole text
     without calculator marks); TRL's column privileged_context is the hint "solution". columns: our name -> theirs; names beyond prompt,
     question, answer, id and domain become hints. verify: grades every gold answer; for verifiers that judge a bare answer. repair: what is
-    left out instead of refused: "duplicate", "ungradable", "incomplete" records. Returns the prompts and how many were left out for what.
-    Raises ValueError with the place, and for nothing to read.
+    left out instead of refused: "duplicate", "ungradable", "incomplete" records. same_texts: two records may ask the same, as published
+    suites do. Returns the prompts and how many were left out for what. Raises ValueError with the place, and for nothing to read.
     """
     prompts: list[Prompt] = []
     dropped = dict.fromkeys(sorted(repair), 0)
@@ -107,7 +108,7 @@ def read_prompts(
         if problem:
             continue
         assert prompt is not None
-        first_place |= {key: place for key in _keys(prompt)}
+        first_place |= {key: place for key in _keys(prompt)[: 1 if same_texts else 2]}
         prompts.append(prompt)
     if ungradable:
         raise ValueError(_listed(ungradable, number))

@@ -58,7 +58,7 @@ def suite_exam(name: str, wish: SuiteOptions, model: str, generation_config: Map
     )  # fmt: skip
     verify = make_verifier(suite.data.verifier)
     records = suite_records(suite, path=wish.path, subset=wish.subset, split=wish.split, limit=wish.problems)
-    prompts = read_prompts(records, verify=verify, origin=f"suite {name}")[0]
+    prompts = read_prompts(records, verify=verify, origin=f"suite {name}", same_texts=True)[0]
     notes = []
     if not wish.problems and len(prompts) != suite.problems:
         notes.append(f"{name}: {len(prompts)} problems, where the public suite has {suite.problems}: not comparable with published numbers")

@@ -85,6 +85,16 @@ def test_a_record_of_every_suite_becomes_a_gradable_problem(name, tmp_path):
     assert ("boxed{}" in said) == (name != "livecodebench") and "1 problems, where the public suite has" in exam.notes[0]
 
 
+def test_a_question_that_a_suite_asks_twice_counts_twice(tmp_path):
+    file = tmp_path / "exam.jsonl"
+    file.write_text(2 * (json.dumps(RECORDS["mmlu_pro"][0]) + "\n"))
+    exam = suite_exam("mmlu_pro", SuiteOptions(names=("mmlu_pro",), path=str(file)), "m", {})
+    assert [prompt.id for prompt in exam.prompts] == ["exam-1", "exam-2"] and exam.prompts[0].messages == exam.prompts[1].messages
+    file.write_text(2 * (json.dumps(RECORDS["aime25"][0]) + "\n"))
+    with pytest.raises(ValueError, match="this record has the id of line 1"):
+        suite_exam("aime25", SuiteOptions(names=("aime25",), path=str(file)), "m", {})
+
+
 def test_choices_are_shuffled_by_the_question_alone_and_named_by_letter():
     record = RECORDS["gpqa_diamond"][0]
     letters = set()
