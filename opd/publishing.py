@@ -57,7 +57,7 @@ def publish(run: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> str:
     (out / "opd.json").write_text(json.dumps(public_facts(facts), indent=1) + "\n", encoding="utf-8")
     (out / "README.md").write_text(model_card(repo or folder.name, facts, rows, last_totals(folder), alone), encoding="utf-8")
     if not repo:
-        return f"{out}: weights, tokenizer and model card; push it with repo=OWNER/NAME"
+        return f"{out}: {'adapters' if alone else 'weights'}, tokenizer and model card; push it with repo=OWNER/NAME"
     return f"{out} -> {push(out, repo, private)}"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.build.judge import judge_fingerprint, open_judge
-from opd.config.choices import split_choice
+from opd.config.choices import nearest, split_choice
 from opd.config.recipe import Recipe
 from opd.data.presets import PRESETS, Preset, find_preset
 from opd.data.records import Records, existing_file, on_hub, read_records
@@ -292,6 +292,8 @@ def _exam(name: str) -> list[Prompt]:
         bare = replace(SUITES[name], ask="{question}")  # the request around a question is no part of the exam
         return read_prompts(suite_records(bare), repair=frozenset({"duplicate"}))[0]
     preset = PRESETS.get(name)
+    if preset is None and not Path(name).suffix and not on_hub(name) and not Path(name).exists():
+        raise ValueError(f"data.decontaminate.against: {name!r} is no suite, preset, file or hub name{nearest(name, {*SUITES, *PRESETS})}")
     records = read_records(preset.path, subset=preset.subset, split="test") if preset else read_records(name, split="test")
     return read_prompts(_under_our_names(records, preset) if preset else records, repair=frozenset({"duplicate"}))[0]
 

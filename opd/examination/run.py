@@ -149,6 +149,8 @@ def plan_line(exam: Exam, d: Decoding) -> str:
 def result_line(row: Mapping[str, Any]) -> str:
     """One evaluation for people: means with 95 % intervals over problems, cut answers, and the difference that can be seen."""
     k, (best, worst) = row["k"], row["resolves"]
+    if not row["n_problems"]:
+        return f"{row['suite']} {row['split']}, {row['decoding']}: none of {row['unjudged']} answers was judged (the verifier abstained or failed)"
 
     def figure(name: str, interval: str) -> str:
         low, high = row[interval]

@@ -1,6 +1,8 @@
 """What a run's end says: how accurate the model has become, where it is, and what to look at next."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from opd.run.folder import read_lines
 
@@ -11,10 +13,14 @@ def summary(folder: Path) -> str:
     dev = [row for row in rows if row["split"] == "dev"]
     said = [f"run folder: {folder}"]
     if len(dev) > 1:
-        said.append(f"accuracy on dev: {dev[0]['avg@k']:.1%} at step {dev[0]['step']}, {dev[-1]['avg@k']:.1%} at step {dev[-1]['step']}")
-    tests = {row["decoding"]: row["avg@k"] for row in rows if row["split"] == "test"}
+        said.append(f"accuracy on dev: {_share(dev[0])} at step {dev[0]['step']}, {_share(dev[-1])} at step {dev[-1]['step']}")
+    tests = {row["decoding"]: _share(row) for row in rows if row["split"] == "test"}
     if tests:
-        said.append("accuracy on test: " + ", ".join(f"{value:.1%} {decoding}" for decoding, value in tests.items()))
+        said.append("accuracy on test: " + ", ".join(f"{share} {decoding}" for decoding, share in tests.items()))
     if (folder / "model").is_dir():
         said.append(f"model: {folder / 'model'} (a Hugging Face folder); next: opd inspect {folder}, opd eval {folder}, opd publish {folder}")
     return "\n".join(said)
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    return f"{row['avg@k']:.1%}" if row.get("n_problems", 1) else "no answer judged"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from opd.accuracy import summarise
 from opd.build.problems import load_problems
 from opd.cli import main
 from opd.config.load import load_recipe
@@ -17,6 +18,7 @@ from opd.data.suites import SUITES, find_suite, suite_record
 from opd.examination import run as examination
 from opd.examination.exams import suite_exam
 from opd.examination.options import SuiteOptions, parse_options
+from opd.run.ending import summary
 from opd.types import Prompt
 from opd.verify import judge, read_answer
 
@@ -263,5 +265,15 @@ def test_training_prompts_of_a_suite_are_found_by_its_name(tmp_path, monkeypatch
     records = [{"question": question.upper(), "answer": "3"}, *({"question": f"{n} + {n}", "answer": str(2 * n)} for n in range(9))]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     changes = {"data.path": str(file), "data.decontaminate": {"against": ["aime25"]}, "eval.num_problems": 0, "eval.final_problems": 0}
+    with pytest.raises(ValueError, match="against: 'aime52' is no suite, preset, file or hub name .did you mean 'aime2"):
+        load_problems(load_recipe("sft", changes | {"data.decontaminate": {"against": ["aime52"]}}), None)
     problems = load_problems(load_recipe("sft", changes), None)
     assert len(problems.train) == 9 and any("1 of 10 prompts share 13 words in a row with aime25" in note for note in problems.notes)
+
+
+def test_answers_that_nobody_judged_are_no_accuracy_of_zero(tmp_path):
+    row = summarise([{"problem": "p", "status": "abstain", "length": 1, "finish": "stop", "correct": False, "answer": ""}] * 3, 3)
+    row |= {"suite": "own", "split": "test", "decoding": "greedy", "step": 1}
+    assert examination.result_line(row) == "own test, greedy: none of 3 answers was judged (the verifier abstained or failed)"
+    (tmp_path / "eval.jsonl").write_text(json.dumps(row) + "\n")
+    assert "accuracy on test: no answer judged greedy" in summary(tmp_path)

@@ -55,7 +55,8 @@ def test_the_folder_loads_with_adapters_merged_and_the_card_says_what_was_done(r
 
 def test_the_adapter_alone_on_its_base_is_the_merged_model(run, tmp_path):
     out = tmp_path / "adapter"
-    publishing.publish(str(run), {"adapter": True, "out": str(out)})
+    said = publishing.publish(str(run), {"adapter": True, "out": str(out)})
+    assert said == f"{out}: adapters, tokenizer and model card; push it with repo=OWNER/NAME"
     assert not list(out.glob("model*")) and not (out / "config.json").exists()
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "expr-base"
     base = AutoModelForCausalLM.from_pretrained(ROOT / "models/expr-base")
