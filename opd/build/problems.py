@@ -21,7 +21,7 @@ from opd.prompts import PromptStream, judged_record, read_prompts, shuffled_stre
 from opd.tasks import TASKS
 from opd.tasks.types import task_corpus
 from opd.types import Prompt, Verifier
-from opd.verify import adapted, gold_choice, make_verifier, reads_of, version_of
+from opd.verify import adapted, gold_choice, gold_problem, make_verifier, reads_of, version_of
 from opd.verify.cache import VerdictCache, cached
 from opd.views import TEMPLATES
 
@@ -65,12 +65,17 @@ def _embedded(recipe: Recipe, verifier: Callable[..., Any] | None) -> Problems:
     data, ev = recipe.data, recipe.eval
     stream = task_stream(data.task, data.split, recipe.seed, data.difficulty)
     task = TASKS[data.task]
+    train = list(islice(task.prompts(data.split, recipe.seed, data.difficulty or task.difficulties[0]), CHECKED_PROMPTS))
+    choice = "task" if data.verifier == "auto" else data.verifier
+    graded = None if verifier else gold_choice(choice)
+    if graded is not None and (problem := gold_problem(make_verifier(graded), train[0])):
+        raise ValueError(f"data.verifier: {graded!r} does not accept the task's own answers ({problem}); leave data.verifier out for the task's own")
     return Problems(
         stream=stream,
-        train=list(islice(task.prompts(data.split, recipe.seed, data.difficulty or task.difficulties[0]), CHECKED_PROMPTS)),
+        train=train,
         dev=task_prompts(data.task, "dev", ev.num_problems, difficulty=data.difficulty),
         test=task_prompts(data.task, "test", ev.final_problems, difficulty=data.difficulty),
-        verify=_verifier(recipe, "task" if data.verifier == "auto" else data.verifier, verifier),
+        verify=_verifier(recipe, choice, verifier),
         templates=task.templates,
         corpus=lambda: task_corpus(task, data.difficulty),
         suite=data.task,

@@ -90,6 +90,7 @@ KINDS = {
         "no such run": (EXPR, {"init": "runs/none"}, "init: runs/none is no run folder"),
         "a shape that cannot be": (EXPR, {"model.path": "", "model.shape": {"hiden_size": 3}}, "did you mean 'hidden_size'"),
         "a gold answer that does not parse": (EXPR, FILE | {"data.path": "bad_gold.jsonl"}, "bad_gold.jsonl:2: the gold answer '((((' cannot be"),
+        "a verifier of other answers": (EXPR, {"data.verifier": "code"}, "data.verifier: 'code' does not accept the task's own answers"),
         "a missing column": (EXPR, FILE | {"data.path": "no_answer.jsonl"}, "no_answer.jsonl:1: the record has no answer"),
         "not JSON": (EXPR, FILE | {"data.path": "not_json.jsonl"}, "not_json.jsonl:1: malformed JSON"),
         "too few records": (EXPR, FILE, "cannot hold out"),
