@@ -295,10 +295,10 @@ def make_guard(recipe: Recipe) -> RunGuard | None:
 
 def readers(recipe: Recipe, parts: Parts, ranks: Ranks) -> Readers:
     """Who fills in the top-k lists of a samples file; with several ranks only those who can score without the other ranks."""
-    shared = {name for name, signal in recipe.signals.items() if parse_weights(name, signal.weights)[0] in ("live", "ema")}
-    teachers = {name: weights.scores for name, weights in parts.scorer.weights.items() if ranks.count == 1 or name not in shared}
-    alone = ranks.count == 1 or not is_sharded(recipe)
-    return Readers(student=partial(parts.learner.teacher_pass, weights="live") if alone else None, teachers=teachers)
+    alone, own = ranks.count == 1, ("live", "ema", *(("frozen",) if recipe.model.lora else ()))  # frozen: the student without its adapters
+    shared = {name for name, signal in recipe.signals.items() if parse_weights(name, signal.weights)[0] in own}
+    teachers = {name: weights.scores for name, weights in parts.scorer.weights.items() if alone or name not in shared}
+    return Readers(student=partial(parts.learner.teacher_pass, weights="live") if alone or not is_sharded(recipe) else None, teachers=teachers)
 
 
 def examine(

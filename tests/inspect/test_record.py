@@ -1,11 +1,15 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fake_samples import WORDS, WordTokenizer, fake_contexts, fake_sample
 
+from opd.api import readers
+from opd.config.load import parse_recipe
+from opd.launcher.ranks import ALONE
 from opd.viewer.record import Readers, sample_record, write_samples
 
 
@@ -91,3 +95,14 @@ def test_readers_fill_in_what_the_step_did_not_need(tmp_path):
         tmp_path / "k.jsonl", 1, [kept], tokenizer=WordTokenizer(), num_samples=1, contexts=lambda judged: {"main": [(7, 8)]}, readers=readers
     )
     assert len(asked) == 2  # the step had both lists already
+
+
+def test_a_rank_reads_alone_only_what_it_has_alone():
+    """Under ZeRO 3 a pass of the student is of all ranks together, and so is one of its own adapter-free weights: rank 0 would wait for ever."""
+    parts = SimpleNamespace(learner=SimpleNamespace(teacher_pass=print), scorer=SimpleNamespace(weights={"main": SimpleNamespace(scores=abs)}))
+    keys = {"method": "opsd", "data": {"task": "expr"}, "learner": {"kind": "deepspeed", "zero_stage": 3, "ranks": 2}, "model": {"shape": {}}}
+    two = SimpleNamespace(count=2)
+    copied, adapted = parse_recipe(keys), parse_recipe({**keys, "model": {"shape": {}, "lora": {"rank": 4}}})
+    assert readers(copied, parts, two) == Readers(student=None, teachers={"main": abs})
+    assert readers(adapted, parts, two) == Readers(student=None, teachers={})
+    assert readers(adapted, parts, ALONE).teachers == {"main": abs}

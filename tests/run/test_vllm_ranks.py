@@ -18,6 +18,7 @@ from pytest import approx
 from tests.run.launched import NEWEST, TINY, finish, kill, lines, opd, start, started_in, survivors, wait_for
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}  # the smallest that vLLM runs
 FEWER = "lower engine.replicas or free some"
 CHANGES = {
@@ -63,6 +64,21 @@ def test_two_ranks_over_one_actor_train_as_one(tmp_path, alone, stage):
         assert two["loss/total"] == approx(one["loss/total"], rel=1e-3, abs=1e-6)
         assert two["tokens/student"] == one["tokens/student"] and two["tokens/learner"] == one["tokens/learner"]
         assert two["engine_gap_nats"] < 1e-4  # the second step's answers came from the first step's weights
+    assert survivors(tmp_path) == [] and list((tmp_path / "weights").iterdir()) == []
+
+
+def test_two_ranks_send_lora_factors_alone_whole_or_partitioned(tmp_path):
+    """The base model's folder and rank 4: ZeRO 3 gathers the factors, ZeRO 0 has them; the actor becomes the learner in both, by the same steps."""
+    found = []
+    for stage in (0, 3):
+        words = train(tmp_path, f"name=zero-{stage}", "learner.ranks=2", f"learner.zero_stage={stage}", "engine.lora=adapters", "model.lora.rank=4")
+        code, said = opd(tmp_path, *words, f"model.path={ROOT / 'models/expr-base'}", "model.shape=null", "optimizer.lr=0.02")
+        assert code == 0, said
+        found.append(lines(tmp_path / f"runs/zero-{stage}/metrics.jsonl"))
+    for whole, parted in zip(*found, strict=True):
+        assert parted["loss/total"] == approx(whole["loss/total"], rel=1e-3, abs=1e-5)
+        assert parted["tokens/student"] == whole["tokens/student"] and max(whole["engine_gap_nats"], parted["engine_gap_nats"]) < 1e-4
+    assert found[0][1]["grad_norm"] > 0, "the factors moved between the versions"
     assert survivors(tmp_path) == [] and list((tmp_path / "weights").iterdir()) == []
 
 
