@@ -48,7 +48,7 @@ KINDS = {
     "int_parsing": "must be a whole number", "int_type": "must be a whole number", "int_from_float": "must be a whole number",
     "float_parsing": "must be a number", "float_type": "must be a number", "finite_number": "must be a finite number",
     "bool_parsing": "must be true or false", "bool_type": "must be true or false", "string_type": "must be a text",
-    "list_type": "must be a list, e.g. [a, b]", "tuple_type": "must be a list, e.g. [a, b]", "dict_type": "must be a mapping, {key: value}",
+    "list_type": "must be a list, e.g. [a, b]", "tuple_type": "must be a list, e.g. [a, b]", "dict_type": "must be a mapping, {{key: value}}",
     "greater_than": "must be above {gt}", "greater_than_equal": "must be at least {ge}", "less_than": "must be below {lt}",
     "less_than_equal": "must be at most {le}", "multiple_of": "must be a multiple of {multiple_of}", "literal_error": "must be one of {expected}",
     "too_short": "must have at least {min_length}", "too_long": "must have at most {max_length}",

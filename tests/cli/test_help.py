@@ -49,6 +49,7 @@ CASES = [
     ("train opsd_expr --steps=5", ["write steps=5"]),
     ("train --steps 5 opsd_expr", ["write steps=5"]),
     ("train opsd_expr model.lora=true", ["model.lora: must be a mapping of keys, e.g. {rank: 8} (found True)"]),
+    ("train opsd_expr model.shape=null", ["model.shape: must be a mapping, {key: value} (found None)"]),
     ("train opsd_expr model.dtype=fp16", ["model.dtype: must be one of 'float32' or 'bfloat16' (found 'fp16')"]),
     ("train opsd_expr steps=many", ["steps: must be a whole number (found 'many')"]),
     ("train recipes/compare/demo.yaml", ["comparison of several runs: use opd compare recipes/compare/demo.yaml"]),
