@@ -18,7 +18,7 @@ import pytest
 import ray
 import torch
 from opd_rollout.dispatch import ActorsLost
-from opd_rollout.sampling import request_seed
+from opd_rollout.sampling import request_seed, truncate
 from opd_rollout.shared_memory import remove, write
 from opd_rollout.torch_engine import TorchEngine
 from opd_rollout.types import GenerateRequest, Sampling, ScoreRequest
@@ -68,6 +68,18 @@ def test_log_probs_are_the_learners_and_greedy_tokens_the_torch_engines(parts):
     near = TorchEngine(parts.learner.policy.model, pad_id=0, token_budget=4096)
     greedy = [engine.generate(asked, sampling(parts, temperature=0.0)) for engine in (parts.engine, near)]
     assert [c.token_ids for c in greedy[0]] == [c.token_ids for c in greedy[1]]
+
+
+def test_log_probs_are_those_of_the_distribution_that_was_sampled(parts):
+    """Heated, then cut to the likeliest ids: what vLLM returns is the log-prob after both."""
+    asked, cut = requests(parts, 6), {"temperature": 0.7, "top_p": 0.8, "top_k": 5}
+    model = parts.learner.policy.model
+    for request, drawn in zip(asked, parts.engine.generate(asked, sampling(parts, **cut)), strict=True):
+        ids = torch.tensor([request.prompt_ids + drawn.token_ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1]
+        wanted = truncate((logits / 0.7).log_softmax(dim=-1), top_p=0.8, top_k=5).gather(1, ids[0, len(request.prompt_ids) :, None])[:, 0]
+        assert torch.allclose(wanted, drawn.logprobs, atol=1e-4, rtol=0)
 
 
 def test_seeds_decide_and_order_is_kept(parts):
