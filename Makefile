@@ -34,8 +34,8 @@ test: $(VENV)/test lint ## every test that needs no GPU, under 40 minutes on 2 c
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 	$(BIN)/python -m pytest -m slow
 
-test-fast: $(VENV)/test ## the inner loop, under 3 minutes
-	$(BIN)/python -m pytest -m "not slow" -x -q
+test-fast: $(VENV)/test ## the inner loop, under 3 minutes on 2 cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not thorough" -x -q
 
 lint: $(VENV)/test ## ruff and pyright
 	$(BIN)/ruff check .

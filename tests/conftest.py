@@ -22,3 +22,26 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     free = shutil.disk_usage(folder).free / 2**30
     if free < FREE_GIB:
         pytest.exit(f"{folder} has {free:.1f} GiB free, and the tests need {FREE_GIB}; make room, or set TMPDIR to another folder", returncode=2)
+
+
+THOROUGH = (
+    "compare/test_runner.py",
+    "kernels/test_head_",
+    "kernels/test_memory.py",
+    "kernels/test_triton_",
+    "kernels/test_vocab_parallel.py",
+    "learner/test_checkpoint.py",
+    "learner/test_learners.py",
+    "learner/test_no_dense_logits.py",
+    "learner/test_ranks.py",
+    "run/test_faults.py",
+    "run/test_methods.py",
+    "run/test_variants.py",
+)
+"""Many short tests that take two thirds of the time together: every method, learner and interpreted kernel. `make test-fast` leaves them out."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(THOROUGH):
+            item.add_marker(pytest.mark.thorough)

@@ -131,9 +131,11 @@ class ProcessEngine:
             for attempt in range(self._restarts + 1):
                 try:
                     return self._exchange(message)
-                except (EOFError, ConnectionError) as lost:
+                except (EOFError, OSError, TypeError, ValueError) as lost:  # the last three: of a pipe that `close` shut in the midst of a look
                     if self._closed:
                         raise GeneratorLost("the engine is closed") from lost
+                    if not isinstance(lost, EOFError | ConnectionError):
+                        raise
                     reason, code = str(lost) or "its pipe closed", self._process.exitcode
                     if attempt < self._restarts:
                         self._revive(always=True)
