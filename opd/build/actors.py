@@ -92,8 +92,6 @@ def check_placement(recipe: Recipe) -> None:
     e, has_gpus = recipe.engine, torch.cuda.is_available()
     if e.placement == "colocated" and not has_gpus:
         raise ValueError("engine.placement=colocated shares a GPU between learner and actors, and here is none: use engine.placement=separate")
-    if e.tensor_parallel > 1 and not has_gpus:
-        raise ValueError(f"engine.tensor_parallel is {e.tensor_parallel}, but here is no GPU: use 1, and engine.replicas for more actors")
     if e.transfer in (NCCL, IPC) and not has_gpus:
         raise ValueError(f"engine.transfer={e.transfer} sends from GPU to GPU, and here is none: use engine.transfer=shared_memory, or auto")
     if os.environ.get("DS_ACCELERATOR") == "cpu" and (e.transfer in (NCCL, IPC) or e.placement == "colocated"):

@@ -18,7 +18,7 @@ class Engine(Frozen):
     token_budget: Positive = Field(default=32768, description="tokens (rows x longest, cache included) held at once while generating")
     audit_nats: float = Field(default=0.01, gt=0, description="largest mean |log-prob difference| between engine and learner at start, nats")
     replicas: Positive = Field(default=1, description="engines that share out a step's prompts (kinds process and vllm)")
-    tensor_parallel: Positive = Field(default=1, description="GPUs that share one actor's model")
+    tensor_parallel: Positive = Field(default=1, description="GPUs that share one actor's model; processes, where there are none")
     mode: Literal["auto", "async", "offline"] = Field(
         default="auto", description="async: vLLM in its own process, can pause in mid-answer; offline: in the actor; auto: async on GPUs or ahead"
     )

@@ -38,7 +38,6 @@ def recipe(**changes):
     ("change", "sentence"),
     [
         ({"engine.placement": "colocated"}, "here is none: use engine.placement=separate"),
-        ({"engine.tensor_parallel": 2}, "but here is no GPU: use 1, and engine.replicas"),
         ({"engine.transfer": "nccl"}, "from GPU to GPU, and here is none: use engine.transfer=shared_memory, or auto"),
         ({"engine.transfer": "ipc", "engine.placement": "colocated"}, "here is none: use engine.placement=separate"),
         ({"engine.exchange": "/nowhere"}, "/nowhere is no folder; name one in memory"),

@@ -67,6 +67,16 @@ def test_two_ranks_over_one_actor_train_as_one(tmp_path, alone, stage):
     assert survivors(tmp_path) == [] and list((tmp_path / "weights").iterdir()) == []
 
 
+def test_two_workers_that_share_a_model_write_and_learn_as_one(tmp_path, alone):
+    """tensor_parallel without a GPU: every worker takes its shard of the weights out of the file."""
+    code, said = opd(tmp_path, *train(tmp_path, "name=run", "engine.tensor_parallel=2"))
+    assert code == 0, said
+    for one, two in zip(alone, lines(tmp_path / "runs/run/metrics.jsonl"), strict=True):
+        assert two["loss/total"] == approx(one["loss/total"], rel=1e-3, abs=1e-6)
+        assert two["tokens/student"] == one["tokens/student"] and two["engine_gap_nats"] < 1e-4
+    assert survivors(tmp_path) == [] and list((tmp_path / "weights").iterdir()) == []
+
+
 def test_two_ranks_send_lora_factors_alone_whole_or_partitioned(tmp_path):
     """The base model's folder and rank 4: ZeRO 3 gathers the factors, ZeRO 0 has them; the actor becomes the learner in both, by the same steps."""
     adapted, found = {"model": {"path": str(ROOT / "models/expr-base"), "lora": {"rank": 4}}}, []
