@@ -32,7 +32,8 @@ words: ## on one GPU, after pip install ".[gpu]": a model of 10 M parameters fro
 
 test: $(VENV)/test lint ## every test that needs no GPU, under 40 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow tests/docs tests/objective
+	$(BIN)/python -m pytest -m slow --ignore tests/docs --ignore tests/objective
 
 test-fast: $(VENV)/test ## the inner loop, under 3 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not thorough" -x -q
