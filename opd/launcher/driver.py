@@ -172,7 +172,7 @@ def start_ranks(recipe: Recipe, order: Mapping[str, Any], scratch: Path) -> list
     local, nodes = recipe.learner.ranks, recipe.launch.nodes
     first, count = recipe.launch.node_rank * local, local * nodes
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // local))
-    interface = ("lo" if sys.platform == "linux" else None) if nodes == 1 else interface_to(master_address(recipe.launch.master)[0])
+    interface = interface_of(recipe)
     children = []
     for place in range(local):
         ours, theirs = socket.socketpair()
@@ -195,6 +195,13 @@ def start_ranks(recipe: Recipe, order: Mapping[str, Any], scratch: Path) -> list
     return children
 
 
+def interface_of(recipe: Recipe) -> str | None:
+    """The network interface over which this machine's ranks meet the others; None: whatever gloo takes."""
+    if recipe.launch.nodes == 1:
+        return "lo" if sys.platform == "linux" else None
+    return os.environ.get("GLOO_SOCKET_IFNAME") or interface_to(master_address(recipe.launch.master)[0])
+
+
 def environment(place: int, rank: int, count: int, interface: str | None) -> dict[str, str]:
     """What torch, DeepSpeed and CUDA read; each rank sees one GPU, where there are any.
 
@@ -205,7 +212,7 @@ def environment(place: int, rank: int, count: int, interface: str | None) -> dic
     if num_gpus() and os.environ.get("DS_ACCELERATOR") != "cpu":
         found["CUDA_VISIBLE_DEVICES"] = given[place] if given else str(place)
     if interface is not None:
-        found["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME") or interface
+        found["GLOO_SOCKET_IFNAME"] = interface
     return found
 
 

@@ -26,6 +26,7 @@ POLL_SECONDS = 0.2
 ANSWER_SECONDS = 120.0  # for another machine to end its ranks and say how they ended
 HELLO_SECONDS = 10.0
 LONGEST_LINE = 1 << 20
+MACHINE_0_GONE = "machine 0's launcher is gone, or the network to it"
 ORDER = ("input", "skipped", "paused", "preempted", "lost", "failed", "finished")  # which of several ends explains the others
 
 
@@ -205,14 +206,14 @@ class Follower:
                 raise ValueError(f"{said['refused']}; run the same command on every machine, with its own launch.node_rank")
             if said is not None and "store" in said:
                 return str(said["store"])
-        raise RunFailed(self._gone() if self._line.closed else f"machine 0 waits for others (launch.deadline_seconds={self._deadline_seconds:g})")
+        raise RunFailed(MACHINE_0_GONE if self._line.closed else f"machine 0 waits for others (launch.deadline_seconds={self._deadline_seconds:g})")
 
     def look(self) -> End | None:
         assert self._line is not None
         said = self._line.hear(0.0)
         if said is not None and "over" in said:
             return End(kind="lost", text="the ranks of another machine have ended", restartable=True, caused=True)
-        return End(kind="failed", text=self._gone()) if self._line.closed else None
+        return End(kind="failed", text=MACHINE_0_GONE) if self._line.closed else None
 
     def agree(self, end: End, may_restart: bool) -> tuple[End, bool]:
         assert self._line is not None
@@ -222,7 +223,7 @@ class Follower:
             said = self._line.hear(left)
             if said is not None and "verdict" in said:
                 return End(**said["verdict"]), said["again"]
-        return joint([end, End(kind="failed", text=self._gone())]), False
+        return joint([end, End(kind="failed", text=MACHINE_0_GONE)]), False
 
     def close(self) -> None:
         if self._line is not None:
@@ -240,10 +241,6 @@ class Follower:
                 last = error
             time.sleep(POLL_SECONDS)
         raise RunFailed(f"machine 0 does not answer at {self._host}:{self._port} ({last}): start the same command there, with launch.node_rank=0")
-
-    def _gone(self) -> str:
-        return "machine 0's launcher is gone, or the network to it"
-
 
 @contextmanager
 def machines_of(recipe: Recipe) -> Iterator[Machines]:

@@ -13,6 +13,7 @@ from pytest import approx
 
 from opd.config.load import parse_recipe
 from opd.errors import Preempted, RunFailed
+from opd.launcher.driver import interface_of
 from opd.launcher.machines import Alone, Line, free_port, interface_to, joint, machines_of, master_address
 from opd.launcher.watch import End
 from tests.run.launched import TINY, finish, kill, lines, opd, start, status, survivors, wait_for
@@ -257,8 +258,11 @@ def test_a_name_that_means_another_machine_on_each_is_refused(monkeypatch):
     assert master_address("localhost:29500") == ("127.0.1.1", 29500)
 
 
-def test_gloo_is_told_the_interface_that_leads_to_machine_0():
-    assert interface_to("127.0.0.1") == "lo"
+def test_gloo_is_told_the_interface_that_leads_to_machine_0(monkeypatch):
+    assert interface_to("127.0.0.1") == "lo" == interface_of(recipe_of(0, 29500))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    assert interface_of(recipe_of(0, 29500)) == "ib0"
+    assert interface_of(parse_recipe(TINY)) == "lo"  # ranks of one machine never leave it
 
 
 def test_what_explains_the_other_ends_is_the_end():
