@@ -2,7 +2,8 @@
 
 A row's blocks of 64 columns are ranked by (maximum, lowest index first). Every element outside the first k blocks is beaten by one
 element in each of those k blocks, so only k * 64 columns are looked at; the same again with blocks of 8 among them. Equal values are
-settled by keys that hold value and id; on the CPU, where looking costs little, only if there are any.
+settled by keys that hold value and id. On the CPU, where looking costs little, that is done only where they leave open which are the k
+largest; elsewhere any groups of columns will do in the place of blocks.
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ from opd_kernels.tiling import spans
 
 BLOCK = 64
 FINE = 8
+_GROUP = 4
 _CANDIDATES_CPU = 1 << 20  # looked at together
 _CANDIDATES_CUDA = 1 << 24
 _NEG_INF = float("-inf")
@@ -38,8 +40,11 @@ def _topk_of_rows(x: Tensor, k: int, block_max: Tensor | None) -> tuple[Tensor, 
     if blocks > k:
         block_max = block_maxima(x) if block_max is None else block_max
         _, chosen = merge(block_max, torch.arange(blocks, device=x.device).expand_as(block_max), k)
-        fine = _inside(chosen, BLOCK // FINE)
         values = _values(x, chosen, BLOCK)
+        largest = None if x.is_cuda else _largest(values, k)
+        if largest is not None:
+            return merge(values.gather(1, largest), chosen.gather(1, largest // BLOCK) * BLOCK + largest % BLOCK, k)
+        fine = _inside(chosen, BLOCK // FINE)
     else:
         fine = torch.arange(-(-columns // FINE), device=x.device).expand(x.shape[0], -1)
         values = _values(x, fine, FINE)
@@ -78,16 +83,39 @@ def block_maxima(x: Tensor) -> Tensor:
 
 def merge(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of (value, id) pairs [C, M] by value, then by lowest id; ids below 2^31, in any order."""
-    if not values.is_cuda and values.shape[1] > k:
-        top = values.topk(k + 1, dim=1)
-        if bool((top.values[:, :-1] > top.values[:, 1:]).all()):  # no two values are equal (or NaN): ids decide nothing
-            return top.values[:, :k], ids.gather(1, top.indices[:, :k])
+    if not values.is_cuda:
+        if values.shape[1] > k and (largest := _largest(values, k)) is not None:
+            values, ids = values.gather(1, largest), ids.gather(1, largest)
+        if values.shape[1] == k and bool((values[:, :-1] > values[:, 1:]).all()):
+            return values, ids
     if values.dtype == torch.float64:
         by_id = ids.argsort(dim=1, stable=True)
         order = by_id.gather(1, values.gather(1, by_id).argsort(dim=1, stable=True, descending=True)[:, :k])
     else:
         order = _sort_keys(values, ids).topk(k, dim=1).indices
     return values.gather(1, order), ids.gather(1, order)
+
+
+def _largest(values: Tensor, k: int) -> Tensor | None:
+    """Positions [C, k] of the k < M largest of [C, M], descending, or None where equal values (or NaN) leave open which those are.
+
+    A search takes time by the values that it looks at: the k best of M / 4 groups come first, by their maxima, and then those inside them.
+    """
+    groups, positions = values.shape[1] // _GROUP, None
+    if groups > k and 3 * groups * _GROUP > 2 * (groups + _GROUP * k):
+        whole = groups * _GROUP
+        best = _largest(values[:, :whole].unflatten(1, (_GROUP, groups)).amax(dim=1), k)
+        if best is None:
+            return None
+        positions = (best.unsqueeze(1) + groups * torch.arange(_GROUP).unsqueeze(1)).flatten(1)
+        if whole < values.shape[1]:
+            positions = torch.cat([positions, torch.arange(whole, values.shape[1]).expand(values.shape[0], -1)], dim=1)
+        values = values.gather(1, positions)
+    top = values.topk(k + 1, dim=1)
+    if not bool((top.values[:, k - 1] > top.values[:, k]).all()):
+        return None
+    best = top.indices[:, :k]
+    return best if positions is None else positions.gather(1, best)
 
 
 def _sort_keys(values: Tensor, ids: Tensor) -> Tensor:
