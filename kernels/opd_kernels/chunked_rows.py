@@ -26,7 +26,8 @@ from opd_kernels.types import LogitOptions, LossFn, SelectedLogprobs, TopkLogpro
 class RowChunks:
     """Scratch for whole rows of `rows` tokens. Products are as wide as they can be; elementwise work goes a few rows at a time.
 
-    columns: of one product of a gradient, all of them unless the weight must be cast first. filled: of one product of logits. inner: rows
+    columns: of one product of a gradient, all of them unless the weight must be cast first. filled: of one product of logits, a multiple of
+    the blocks of `topk` unless it is all of them. inner: rows
     that are worked on together. tiles: two areas of `inner` rows.
     """
 
@@ -51,10 +52,15 @@ def row_chunks(head: Projection, copies: int = 1, most: int | None = None) -> Ro
     return RowChunks(rows=rows, columns=columns, filled=filled, inner=inner, logits=Scratch(rows * head.columns, copies, head), tiles=tiles)
 
 
-def fill(rows_x: Tensor, head: Projection, chunks: RowChunks) -> None:
-    """Writes the logits of all columns into rows_x [C, V]."""
+def fill(rows_x: Tensor, head: Projection, chunks: RowChunks, *, with_maxima: bool = False) -> Tensor:
+    """Writes the logits of all columns into rows_x [C, V]; returns the maxima of their blocks, read while the caches hold them, or [C, 0]."""
+    maxima = [rows_x.new_empty(rows_x.shape[0], 0)]
     for columns in spans(head.columns, chunks.filled):
-        logits_into(rows_x[:, columns], head, slice(0, rows_x.shape[0]), head.weight_tile(columns.start, columns.stop), columns.start)
+        x = rows_x[:, columns]
+        logits_into(x, head, slice(0, rows_x.shape[0]), head.weight_tile(columns.start, columns.stop), columns.start)
+        if with_maxima:
+            maxima.append(block_maxima(x))
+    return torch.cat(maxima, dim=1)
 
 
 def add_gradients(sums: GradientSums, dlogits: Tensor, head: Projection, chunks: RowChunks, rows: slice) -> None:
@@ -87,8 +93,7 @@ def topk_logprobs(hidden: Tensor, weight: Tensor, k: int, *, always_include: Ten
 def _score_chunk(head: Projection, chunks: RowChunks, k: int, always_include: Tensor | None) -> tuple[Tensor, ...]:
     tokens, group = head.hidden.shape[0], head.options.process_group
     x = chunks.logits.view(0, tokens, head.columns)
-    fill(x, head, chunks)
-    maxima = torch.cat([block_maxima(x[rows]) for rows in spans(tokens, chunks.inner)])
+    maxima = fill(x, head, chunks, with_maxima=True)
     values, ids = _topk_of_ranks(head, x, k + 2, maxima)
     largest_outside = values[:, k]
     if always_include is None:
@@ -166,14 +171,11 @@ def select_chunk(
     tokens, group = head.hidden.shape[0], head.options.process_group
     where = place(ids, head, tile_rows=chunks.inner, tile_columns=max(1, head.columns))
     rows_x = chunks.logits.view(0, tokens, head.columns)
-    fill(rows_x, head, chunks)
+    maxima = fill(rows_x, head, chunks, with_maxima=student_topk > 0)
     sums = empty_sums(tokens, rows_x)
-    maxima = []
     selected = rows_x.new_zeros(ids.numel())
     for i, rows in enumerate(spans(tokens, chunks.inner)):
         x, chosen = rows_x[rows], where.tile(i, 0)
-        if student_topk:
-            maxima.append(block_maxima(x))
         selected[chosen.entry] = x[chosen.row, chosen.column]
         x[chosen.row, chosen.column] = float("-inf")
         shifted, last = chunks.tiles.view(0, *x.shape), chunks.tiles.view(1, *x.shape) if keep_logits else x
@@ -181,7 +183,7 @@ def select_chunk(
     top = None if keep_logits else sums.m.clone()
     if keep_logits:
         rows_x[where.row, where.column] = selected[where.entry]
-    topk_values, topk_ids = _topk_of_ranks(head, rows_x, student_topk, torch.cat(maxima)) if student_topk else (None, None)
+    topk_values, topk_ids = _topk_of_ranks(head, rows_x, student_topk, maxima) if student_topk else (None, None)
     selected = collect_selected(selected.view(ids.shape), owned_ids(ids, head), group)
     logp, tail_logp, logz, entropy_C = finalize(selected, ids, combine_sums(sums, group))
     found = SelectedLogprobs(

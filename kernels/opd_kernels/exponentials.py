@@ -17,3 +17,8 @@ def exp_into(x: Tensor, out: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return torch.exp(x, out=out)
     return torch.mul(x, _LOG2_E, out=out).exp2_()
+
+
+def log2_below_into(x: Tensor, top: Tensor, out: Tensor) -> Tensor:
+    """out = log2(exp(x - top)) in one pass over x [C, cv], top [C] finite; right to the spacing of numbers at top, as logits are."""
+    return torch.add(top.mul(-_LOG2_E).unsqueeze(1), x, alpha=_LOG2_E, out=out)

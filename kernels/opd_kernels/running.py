@@ -1,9 +1,11 @@
 """Running sums of exponentials over tiles."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from opd_kernels.exponentials import exp_into
+from opd_kernels.exponentials import exp_into, log2_below_into
 from opd_kernels.selection import FLOOR, RunningSums
 
 MASKED = -1e30  # a column left out of sums with a known maximum: its exponential is 0, and 0 * MASKED is no NaN
@@ -46,12 +48,12 @@ def accumulate_below(x: Tensor, sums: RunningSums, shifted: Tensor, mass: Tensor
 
     `bounded` promises that x holds no -inf.
     """
-    torch.sub(x, _origin(sums.m)[:, None], out=shifted)
+    log2_below_into(x, _origin(sums.m), out=shifted)
     if not bounded:
         shifted.clamp_(min=MASKED)
-    exp_into(shifted, out=mass)
+    torch.exp2(shifted, out=mass)
     sums.l.add_(mass.sum(dim=1))
-    sums.t.add_(mass.mul_(shifted).sum(dim=1))
+    sums.t.add_(mass.mul_(shifted).sum(dim=1), alpha=math.log(2.0))
 
 
 def exp_below_(x: Tensor, top: Tensor) -> Tensor:
