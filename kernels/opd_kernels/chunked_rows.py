@@ -15,10 +15,10 @@ from opd_kernels.dlogits import GradientSums, add_tile, dlogits_, dlogits_of_mas
 from opd_kernels.placement import owned_ids, place
 from opd_kernels.precomputed import attach, needs_gradient
 from opd_kernels.products import Projection, Scratch, logits_into, projection
-from opd_kernels.running import MASKED, accumulate, accumulate_below, empty_sums
+from opd_kernels.running import MASKED, accumulate, empty_sums, sums_below
 from opd_kernels.selection import RunningSums, Upstream, coefficients, finalize
 from opd_kernels.tiling import cast_columns, chunk_rows, inner_rows, product_columns, resident_rows, spans
-from opd_kernels.topk import RunningTopk, block_maxima
+from opd_kernels.topk import best_of_ranks, block_maxima, topk_of
 from opd_kernels.types import LogitOptions, LossFn, SelectedLogprobs, TopkLogprobs, chunk_budget
 
 
@@ -26,9 +26,8 @@ from opd_kernels.types import LogitOptions, LossFn, SelectedLogprobs, TopkLogpro
 class RowChunks:
     """Scratch for whole rows of `rows` tokens. Products are as wide as they can be; elementwise work goes a few rows at a time.
 
-    columns: of one product of a gradient, all of them unless the weight must be cast first. filled: of one product of logits, a multiple of
-    the blocks of `topk` unless it is all of them. inner: rows
-    that are worked on together. tiles: two areas of `inner` rows.
+    columns: of one product of a gradient, all of them unless the weight must be cast first. filled: of one product of logits, whole blocks of
+    `topk` unless it is all columns. inner: rows that are worked on together. tiles: two areas of `inner` rows.
     """
 
     rows: int
@@ -86,13 +85,15 @@ def topk_logprobs(hidden: Tensor, weight: Tensor, k: int, *, always_include: Ten
             _score_chunk(part_of(head, rows), chunks, k, None if always_include is None else always_include[rows])
             for rows in spans(hidden.shape[0], chunks.rows)
         ]
-        ids, logp, tail_logp, logz, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+        ids, selected, m, l, t = (torch.cat(column) for column in zip(*parts, strict=True))  # noqa: E741
+        selected = collect_selected(selected, owned_ids(ids, head), options.process_group)
+        logp, tail_logp, logz, entropy = finalize(selected, ids, combine_sums(RunningSums(m=m, l=l, t=t), options.process_group))
     return TopkLogprobs(ids=ids, logp=logp, tail_logp=tail_logp, logz=logz, entropy=entropy)
 
 
 def _score_chunk(head: Projection, chunks: RowChunks, k: int, always_include: Tensor | None) -> tuple[Tensor, ...]:
-    tokens, group = head.hidden.shape[0], head.options.process_group
-    x = chunks.logits.view(0, tokens, head.columns)
+    """ids, this rank's logits there, and its sums over all other columns below the largest of them on any rank."""
+    x = chunks.logits.view(0, head.hidden.shape[0], head.columns)
     maxima = fill(x, head, chunks, with_maxima=True)
     values, ids = _topk_of_ranks(head, x, k + 2, maxima)
     largest_outside = values[:, k]
@@ -102,18 +103,13 @@ def _score_chunk(head: Projection, chunks: RowChunks, k: int, always_include: Te
         included = always_include[:, None]
         largest_outside = torch.where(ids[:, k] == always_include, values[:, k + 1], largest_outside)
         ids = torch.cat([included, torch.where(ids[:, :k] == included, -1, ids[:, :k])], dim=1)
-    owned = owned_ids(ids, head)
-    row, slot = torch.nonzero(owned, as_tuple=True)
+    row, slot = torch.nonzero(owned_ids(ids, head), as_tuple=True)
     column = ids[row, slot] - head.options.vocab_start
     selected = x.new_zeros(ids.shape)
     selected[row, slot] = x[row, column]
     x[row, column] = MASKED
-    sums = RunningSums(m=largest_outside, l=x.new_zeros(tokens), t=x.new_zeros(tokens))
-    for rows in spans(tokens, chunks.inner):
-        shifted, mass = (chunks.tiles.view(area, rows.stop - rows.start, head.columns) for area in (0, 1))
-        accumulate_below(x[rows], sums_of(sums, rows), shifted, mass, bounded=head.options.bias is None)
-    logp, tail_logp, logz, entropy = finalize(collect_selected(selected, owned, group), ids, combine_sums(sums, group))
-    return ids, logp, tail_logp, logz, entropy
+    sums = sums_below(x, largest_outside, chunks.inner, chunks.tiles, bounded=head.options.bias is None)
+    return ids, selected, sums.m, sums.l, sums.t
 
 
 def sums_of(sums: RunningSums, rows: slice) -> RunningSums:
@@ -122,10 +118,8 @@ def sums_of(sums: RunningSums, rows: slice) -> RunningSums:
 
 
 def _topk_of_ranks(head: Projection, x: Tensor, k: int, maxima: Tensor) -> tuple[Tensor, Tensor]:
-    best = RunningTopk(x.shape[0], k, x)
-    if x.shape[1]:
-        best.add(x, slice(0, x.shape[0]), head.options.vocab_start, maxima)
-    return best.result(head.options.process_group)
+    values, ids = topk_of(x, min(k, x.shape[1]), maxima)
+    return best_of_ranks(values, ids + head.options.vocab_start, k, head.options.process_group)
 
 
 def fused_sparse_loss(

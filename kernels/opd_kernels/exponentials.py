@@ -19,6 +19,11 @@ def exp_into(x: Tensor, out: Tensor) -> Tensor:
     return torch.mul(x, _LOG2_E, out=out).exp2_()
 
 
-def log2_below_into(x: Tensor, top: Tensor, out: Tensor) -> Tensor:
-    """out = log2(exp(x - top)) in one pass over x [C, cv], top [C] finite; right to the spacing of numbers at top, as logits are."""
-    return torch.add(top.mul(-_LOG2_E).unsqueeze(1), x, alpha=_LOG2_E, out=out)
+def base_of_log2(top: Tensor) -> Tensor:
+    """[C, 1] what log2_into takes for the finite maxima top [C]."""
+    return top.mul(-_LOG2_E).unsqueeze(1)
+
+
+def log2_into(x: Tensor, base: Tensor, out: Tensor) -> Tensor:
+    """out = log2(exp(x - top)) in one pass over x [C, cv]; right to the spacing of numbers at top, as logits are."""
+    return torch.add(base, x, alpha=_LOG2_E, out=out)

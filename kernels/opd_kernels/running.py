@@ -5,8 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from opd_kernels.exponentials import exp_into, log2_below_into
+from opd_kernels.exponentials import base_of_log2, exp_into, log2_into
+from opd_kernels.products import Scratch
 from opd_kernels.selection import FLOOR, RunningSums
+from opd_kernels.tiling import spans
 
 MASKED = -1e30  # a column left out of sums with a known maximum: its exponential is 0, and 0 * MASKED is no NaN
 _NEG_INF = float("-inf")
@@ -43,17 +45,23 @@ def accumulate(x: Tensor, sums: RunningSums, shifted: Tensor, mass: Tensor | Non
     sums.m.copy_(top)
 
 
-def accumulate_below(x: Tensor, sums: RunningSums, shifted: Tensor, mass: Tensor, *, bounded: bool) -> None:
-    """Adds the columns of x [C, cv] to sums.l and sums.t, in place, where sums.m is the maximum over all columns to come.
+def sums_below(x: Tensor, top: Tensor, inner: int, scratch: Scratch, *, bounded: bool) -> RunningSums:
+    """Sums over the columns of x [C, V] whose maximum is top [C], or a larger value of the same row on another rank.
 
-    `bounded` promises that x holds no -inf.
+    `inner` rows at a time in two areas of scratch. `bounded` promises that x holds no -inf.
     """
-    log2_below_into(x, _origin(sums.m), out=shifted)
-    if not bounded:
-        shifted.clamp_(min=MASKED)
-    torch.exp2(shifted, out=mass)
-    sums.l.add_(mass.sum(dim=1))
-    sums.t.add_(mass.mul_(shifted).sum(dim=1), alpha=math.log(2.0))
+    base = base_of_log2(_origin(top))
+    areas = [scratch.view(area, min(inner, x.shape[0]), x.shape[1]) for area in (0, 1)]
+    parts = []
+    for rows in spans(x.shape[0], inner):
+        shifted, mass = (area[: rows.stop - rows.start] for area in areas)
+        log2_into(x[rows], base[rows], out=shifted)
+        if not bounded:
+            shifted.clamp_(min=MASKED)
+        torch.exp2(shifted, out=mass)
+        parts.append((mass.sum(dim=1), mass.mul_(shifted).sum(dim=1)))
+    l, t = (torch.cat(column) for column in zip(*parts, strict=True))  # noqa: E741
+    return RunningSums(m=top, l=l, t=t.mul_(math.log(2.0)))
 
 
 def exp_below_(x: Tensor, top: Tensor) -> Tensor:

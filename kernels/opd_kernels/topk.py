@@ -9,6 +9,7 @@ largest; elsewhere any groups of columns will do in the place of blocks.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from opd_kernels.distributed import gather_ranks
@@ -17,7 +18,7 @@ from opd_kernels.tiling import spans
 BLOCK = 64
 FINE = 8
 _GROUP = 4
-_CANDIDATES_CPU = 1 << 20  # looked at together
+_CANDIDATES_CPU = 1 << 21  # looked at together
 _CANDIDATES_CUDA = 1 << 24
 _NEG_INF = float("-inf")
 _NO_ID = 2**31 - 1  # stands for "no column" in a merge; larger than any id
@@ -25,7 +26,7 @@ _NO_ID = 2**31 - 1  # stands for "no column" in a merge; larger than any id
 
 def topk_of(x: Tensor, k: int, block_max: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(values, ids) [C, k] of rows x [C, V]; k must not exceed V. `block_max` [C, ceil(V / 64)] saves a pass."""
-    candidates = min(x.shape[1], k * BLOCK)
+    candidates = max(1, min(x.shape[1], k * BLOCK))
     step = max(1, (_CANDIDATES_CUDA if x.is_cuda else _CANDIDATES_CPU) // candidates)
     parts = [_topk_of_rows(x[rows], k, None if block_max is None else block_max[rows]) for rows in spans(x.shape[0], step)]
     values, ids = zip(*parts, strict=True)
@@ -141,9 +142,14 @@ class RunningTopk:
 
     def result(self, group: Any) -> tuple[Tensor, Tensor]:
         """(values, ids) [N, k] over the columns of all ranks; -1 where there are fewer than k columns."""
-        values, ids = self._values, self._ids
-        if group is not None:
-            k = values.shape[1]
-            values, ids = (gather_ranks(part, group).permute(1, 0, 2).flatten(1) for part in (values, ids))
-            values, ids = merge(values, ids, k)
-        return values, torch.where(ids == _NO_ID, -1, ids)
+        return best_of_ranks(self._values, self._ids, self._values.shape[1], group)
+
+
+def best_of_ranks(values: Tensor, ids: Tensor, k: int, group: Any) -> tuple[Tensor, Tensor]:
+    """(values, ids) [N, k] from the ranks' at most k best [N, *], descending; -1 where there are fewer than k columns."""
+    missing = (0, k - values.shape[1])
+    values, ids = F.pad(values, missing, value=_NEG_INF), F.pad(ids, missing, value=_NO_ID)
+    if group is not None:
+        values, ids = (gather_ranks(part, group).permute(1, 0, 2).flatten(1) for part in (values, ids))
+        values, ids = merge(values, ids, k)
+    return values, torch.where(ids == _NO_ID, -1, ids)
