@@ -12,7 +12,7 @@ def stable(x: torch.Tensor, k: int) -> torch.Tensor:
     return x.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
-@pytest.mark.parametrize("columns", [1, 63, 64, 65, 130, 700, 2000])
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 130, 700, 2000, 9001])
 @pytest.mark.parametrize("kind", ["random", "ties", "constant", "cluster", "minus_infinity", "signed_zeros"])
 def test_ids_equal_a_stable_sort(kind, columns):
     generator = torch.Generator().manual_seed(columns)
