@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from opd.config.choices import nearest
-from opd.config.load import describe, find_recipe, parse_overrides, refuse_method
+from opd.config.load import KINDS, describe, find_recipe, kind_of, parse_overrides, refuse_method
 from opd.config.stages import read_stages
 from opd.errors import NotReproduced, Paused, Preempted, RunFailed, TooManySkipped
 from opd.help import PAGES, USAGE, version
@@ -69,7 +69,10 @@ def _train(words: Sequence[str]) -> None:
 
 
 def _check(words: Sequence[str]) -> None:
-    if not import_module("opd.preflight.report").check(_name(words, "check RECIPE"), parse_overrides(words[1:])):
+    name, changes = _name(words, "check RECIPE"), parse_overrides(words[1:])
+    of_arms = kind_of(name) == KINDS["compare"]
+    check = import_module("opd.preflight.arms").check_comparison if of_arms else import_module("opd.preflight.report").check
+    if not check(name, changes):
         raise ValueError("this recipe would not run as it is: see the errors above")
 
 

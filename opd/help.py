@@ -52,6 +52,7 @@ example: opd train opsd_expr name=tour optimizer.lr=3e-4 seed=1
     "check": f"""usage: opd check RECIPE [device=h100] [key=value ...]
 
 In seconds, without weights or a GPU: what is wrong with a recipe, how much memory and time it will take. Exit status 2 where it would not run.
+Of a comparison: every arm, and the time of all runs together.
 
   device=h100                 plan for a100, h100, h200 or l40s instead of this machine's CPU
 {_KEYS}

@@ -1,6 +1,6 @@
 """Teachers that write tokens: beside the student in an answer, or texts of their own."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,15 +26,19 @@ def drawn_with(
     sampler: Sampler, student: torch.nn.Module, teachers: Mapping[str, torch.nn.Module], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> TorchEngine:
     """An engine in which a teacher draws tokens with the student. Raises ValueError unless the sampler's signal has a model of its own."""
-    if sampler.signal not in teachers:
-        own = ", ".join(sorted(teachers)) or "none"
-        raise ValueError(
-            f"rollout.sampler draws with the signal {sampler.signal!r}, which has no model of its own here (signals that have: {own}); "
-            "give it weights {external: {path: FOLDER}}, or frozen without LoRA"
-        )
+    check_drawing(sampler, teachers)
     partner = Partner(model=teachers[sampler.signal], mix=sampler.mix)
     options = {"pad_id": pad_id(tokenizer), "token_budget": recipe.engine.token_budget, "vocab_size": len(tokenizer)}
     return TorchEngine(student, partner=partner, **options)
+
+
+def check_drawing(sampler: Sampler, own: Collection[str]) -> None:
+    """Raises ValueError unless the sampler's signal is among those that have a model of their own in this process."""
+    if sampler.signal not in own:
+        raise ValueError(
+            f"rollout.sampler draws with the signal {sampler.signal!r}, which has no model of its own here (signals that have: "
+            f"{', '.join(sorted(own)) or 'none'}); give it weights {{external: {{path: FOLDER}}}}, or frozen without LoRA"
+        )
 
 
 def desk_of(engine: Engine, tokenizer: PreTrainedTokenizerBase, room: int, stop_ids: tuple[int, ...]) -> Desk:

@@ -331,7 +331,7 @@ class Recipe(Frozen):
             )
         if self.asynchrony.in_flight and not self.asynchrony.max_staleness:
             raise ValueError("asynchrony.in_flight: nothing is in flight with max_staleness 0: use asynchrony.max_staleness=1 or more")
-        if self.engine.kind == "process" and self.rollout.sampler != "student":
+        if self.engine.kind != "torch" and self.rollout.sampler != "student":
             raise ValueError("rollout.sampler draws tokens from two models in this process: use engine.kind=torch, or rollout.sampler=student")
         return self
 

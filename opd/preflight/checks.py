@@ -59,9 +59,7 @@ def lengths(facts: Facts) -> Iterator[Finding]:
     if facts.solution_lengths:
         cut = sum(length > s.max_tokens for length in facts.solution_lengths) / len(facts.solution_lengths)
         if cut > 0.1:
-            yield warning(
-                f"sampling.max_tokens={s.max_tokens} is shorter than {cut:.0%} of the reference solutions: answers of that length are cut"
-            )
+            yield warning(f"sampling.max_tokens={s.max_tokens} is shorter than {cut:.0%} of the reference solutions: answers of that length are cut")
     for name, config in facts.teachers.items():
         limit = _positions(config)
         if limit is not None and facts.prompt_lengths and max(facts.prompt_lengths) + s.max_tokens > limit:
@@ -104,7 +102,13 @@ def batch(facts: Facts) -> Iterator[Finding]:
         yield warning(f"engine.token_budget={r.engine.token_budget} is less than one sequence ({longest}): answers are drawn one at a time")
     if facts.problems and r.data.path and not r.data.stream and len(facts.problems.train) < r.rollout.prompts:
         yield warning(f"the data has {len(facts.problems.train)} prompts, fewer than rollout.prompts={r.rollout.prompts}: a step repeats some")
-    if facts.problems and r.data.path and not r.data.stream and r.steps * r.rollout.prompts > 20 * len(facts.problems.train):
+    if (
+        facts.problems
+        and r.data.path
+        and not r.data.stream
+        and not r.budget.limits()
+        and r.steps * r.rollout.prompts > 20 * len(facts.problems.train)
+    ):
         epochs = r.steps * r.rollout.prompts / len(facts.problems.train)
         yield warning(f"steps={r.steps} read the {len(facts.problems.train)} prompts {epochs:.0f} times over")
 
@@ -116,8 +120,8 @@ def schedule(facts: Facts) -> Iterator[Finding]:
         yield error(f"optimizer.warmup_steps={o.warmup_steps} is not below the {updates} updates of the run: the rate never reaches optimizer.lr")
     if r.model.lora is None and o.lr > 1e-3:
         yield warning(f"optimizer.lr={o.lr:g} is high for full fine-tuning; 1e-6 to 3e-5 is usual above 0.5B parameters, up to 3e-4 for tiny models")
-    if r.model.lora is not None and o.lr < 1e-5:
-        yield warning(f"optimizer.lr={o.lr:g} is low for LoRA; 1e-5 to 2e-4 is usual")
+    if r.model.lora is not None and o.lr < 2e-6:
+        yield warning(f"optimizer.lr={o.lr:g} is low for LoRA; 5e-6 to 2e-4 is usual")
     for name, (kind, value) in facts.weights.items():
         rate = value if isinstance(value, float) else getattr(value, "rate", None)
         if kind == "ema" and rate == 1:
@@ -201,12 +205,13 @@ def folder(facts: Facts) -> Iterator[Finding]:
         yield error(str(problem))
 
 
-def disk(facts: Facts, checkpoint_bytes: int) -> Iterator[Finding]:
-    kept = facts.recipe.checkpoint.keep + facts.recipe.checkpoint.best + 1  # one more while the newest is written
+def disk(facts: Facts, needed: int, checkpoint: int) -> Iterator[Finding]:
+    """needed: bytes of the run folder at its largest, of which each checkpoint takes `checkpoint`."""
     free = shutil.disk_usage(Path.cwd()).free
-    if kept * checkpoint_bytes > free:
+    if needed > free:
+        kept = facts.recipe.checkpoint.keep + facts.recipe.checkpoint.best + 1
         yield (warning if facts.recipe.target.device else error)(
-            f"{kept} checkpoints of {checkpoint_bytes / 2**30:.1f} GiB do not fit the {free / 2**30:.1f} GiB that are free here; "
+            f"{kept} checkpoints of {checkpoint / 2**30:.1f} GiB and the model do not fit the {free / 2**30:.1f} GiB that are free here; "
             "lower checkpoint.keep or run on a larger disk"
         )
 

@@ -10,9 +10,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from opd.build import pretrained, shapes
 from opd.build.problems import Problems, load_problems
 from opd.build.served import check_served
-from opd.build.student import config_at, load_tokenizer, served_paths, stands_in, student_config, student_path, tokenizer_at
+from opd.build.speaking import check_drawing
+from opd.build.stored import open_stores
+from opd.build.student import config_at, load_tokenizer, room_for_prompts, served_paths, stands_in, student_config, student_path, tokenizer_at
 from opd.build.system import check_support_sizes, check_tracking, learner_kind, objective_of, parse_weights
-from opd.build.views import FOREIGN, OTHERS
+from opd.build.views import FOREIGN, OTHERS, checked_views, template_notes
 from opd.config.recipe import Recipe
 from opd.contexts import check_hints
 from opd.data.records import on_hub
@@ -20,11 +22,13 @@ from opd.guard.rules import parse_rules
 from opd.objective import Objective, SignalNeeds
 from opd.preflight.hub import hub_answers, missing_models
 from opd.prompts import check_dataset_hint
+from opd.sampler import parse_sampler
 from opd.source import parse_source
 from opd.text import chat
 from opd.views import ViewSpec, resolve_view
 
 T = TypeVar("T")
+ON_PURPOSE = ": on purpose, "  # of opd.build.views.template_notes
 SAMPLED_PROMPTS = 256  # whose lengths stand for all
 
 
@@ -76,18 +80,30 @@ def gather(recipe: Recipe) -> tuple[Facts, list[Finding]]:
     attempt(partial(parse_rules, recipe.guard.action, recipe.guard.rules))
     attempt(partial(learner_kind, recipe))
     attempt(partial(check_tracking, recipe.track.wandb))
+    if (sampler := attempt(partial(parse_sampler, recipe.rollout.sampler))) is not None:
+        attempt(partial(check_drawing, sampler, with_models(recipe, weights)))
     problems = attempt(partial(load_problems, recipe, None))
     if problems:
         mixture = parse_source(recipe.rollout.source)
         attempt(lambda: check_dataset_hint(problems.train if mixture.reads_data else (), mixture.hint))
     views = _views(recipe, problems, attempt)
+    all_read = len(weights) == len(recipe.signals)
+    if problems and objective and all_read:
+        attempt(partial(checked_views, recipe, problems, objective, weights))
     path = attempt(partial(student_path, recipe))
     tokenizer = attempt(partial(load_tokenizer, recipe, problems)) if problems and path is not None else None
     config = None
     if tokenizer is not None:
         config = attempt(partial(student_config, recipe, path, tokenizer))
+        if config is not None:
+            attempt(partial(room_for_prompts, recipe, config, "the student", recipe.engine.kind == "vllm"))
         if objective:
             attempt(lambda: check_support_sizes(objective, len(tokenizer)))
+        if objective and all_read:
+            attempt(partial(open_stores, recipe, weights, objective, tokenizer))
+        if tokenizer.chat_template and all_read:
+            notes = attempt(partial(template_notes, recipe, tokenizer, weights)) or []
+            found += [Finding(severity="note" if ON_PURPOSE in sentence else "warning", sentence=sentence) for sentence in notes]
     facts = Facts(
         recipe=asked,
         objective=objective,
@@ -130,6 +146,11 @@ def without_hub(recipe: Recipe, found: list[Finding]) -> Recipe:
     )
     found.append(Finding(severity="warning", sentence=sentence))
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"init": "random"})})
+
+
+def with_models(recipe: Recipe, weights: Mapping[str, tuple[str, Any]]) -> set[str]:
+    """Signals that have a model of their own in the learner's process."""
+    return {name for name, (kind, _) in weights.items() if kind in ("external", FOREIGN) or (kind == "frozen" and recipe.model.lora is None)}
 
 
 def _paths(name: str, weights: Any) -> list[str]:

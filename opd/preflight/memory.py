@@ -17,6 +17,9 @@ from opd.build.pretrained import num_experts
 from opd.timing.flops import Products
 
 COUNTED_TOKENS = 16
+DEEPSPEED_BUCKET, DEEPSPEED_LIVE = 500_000_000, 1_000_000_000
+"""Elements of DeepSpeed's buffer of gradients, and of weights that ZeRO 3 keeps gathered: its defaults, which the learner leaves as they are."""
+VLLM_BUFFER = 512 << 20  # opd_rollout.vllm_sending.BUFFER_BYTES, which needs vLLM to be read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +27,7 @@ class ModelFacts:
     """What a model is made of. trainable: parameters that learn (all, or the adapters). item: bytes of a weight.
 
     saved_per_token, checkpoint_per_token: bytes that a training forward keeps for every token, without and with gradient checkpointing;
-    layer_per_token: of one layer. cache_per_token: keys and values.
+    layer_per_token: of one layer. cache_per_token: keys and values. products: where the weights multiply; all experts of a mixture.
     """
 
     parameters: int
@@ -37,13 +40,16 @@ class ModelFacts:
     layer_per_token: int
     checkpoint_per_token: int
     cache_per_token: int
+    products: Products
 
 
 def model_facts(config: Any, dtype: torch.dtype, *, lora_rank: int = 0) -> ModelFacts:
     """Counts a configuration's parameters on the meta device and its activations on one real layer; no weight is made."""
     text, item = config.get_text_config(), dtype.itemsize
     layers = text.num_hidden_layers
-    parameters, adapters = _parameters(config, dtype, lora_rank)
+    outline = _outline(config, dtype)
+    adapters = _adapters(outline, lora_rank)
+    parameters = sum(p.numel() for p in outline.parameters())
     one, two = (_saved(config, dtype, depth) for depth in (1, 2))
     layer = (two - one) // COUNTED_TOKENS
     outside = max(0, one // COUNTED_TOKENS - layer)
@@ -60,6 +66,7 @@ def model_facts(config: Any, dtype: torch.dtype, *, lora_rank: int = 0) -> Model
         layer_per_token=layer,
         checkpoint_per_token=outside + layers * text.hidden_size * item,
         cache_per_token=2 * layers * heads * head_dim * item,
+        products=_products(config, outline, adapters),
     )
 
 
@@ -79,6 +86,18 @@ def learner_memory(
         "activations": micro_tokens * kept,
         "head": min(chunk_bytes, 3 * micro_tokens * model.vocabulary * 4) + micro_tokens * model.hidden * (4 + model.item),
     }
+
+
+def sync_buffers(model: ModelFacts, *, zero_stage: int, transfer: str, on_gpu: bool) -> int:
+    """Bytes that one DeepSpeed rank holds for what it sends: gradients on their way to their owners, gathered weights (ZeRO 3), weights for vLLM.
+
+    transfer: engine.transfer where there are actors, else "". A CPU gives memory only for what is written.
+    """
+    bucket = DEEPSPEED_BUCKET if on_gpu else min(DEEPSPEED_BUCKET, model.trainable)
+    stage = max(1, zero_stage) if model.item < 4 else zero_stage
+    gradients = bucket * (model.item if stage == 2 else 4) if stage else 0
+    gathered = min(DEEPSPEED_LIVE, model.parameters) * model.item if stage == 3 else 0
+    return gradients + gathered + {"nccl": 2, "ipc": 1}.get(transfer, 0) * VLLM_BUFFER
 
 
 def engine_memory(model: ModelFacts, *, rows: int, tokens: int, own_weights: bool) -> dict[str, int]:
@@ -104,32 +123,38 @@ def total(parts: Mapping[str, int]) -> int:
     return sum(parts.values())
 
 
-def _parameters(config: Any, dtype: torch.dtype, lora_rank: int) -> tuple[int, int]:
-    """(all parameters, those of LoRA factors on every linear layer but the head)."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    adapters = sum(lora_rank * (m.in_features + m.out_features) for m in linear)
-    return sum(p.numel() for p in model.parameters()), adapters
-
-
 def products(config: Any, *, lora_rank: int = 0) -> Products:
     """Where the weights of a configuration multiply; no weight is made. Raises ValueError for experts, of which a token meets only some."""
     if experts := num_experts(config):
         raise ValueError(f"a mixture of {experts} experts: how many weights a token meets is not counted")
+    outline = _outline(config, torch.float32)
+    return _products(config, outline, _adapters(outline, lora_rank))
+
+
+def _outline(config: Any, dtype: torch.dtype) -> Any:
+    """The modules of a configuration without memory for their weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    text, head = config.get_text_config(), model.get_output_embeddings()
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)} | {id(head.weight)}
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _adapters(outline: Any, rank: int) -> int:
+    """Parameters of LoRA factors of that rank on every linear layer but the head."""
+    head = outline.get_output_embeddings()
+    linear = [m for m in outline.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    return sum(rank * (m.in_features + m.out_features) for m in linear)
+
+
+def _products(config: Any, outline: Any, adapters: int) -> Products:
+    text, head = config.get_text_config(), outline.get_output_embeddings()
+    tables = {id(m.weight) for m in outline.modules() if isinstance(m, torch.nn.Embedding)} | {id(head.weight)}
     width = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) * text.num_attention_heads
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     return Products(
-        body=sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in tables),
+        body=sum(p.numel() for p in outline.parameters() if p.dim() >= 2 and id(p) not in tables),
         head=head.weight.numel(),
         heads=(width,) * len(kinds),
         windows=tuple(text.sliding_window if kind == "sliding_attention" else 0 for kind in kinds),
-        adapters=_parameters(config, torch.float32, lora_rank)[1] if lora_rank else 0,
+        adapters=adapters,
     )
 
 

@@ -28,8 +28,13 @@ def check(reference: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> 
         starts_later = recipe.init in to_come  # from a stage that this file trains first: the same architecture
         found, plan = examine(recipe.model_copy(update={"init": ""}) if starts_later else recipe, device)
         print(render(recipe, found, plan), end="")
-        clean &= not any(finding.severity == "error" for finding in found)
+        clean &= is_clean(found)
     return clean
+
+
+def is_clean(found: Sequence[Finding]) -> bool:
+    """Whether nothing would stop the run."""
+    return not any(finding.severity == "error" for finding in found)
 
 
 def examine(recipe: Recipe, device: str = "") -> tuple[list[Finding], Plan | None]:
@@ -39,13 +44,22 @@ def examine(recipe: Recipe, device: str = "") -> tuple[list[Finding], Plan | Non
     plan = None
     if facts.config is not None and facts.objective is not None:
         plan = make_plan(facts, find_device(device or recipe.target.device, getattr(torch, recipe.model.dtype)))
-        found += disk(facts, plan.checkpoint)
+        found += disk(facts, plan.disk, plan.checkpoint)
         if plan.bytes > plan.device.memory:
             found.append(error(_too_much(plan)))
         found += [
             error(f"{role}: weights of {_size(parts['weights'])} exceed engine.memory_share={recipe.engine.memory_share:g} of {plan.device.name}")
             for role, (_, parts) in plan.apart.items()
             if parts["weights"] > recipe.engine.memory_share * plan.device.memory
+        ]
+        found += [
+            error(
+                f"{role}: beside its weights {_size(parts['cache'])} of a GPU are left for the cache (engine.memory_share="
+                f"{recipe.engine.memory_share:g}), and one sequence of the longest prompt and sampling.max_tokens takes "
+                f"{_size(plan.sequence[role])}: lower sampling.max_tokens, or take a larger GPU"
+            )
+            for role, (_, parts) in plan.apart.items()
+            if 0 < parts["cache"] < plan.sequence[role]
         ]
     order = ("error", "warning", "note")
     return sorted(dict.fromkeys(found), key=lambda finding: order.index(finding.severity)), plan
@@ -62,7 +76,7 @@ def _too_much(plan: Plan) -> str:
 
 REMEDIES = {
     "activations": "lower learner.token_budget, or model.gradient_checkpointing=true",
-    "optimizer": "train LoRA adapters (model.lora={rank: 32}), or more ranks with learner.zero_stage=2",
+    "optimizer": "train LoRA adapters (model.lora={rank: 32}), more ranks with learner.zero_stage=2, or learner.offload=true",
     "gradients": "train LoRA adapters (model.lora={rank: 32}), or more ranks with learner.zero_stage=2",
     "weights": "model.dtype=bfloat16, LoRA (its frozen teacher is no second copy), or more ranks with learner.zero_stage=3",
     "cache": "lower engine.token_budget",
@@ -82,17 +96,24 @@ def render(recipe: Recipe, found: Sequence[Finding], plan: Plan | None) -> str:
     for role, parts in plan.memory.items():
         shown = ", ".join(f"{part} {_size(size)}" for part, size in parts.items() if size)
         lines.append(f"    {role:14}{_size(sum(parts.values())):>10}   {shown}")
+    plain, recomputed = map(_size, plan.activations)
+    lines.append(f"    activations of the learner: {plain}, with model.gradient_checkpointing {recomputed}")
+    if plan.host:
+        lines.append(f"    on the host   {_size(plan.host):>10}   a rank: the optimizer (learner.offload)")
     for role, (count, parts) in plan.apart.items():
         shown = ", ".join(f"{part} {_size(size)}" for part, size in parts.items() if size)
         lines.append(f"    {role:14}{_size(sum(parts.values())):>10}   on {count} GPU{'s' if count > 1 else ''} of its own: {shown}")
     if plan.gpus > 1:
         lines.append(f"  devices: {plan.ranks} learner rank{'s' if plan.ranks > 1 else ''} with the rows above each, {plan.gpus} in all")
     total = sum(plan.seconds.values())
-    phases = ", ".join(f"{phase} {seconds:.2g} s" for phase, seconds in plan.seconds.items())
-    lines.append(f"  time: about {total:.2g} s a step ({phases}), {plan.hours:.2g} h for {plan.steps} steps, evaluation not counted")
-    if plan.price:
-        lines.append(f"  money: about {plan.money:.3g} {recipe.prices.currency} for {plan.gpus} devices at {plan.price:g} an hour")
-    lines.append(f"  disk: {_size(plan.checkpoint)} a checkpoint")
+    phases = ", ".join(f"{phase} {in_time(seconds)}" for phase, seconds in plan.seconds.items() if seconds)
+    lines.append(f"  time: about {in_time(total)} a step ({phases}); {in_time(3600 * plan.hours)} for {plan.steps} steps")
+    if plan.evaluation:
+        lines[-1] += f" and {in_time(plan.evaluation)} for evaluations"
+    if plan.money:
+        devices = recipe.prices.devices or plan.gpus
+        lines.append(f"  money: about {plan.money:.3g} {recipe.prices.currency} for {devices} device{'s' * (devices > 1)} by `prices`")
+    lines.append(f"  disk: {_size(plan.checkpoint)} a checkpoint, {_size(plan.disk)} at most with the model")
     lines.append(f"  assumed: {'; '.join(plan.assumed)}")
     return "\n".join(lines) + "\n"
 
@@ -102,6 +123,13 @@ def _count(found: Sequence[Finding]) -> str:
     return ", ".join(f"{count} {severity}{'s' if count > 1 else ''}" for severity, count in counts.items() if count)
 
 
+def in_time(seconds: float) -> str:
+    """Two digits, in the unit that suits."""
+    for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.2g} s" if seconds >= 1 else f"{1000 * seconds:.2g} ms"
+
+
 def _size(number: float) -> str:
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
-

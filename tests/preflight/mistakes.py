@@ -9,6 +9,8 @@ HUB = "recipes/runs/opsd_qwen3_0.6b_gsm8k.yaml"
 FILE = {"data.task": "", "data.path": "one.jsonl"}
 SERVED = {"external": {"path": "models/expr-teacher", "engine": "vllm"}}
 
+SCORED = {"objective": [{"distill": "forward_kl", "support": {"teacher_topk": {"k": 4}}}], "rollout.source": {"dataset": "solution"}, "group": 1}
+
 FILES = {
     "bad_gold.jsonl": [{"question": "a", "answer": "1"}, {"question": "b", "answer": "(((("}],
     "no_answer.jsonl": [{"question": "a"}],
@@ -81,6 +83,12 @@ KINDS = {
         "K above what vLLM returns": (OPD, {"teacher": SERVED, "objective": distilled("forward_kl", k=200)}, "at most, not k=200: lower k"),
         "hidden states of vLLM": (OPD, {"teacher": SERVED}, "is served by vLLM, which hands out no hidden states"),
         "a teacher that draws, elsewhere": (EXPR, {"engine": "process", "rollout.sampler": "teacher"}, "draws tokens from two models"),
+        "a teacher that draws and has no model": (EXPR, {"teacher": "live", "rollout.sampler": "teacher"}, "which has no model of its own here"),
+        "a teacher that draws, unknown": (EXPR, {"rollout.sampler": "teachr"}, "did you mean 'teacher'"),
+        "no file of scores": (EXPR, SCORED | {"signals.main.scores": "none.sqlite"}, "none.sqlite"),
+        "scores that cannot be stored": (EXPR, {"signals.main.scores": "none.sqlite"}, "support full reads hidden states"),
+        "a domain without prompts": (EXPR, {"signals.main.domain": "law"}, "'law'"),
+        "a note that nobody writes": (EXPR, {"view": {"note": {"name": "remark"}}}, "reads what 'remark' writes"),
     },
     "Models, data and runs": {
         "no such model": (EXPR, {"model.path": "models/expr-bsae"}, "did you mean 'expr-base'"),
@@ -115,6 +123,8 @@ ELSEWHERE = {
     "a tokenizer without an end, or another one than the generation config": "test_tokenizer_trouble",
     "a head with fewer rows than the tokenizer has tokens, or with more": "test_tokenizer_trouble",
     "a tokenizer without a chat template": "test_no_template_and_no_end",
+    "a teacher that was made for another chat template": "test_a_teacher_of_another_template",
+    "a GPU whose memory share holds a teacher's weights, and no sequence beside them": "test_a_cache_that_holds_no_sequence",
     "a port that is taken": "test_a_port_that_is_taken_and_a_full_disk",
     "a disk on which the checkpoints do not fit": "test_a_port_that_is_taken_and_a_full_disk",
     "a model that does not fit the device: its largest part, the remedy": "test_a_model_that_is_too_large_names_the_largest_part_and_the_remedy",

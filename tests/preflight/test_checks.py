@@ -88,6 +88,28 @@ def test_no_template_and_no_end(tmp_path, monkeypatch):
     assert any("no chat template" in line for line in found) and any("no answer could end" in line for line in found), found
 
 
+def test_a_teacher_of_another_template(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder = tmp_path / "teacher"
+    shutil.copytree("models/expr-teacher", folder)
+    assert not any("chat template" in line for line in sentences("recipes/runs/opd_expr.yaml", {"teacher": {"external": {"path": str(folder)}}}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = folder / "chat_template.jinja"
+    text = template.read_text() if template.is_file() else settings["chat_template"]
+    template.unlink(missing_ok=True)
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{% if true %}" + text + "{% endif %}"}))
+    found = sentences("recipes/runs/opd_expr.yaml", {"teacher": {"external": {"path": str(folder)}}})
+    assert any(line.startswith("warning: signals.main: the chat template of") and "is not the student's" in line for line in found), found
+
+
+def test_a_cache_that_holds_no_sequence(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    served = "recipes/runs/opd_qwen3_8b_from_32b_math.yaml"  # 32.8 billion weights of 2 bytes are 61.0 GiB, 0.84 of 80 GB 62.6
+    found = sentences(served, {"engine.memory_share": 0.825})
+    assert any("teacher main: beside its weights" in line and "lower sampling.max_tokens" in line for line in found), found
+    assert not any("beside its weights" in line for line in sentences(served, {}))
+
+
 def test_versions_and_missing_packages(monkeypatch):
     monkeypatch.chdir(ROOT)
     known = {"torch": "2.5.0", "peft": None, "transformers": "5.19.0"}
@@ -138,6 +160,19 @@ def test_shipped_recipes_pass(path, monkeypatch):
         found, plan = examine(stage)
         assert not [finding for finding in found if finding.severity == "error"]
         assert plan is not None and plan.bytes > 0 and sum(plan.seconds.values()) > 0
+
+
+def test_a_comparison_is_checked_arm_by_arm(capsys, monkeypatch):
+    """Three arms train: three points and one seed of the search, three seeds reported; the base is evaluated once."""
+    monkeypatch.chdir(ROOT)
+    words = ["check", "recipes/compare/rl_against_opd_qwen3_1.7b_tokens.yaml", "prices.device_hour=2"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert [line.split(",")[0] for line in said.splitlines() if line.startswith("arm ")] == [
+        "arm base (evaluated only)", "arm grpo", "arm opd", "arm opsd",
+    ]  # fmt: skip
+    assert "all arms: 19 runs, searched and reported, about" in said and said.rstrip().endswith("USD")
+    assert main([*words[:2], "eval.every=0", "budget.generated_tokens=0"]) == 2
 
 
 def test_the_command(capsys, monkeypatch):

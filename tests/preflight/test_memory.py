@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config
 
-from opd.preflight.memory import ModelFacts, engine_memory, learner_memory, model_facts, teacher_memory
+from opd.preflight.memory import VLLM_BUFFER, ModelFacts, engine_memory, learner_memory, model_facts, sync_buffers, teacher_memory
 from opd.preflight.plan import Device, Plan
+from opd.timing.flops import Products
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}
 FAMILIES = {
@@ -20,7 +23,7 @@ FAMILIES = {
 }
 MODEL = ModelFacts(
     parameters=1000, trainable=100, layers=2, hidden=8, vocabulary=32, item=2, saved_per_token=60, layer_per_token=25, checkpoint_per_token=20,
-    cache_per_token=16,
+    cache_per_token=16, products=Products(body=900, head=256, heads=(8, 8), windows=(0, 0)),
 )  # fmt: skip
 
 
@@ -67,6 +70,23 @@ def test_an_engine_and_a_teacher_by_hand():
     assert engine_memory(MODEL, rows=3, tokens=7, own_weights=False)["weights"] == 0
     found = teacher_memory(MODEL, own_weights=False, micro_tokens=10, num_tokens=4, hidden=True, chunk_bytes=5)
     assert found == {"weights": 0, "activations": 10 * (25 + 64), "hand-over": 4 * 8 * 2, "head": 5}
+
+
+def test_buffers_for_what_a_rank_sends():
+    """By DeepSpeed's defaults: a bucket of 5e8 gradients (fp32 at ZeRO 1 and 3, the weights' type at 2), at ZeRO 3 up to 1e9 gathered weights."""
+    options = {"transfer": "", "on_gpu": True}
+    assert sync_buffers(MODEL, zero_stage=0, **options) == sync_buffers(MODEL, zero_stage=1, **options) == 2_000_000_000  # bf16: ZeRO 1 at least
+    assert sync_buffers(MODEL, zero_stage=2, **options) == 1_000_000_000
+    assert sync_buffers(MODEL, zero_stage=3, **options) == 2_000_000_000 + 1000 * 2
+    assert sync_buffers(MODEL, zero_stage=2, transfer="nccl", on_gpu=True) == 1_000_000_000 + (1 << 30)
+    assert sync_buffers(MODEL, zero_stage=2, transfer="ipc", on_gpu=True) == 1_000_000_000 + (512 << 20)
+    assert sync_buffers(MODEL, zero_stage=1, transfer="shared_memory", on_gpu=False) == 100 * 4
+    assert sync_buffers(replace(MODEL, item=4), zero_stage=0, **options) == 0
+
+
+def test_the_buffer_of_weights_is_the_one_that_is_sent():
+    text = (Path(__file__).resolve().parents[2] / "rollout/opd_rollout/vllm_sending.py").read_text()
+    assert f"BUFFER_BYTES = {VLLM_BUFFER >> 20} << 20" in text  # vLLM is not needed to know it
 
 
 def test_roles_take_turns():
