@@ -111,7 +111,19 @@ def test_a_mixture_of_experts_is_said_by_check_and_refused_by_vllm(tmp_path):
 def test_the_plan_counts_ranks_served_teachers_and_money():
     alone = examine(load_recipe("opd_qwen3_8b_from_32b_math", {"prices.device_hour": 2.0}))[1]
     assert alone.gpus == 2 and alone.apart["teacher main"][1]["weights"] == 32762123264 * 2
-    assert alone.money == pytest.approx(2 * 2.0 * alone.hours)
+    assert alone.evaluation > 0 and alone.money == pytest.approx(2 * 2.0 * (alone.hours + alone.evaluation / 3600))
     one, eight = (examine(load_recipe("grpo_qwen3_1.7b_math", {"hardware": name}))[1] for name in ("gpu1", "gpu8"))
     assert eight.gpus == 8 and eight.memory["learner"]["optimizer"] == pytest.approx(one.memory["learner"]["optimizer"] / 8, rel=1e-6)
     assert eight.seconds["learn"] == pytest.approx(one.seconds["learn"] / 8)
+    half = examine(load_recipe("grpo_qwen3_1.7b_math", {"budget.generated_tokens": 75 * 128 * 2048}))[1]
+    assert (one.steps, half.steps) == (150, 75) and one.disk == 4 * one.checkpoint + 2 * 1720574976
+    assert one.activations[0] > 10 * one.activations[1] == 10 * one.memory["learner"]["activations"]
+
+
+def test_offload_and_energy_are_in_the_plan():
+    changes = {"learner.offload": True, "prices.watts": 500, "prices.kilowatt_hour": 2.0, "prices.teacher_million": 3.0}
+    near, away = (examine(load_recipe("grpo_qwen3_1.7b_math", more))[1] for more in ({}, changes))
+    assert away.memory["learner"]["optimizer"] == 0 and away.host == near.memory["learner"]["optimizer"] == 1720574976 * 12
+    assert away.money == pytest.approx(away.hours + away.evaluation / 3600)  # 1 unit an hour; no teacher
+    served = examine(load_recipe("opd_qwen3_1.7b_from_8b_math", {"prices.teacher_million": 3.0}))[1]
+    assert served.money == pytest.approx(3.0 * 150 * 64 * (1024 + 2048) / 1e6)

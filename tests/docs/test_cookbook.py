@@ -1,5 +1,5 @@
-"""Plans that the pages quote are those of `opd check`. Every command of the cookbook is run by test_documents.py (blocks marked bash), or says that it
-needs a GPU; those load all the same.
+"""Plans that the pages quote are those of `opd check`. Every command of the cookbook is run by test_documents.py (blocks marked bash), or says
+that it needs a GPU; those load all the same.
 """
 
 import re
