@@ -6,7 +6,7 @@ Legend: P problems, k answers a problem.
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -35,8 +35,9 @@ def decoding_name(temperature: float, top_p: float = 1.0, top_k: int = 0) -> str
 def summarise(generations: Sequence[Mapping[str, Any]], k: int) -> dict[str, Any]:
     """The numbers of one evaluation from its generations, every problem with equal weight.
 
-    A problem counts where at least one answer was judged; in pass@j where at least j were. `stderr` belongs to avg@k: the standard
-    deviation of the problems' means over sqrt(P), so answers to one problem are not mistaken for independent ones.
+    A problem counts where at least one answer was judged; in pass@j where at least j were. A metric for which no problem counts is None:
+    not known, and not 0. `stderr` belongs to avg@k: the standard deviation of the problems' means over sqrt(P), so answers to one problem
+    are not mistaken for independent ones.
     """
     by_problem: dict[str, list[Mapping[str, Any]]] = {}
     for line in generations:
@@ -50,17 +51,17 @@ def summarise(generations: Sequence[Mapping[str, Any]], k: int) -> dict[str, Any
     return {
         "n_problems": len(problems),
         "k": k,
-        "avg@k": _mean(average),
-        "pass@k": _mean(passed[k]),
-        "maj@k": _mean(majority),
-        "stderr": clustered_stderr(average),
-        "pass@k_stderr": clustered_stderr(passed[k]),
-        "maj@k_stderr": clustered_stderr(majority),
+        "avg@k": _known(_mean, average),
+        "pass@k": _known(_mean, passed[k]),
+        "maj@k": _known(_mean, majority),
+        "stderr": _known(clustered_stderr, average),
+        "pass@k_stderr": _known(clustered_stderr, passed[k]),
+        "maj@k_stderr": _known(clustered_stderr, majority),
         "interval": interval(average),
         "pass@k_interval": interval(passed[k]),
         "maj@k_interval": interval(majority),
         "resolves": smallest_difference([[line["correct"] for line in lines] for lines in problems]),
-        "pass_at": {str(j): _mean(values) for j, values in passed.items()},
+        "pass_at": {str(j): _known(_mean, values) for j, values in passed.items()},
         "length": _mean([line["length"] for line in generations]),
         "truncated": _mean([line["finish"] == "length" for line in generations]),
         "unjudged": sum(line["status"] != "score" for line in generations),
@@ -142,14 +143,18 @@ def _least_noise(answers: Sequence[int]) -> float:
     return rare * (1 - rare) / _mean(answers)
 
 
+def _known(statistic: Callable[[Sequence[float]], float], values: Sequence[float]) -> float | None:
+    return statistic(values) if values else None
+
+
 def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else 0.0
 
 
 def final_results(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """"test/<decoding>/avg@k" and the like from the lines of eval.jsonl: what a table of runs shows."""
+    """"test/<decoding>/avg@k" and the like from the lines of eval.jsonl, where they are known: what a table of runs shows."""
     names = ("avg@k", "pass@k", "maj@k", "stderr")
-    return {f"test/{row['decoding']}/{name}": row[name] for row in rows if row["split"] == "test" for name in names if name in row}
+    return {f"test/{row['decoding']}/{name}": row[name] for row in rows if row["split"] == "test" for name in names if row.get(name) is not None}
 
 
 def write_evaluation(folder: Path, result: EvalResult) -> None:

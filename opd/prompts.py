@@ -6,9 +6,8 @@ Data is read and checked whole before any work starts; every complaint names pla
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count, islice
-from pathlib import Path
 from typing import Any
 
 from opd.config.choices import nearest
@@ -83,17 +82,17 @@ def read_prompts(
     repair: frozenset[str] = frozenset(),
     origin: str = "the data",
     same_texts: bool = False,
-) -> tuple[list[Prompt], dict[str, int]]:
+) -> tuple[list[Prompt], dict[str, list[str]]]:
     """Prompts of (place, record) pairs: GSM8K's {question, answer "... #### 42"}, or {prompt | question, answer, solution ...}.
 
     A prompt is a text or a list of {role, content}. A GSM8K answer gives both the answer 42 and the hint "solution" (the whole text
     without calculator marks); TRL's column privileged_context is the hint "solution". columns: our name -> theirs; names beyond prompt,
     question, answer, id and domain become hints. verify: grades every gold answer; for verifiers that judge a bare answer. repair: what is
     left out instead of refused: "duplicate", "ungradable", "incomplete" records. same_texts: two records may ask the same, as published
-    suites do. Returns the prompts and how many were left out for what. Raises ValueError with the place, and for nothing to read.
+    suites do. Returns the prompts and what was left out, a sentence a record by kind. Raises ValueError with the place, and for nothing to read.
     """
     prompts: list[Prompt] = []
-    dropped = dict.fromkeys(sorted(repair), 0)
+    dropped: dict[str, list[str]] = {kind: [] for kind in sorted(repair)}
     first_place: dict[tuple[str, str], str] = {}
     place, ungradable, number = "", [], 0
     for place, record in records:
@@ -104,7 +103,7 @@ def read_prompts(
                 raise ValueError(f"{place}: {problem[1]}")
             ungradable.append(f"{place}: {problem[1]}")
         elif problem:
-            dropped[problem[0]] += 1
+            dropped[problem[0]].append(f"{place}: {problem[1]}")
         if problem:
             continue
         assert prompt is not None
@@ -113,7 +112,7 @@ def read_prompts(
     if ungradable:
         raise ValueError(_listed(ungradable, number))
     if not prompts:
-        counted = ", ".join(f"{count} {kind}" for kind, count in dropped.items() if count)
+        counted = ", ".join(f"{len(found)} {kind}, the first {found[0]}" for kind, found in dropped.items() if found)
         raise ValueError(f"{origin}: every record was left out ({counted})" if place else f"{origin} is empty: it holds no record")
     return prompts, dropped
 
@@ -138,12 +137,12 @@ def judged_record(
     verify: Verifier | None,
 ) -> tuple[tuple[str, str] | None, Prompt | None]:
     """((kind, sentence) of what is wrong with a record, or None; its prompt). first_place: where earlier records' keys stood, for duplicates."""
-    source, _, number = re.sub(r"[\[\]]", ":", place).rstrip(":").rpartition(":")
+    source = re.sub(r"[\[\]]", ":", place).rstrip(":").rpartition(":")[0]
     try:
-        prompt = _prompt(record, columns, system, f"{Path(source).stem}-{number}")
+        prompt = _prompt(record, columns, system, first_place)
     except ValueError as error:
         return ("incomplete", str(error)), None
-    for key in _keys(prompt):
+    for key in reversed(_keys(prompt)):
         if key in first_place:
             earlier = first_place[key].removeprefix(f"{source}:")
             place = f"line {earlier}" if earlier.isdigit() else earlier
@@ -214,7 +213,17 @@ def _task(name: str, difficulty: str) -> tuple[Task, str]:
     return task, difficulty or task.difficulties[0]
 
 
-def _prompt(record: Mapping[str, Any], columns: Mapping[str, str], system: str, default_id: str) -> Prompt:
+def content_id(messages: Sequence[Message], taken: Collection[tuple[str, str]] = ()) -> str:
+    """The id of a prompt without one: of its text alone, so that any copy of the data gives it, whatever the file's name and order.
+
+    taken: ("id", NAME) pairs; a text that comes again gets a number.
+    """
+    text = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    name = f"q-{hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=6).hexdigest()}"
+    return next(each for each in chain([name], (f"{name}-{number}" for number in count(2))) if ("id", each) not in taken)
+
+
+def _prompt(record: Mapping[str, Any], columns: Mapping[str, str], system: str, taken: Collection[tuple[str, str]]) -> Prompt:
     values = _named(record, columns)
     question = values.get("prompt", values.get("question"))
     if question is None:
@@ -231,9 +240,9 @@ def _prompt(record: Mapping[str, Any], columns: Mapping[str, str], system: str, 
     if not answer.strip():
         raise ValueError(f"the answer is empty; {LEAVE_OUT}")
     messages = _messages(question)
+    name = content_id(messages, taken) if values.get("id") is None else _text(values["id"], "id")
     if system and messages[0]["role"] != "system":
         messages = ({"role": "system", "content": system}, *messages)
-    name = default_id if values.get("id") is None else _text(values["id"], "id")
     domain = "" if values.get("domain") is None else _text(values["domain"], "domain")
     return Prompt(id=name, messages=messages, answer=answer.strip(), hints=hints, domain=domain)
 

@@ -159,6 +159,8 @@ def _table(recipe: Mapping[str, Any], facts: Mapping[str, Any], totals: Mapping[
 
 def _row(row: Mapping[str, Any]) -> str:
     def figure(key: str, interval: str) -> str:
+        if row[key] is None:
+            return "not judged"
         low, high = row.get(interval) or (None, None)
         spread = "" if low is None else f" ({100 * low:.1f} to {100 * high:.1f})"
         return f"{100 * row[key]:.1f}{spread}"

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from httpx import HTTPError
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, Qwen3Config
 from transformers.utils import logging as transformers_logging
@@ -22,6 +24,7 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError, SafetensorError)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 SAMPLED_BYTES = 1 << 20
+HUB_SECONDS = 10.0
 
 
 def find_model(path: str) -> str:
@@ -156,14 +159,23 @@ def check_same_tokens(ours: Mapping[str, int], theirs: Mapping[str, int], teache
 
 
 def fingerprint(folders: Collection[str]) -> str:
-    """Names weights on disk by the sizes, beginnings and ends of their files, those of the hub by their commit, where the cache knows it."""
+    """Names weights on disk by the sizes, beginnings and ends of their files, those of the hub by their commit, where it is known."""
     digest = hashlib.blake2b(digest_size=8)
     for folder in folders:
         for path in sorted(Path(folder).glob("*.safetensors")):
             digest.update(_ends(path))
-        if not Path(folder).is_dir() and isinstance(config := try_to_load_from_cache(folder, "config.json"), str):
-            digest.update(Path(config).parent.name.encode())
+        if not Path(folder).is_dir():
+            digest.update(hub_commit(folder).encode())
     return digest.hexdigest()
+
+
+def hub_commit(name: str) -> str:
+    """The commit of a hub model: the newest, where the hub answers within HUB_SECONDS; else the one in the cache; "" where neither knows."""
+    try:
+        return HfApi().model_info(name, timeout=HUB_SECONDS).sha or ""
+    except (HfHubHTTPError, HTTPError, HFValidationError, OSError):  # from_pretrained then reads the cache as well, or says what is wrong
+        config = try_to_load_from_cache(name, "config.json")
+        return Path(config).parent.name if isinstance(config, str) else ""
 
 
 def content_hash(text: str, paths: Sequence[str], sampled: Sequence[str] = ()) -> str:

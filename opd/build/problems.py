@@ -88,7 +88,7 @@ def _from_records(recipe: Recipe, verifier: Callable[..., Any] | None) -> Proble
         check_fits_memory(source_of(recipe), machine_memory())
     verify, gold = _judges(recipe, verifier)
     prompts, dropped = _read(recipe, data.path, data.split, gold)
-    notes = [f"{count} {kind} records left out" for kind, count in dropped.items() if count]
+    notes = [f"{len(found)} {kind} records left out (first: {found[0].partition('; ')[0]})" for kind, found in dropped.items() if found]
     if tries_out(recipe, source_of(recipe)):
         notes.append(f"model.init=random: {len(prompts)} made-up problems stand in for {data.preset or data.path}")
     if data.pass_rate:
@@ -242,7 +242,7 @@ def _verifier(recipe: Recipe, choice: Any, own: Callable[..., Any] | None) -> Ve
     return cached(verify, VerdictCache(Path(recipe.data.verdict_cache).expanduser(), version_of(choice, own, judge_fingerprint(choice)), reads))
 
 
-def _read(recipe: Recipe, source: str, split: str, verify: Verifier | None) -> tuple[list[Prompt], dict[str, int]]:
+def _read(recipe: Recipe, source: str, split: str, verify: Verifier | None) -> tuple[list[Prompt], dict[str, list[str]]]:
     data = recipe.data
     preset = find_preset(data.preset) if data.preset else None
     path, subset = source or (preset.path if preset else ""), data.subset or (preset.subset if preset and not source else "")

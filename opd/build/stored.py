@@ -44,8 +44,8 @@ def check_storable(name: str, kind: str, need: SignalNeeds) -> None:
 
 
 def teacher_name(recipe: Recipe, kind: str, path: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Weights, tokenizer and temperature in one line: what decides a score beside question, view and answer."""
+    """Weights (of the hub with their commit), tokenizer and temperature in one line: what decides a score beside question, view and answer."""
     folder = student_path(recipe) if kind == "frozen" else pretrained.find_model(path)
     vocabulary = hashlib.blake2b(json.dumps(sorted(tokenizer.get_vocab().items())).encode(), digest_size=4).hexdigest()
-    weights = pretrained.fingerprint([folder]) if Path(folder).is_dir() else "hub"
-    return f"{Path(folder).name} {weights} {recipe.model.dtype}, vocabulary {vocabulary}, temperature {recipe.sampling.temperature:g}"
+    weights = f"{Path(folder).name} {pretrained.fingerprint([folder])}" if Path(folder).is_dir() else f"{folder}@{pretrained.hub_commit(folder)}"
+    return f"{weights} {recipe.model.dtype}, vocabulary {vocabulary}, temperature {recipe.sampling.temperature:g}"

@@ -199,7 +199,7 @@ def _results(left: Path, right: Path) -> Iterator[tuple[str, float, float]]:
     last = []
     for run in (left, right):
         rows = read_lines(run / "eval.jsonl")
-        last.append({f"{row['suite']} {row['split']}, {row['decoding']}": float(row["avg@k"]) for row in rows})
+        last.append({f"{row['suite']} {row['split']}, {row['decoding']}": float(row["avg@k"]) for row in rows if row["avg@k"] is not None})
     for name in sorted(last[0].keys() & last[1].keys(), key=lambda name: (" dev" in name, name)):
         yield name, last[0][name], last[1][name]
 

@@ -57,7 +57,8 @@ def write_runs(path: Path, summary: Summary) -> None:
     for arm in summary.arms:
         for run in arm.runs:
             row: dict[str, Any] = {"arm": arm.name, "seed": run.seed, "state": run.state}
-            row |= {name: float(run.finals[decoding].row["avg@k"]) for name, decoding in DECODINGS.items() if decoding in run.finals}
+            finals = {name: run.finals[decoding].row["avg@k"] for name, decoding in DECODINGS.items() if decoding in run.finals}
+            row |= {name: float(accuracy) for name, accuracy in finals.items() if accuracy is not None}
             for name, vital in (("entropy", "entropy/student"), ("length", "length/mean")):
                 if series := run.vitals.get(vital):
                     row |= {f"{name}_first": series[0][2], f"{name}_last": series[-1][2]}

@@ -250,7 +250,7 @@ class _Watch:
         self._speak(step)
         result = api.examine(self.recipe, self.parts, self.parts.engine, "dev", self.parts.problems.dev, 1.0, self.recipe.eval.samples, step)
         write_evaluation(self.folder, result)
-        if step and result.row["avg@k"] > self.best[0]:
+        if step and (result.row["avg@k"] or 0.0) > self.best[0]:
             self.best = (result.row["avg@k"], step)
             self.best_weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 

@@ -44,7 +44,7 @@ class ComparisonView:
         self._fresh += not outcome.reused
         if outcome.reused:
             return
-        rows = [row for row in read_lines(outcome.job.folder / "eval.jsonl") if row["decoding"] == PRIMARY]
+        rows = [row for row in read_lines(outcome.job.folder / "eval.jsonl") if row["decoding"] == PRIMARY and row["avg@k"] is not None]
         ending = f", {rows[-1]['split']} accuracy {rows[-1]['avg@k']:.3f}" if rows and outcome.state == "finished" else ""
         text = f"[{self._done}/{self._total}] {outcome.job.title}: {outcome.state} in {outcome.seconds:.0f} s{ending}"
         if outcome.state != "finished":

@@ -97,7 +97,7 @@ def read_run(folder: Path, *, arm: str = "", seed: int | None = None) -> RunResu
     recipe = resolved.get("recipe", {})
     evaluations = list(read_lines(folder / "eval.jsonl"))
     metrics = list(read_lines(folder / "metrics.jsonl"))
-    dev = [row for row in evaluations if row["split"] == "dev"]
+    dev = [row for row in evaluations if row["split"] == "dev" and row["avg@k"] is not None]
     return RunResult(
         arm=arm or folder.name,
         seed=recipe.get("seed", 0) if seed is None else seed,

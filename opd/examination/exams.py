@@ -28,7 +28,7 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exam:
-    """votes: the answer that maj@k counts, "" for none. longest: prompts above so many tokens are refused."""
+    """votes: the answer that maj@k counts, "" for none. left_out: problems that nobody can be examined on, since their gold answer is refused."""
 
     suite: str
     split: str
@@ -38,6 +38,30 @@ class Exam:
     decodings: Sequence[Decoding]
     thinking: bool | None = None
     notes: Sequence[str] = ()
+    left_out: int = 0
+
+
+UNFIT = frozenset({"ungradable", "incomplete"})
+"""Records of a public suite, which nobody here can mend, that are left out and counted."""
+
+MOST_LEFT_OUT = 0.1
+"""Share of a suite's problems above which the file or the verifier is the wrong one, and nothing is generated."""
+
+
+def unfit_notes(name: str, left_out: Sequence[str], number: int) -> list[str]:
+    """What the user is told of problems that were left out. Raises ValueError for more than MOST_LEFT_OUT of them."""
+    if not left_out:
+        return []
+    listed = "\n  ".join(sentence.partition("; mend")[0] for sentence in left_out)
+    if len(left_out) > MOST_LEFT_OUT * number:
+        raise ValueError(
+            f"suite {name}: {len(left_out)} of {number} problems have no gold answer that the suite's own verifier accepts; this is not the suite's "
+            f"data, or the file is damaged:\n  {listed}"
+        )
+    return [
+        f"{name}: {len(left_out)} of {number} problems are left out, since the suite's own verifier refuses their gold answer: not comparable with "
+        f"published numbers over all\n  {listed}"
+    ]
 
 
 def suite_exam(name: str, wish: SuiteOptions, model: str, generation_config: Mapping[str, Any]) -> Exam:
@@ -58,15 +82,16 @@ def suite_exam(name: str, wish: SuiteOptions, model: str, generation_config: Map
     )  # fmt: skip
     verify = make_verifier(suite.data.verifier)
     records = suite_records(suite, path=wish.path, subset=wish.subset, split=wish.split, limit=wish.problems)
-    prompts = read_prompts(records, verify=verify, origin=f"suite {name}", same_texts=True)[0]
-    notes = []
-    if not wish.problems and len(prompts) != suite.problems:
+    prompts, dropped = read_prompts(records, verify=verify, repair=UNFIT, origin=f"suite {name}", same_texts=True)
+    left_out = [sentence for found in dropped.values() for sentence in found]
+    notes = unfit_notes(name, left_out, len(prompts) + len(left_out))
+    if not left_out and not wish.problems and len(prompts) != suite.problems:
         notes.append(f"{name}: {len(prompts)} problems, where the public suite has {suite.problems}: not comparable with published numbers")
     if wish.problems:
         notes.append(f"{name}: the first {len(prompts)} of {suite.problems} problems: not comparable with published numbers")
     return Exam(
         suite=name, split=wish.split or suite.data.split, prompts=prompts, verify=verify, votes=read_answer(suite.data.verifier),
-        decodings=[decoding], thinking=wish.thinking, notes=notes,
+        decodings=[decoding], thinking=wish.thinking, notes=notes, left_out=len(left_out),
     )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def examine(
             append_line(partial_file, line)
         done += block
         say(f"{exam.suite}: {min(first + size, len(exam.prompts))} of {len(exam.prompts)} problems")
-    row = evaluation_row(done, settings, step, time.perf_counter() - started)
+    row = evaluation_row(done, settings, step, time.perf_counter() - started) | {"left_out": exam.left_out}
     partial_file.unlink(missing_ok=True)
     return EvalResult(row=row, generations=tuple(done))
 
@@ -154,13 +154,16 @@ def result_line(row: Mapping[str, Any]) -> str:
 
     def figure(name: str, interval: str) -> str:
         low, high = row[interval]
+        if row[name + "@k"] is None:
+            return f"{name}@{k} not known (no problem has {k} judged answers)"
         return f"{name}@{k} {100 * row[name + '@k']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
     figures = [figure("avg", "interval"), figure("pass", "pass@k_interval"), figure("maj", "maj@k_interval")]
     return (
         f"{row['suite']} {row['split']}, {row['decoding']}: {', '.join(figures)}; {100 * row['truncated']:.1f} % cut at max_tokens; "
         f"shows differences from {100 * best:.1f} points (paired, at best) to {100 * worst:.1f} ({row['n_problems']} problems"
-        + (f", {row['unjudged']} answers not judged)" if row["unjudged"] else ")")
+        + (f", {row['unjudged']} answers not judged" if row["unjudged"] else "")
+        + (f", {row['left_out']} left out: gold answer refused)" if row.get("left_out") else ")")
     )
 
 

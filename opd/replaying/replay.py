@@ -120,7 +120,7 @@ def rerun(folder: Path, system: System, step: int) -> None:
     start = checkpoint_step(found[-1]) if found else 0
     if found:
         read_checkpoint(found[-1], system)
-    dev = {row["step"]: row["avg@k"] for row in read_lines(folder / "eval.jsonl") if row["split"] == "dev"}
+    dev = {row["step"]: row["avg@k"] for row in read_lines(folder / "eval.jsonl") if row["split"] == "dev" and row["avg@k"] is not None}
     for current in range(start, step + 1):
         if current > start:
             train_step(current - 1, system)

@@ -23,4 +23,4 @@ def summary(folder: Path) -> str:
 
 
 def _share(row: Mapping[str, Any]) -> str:
-    return f"{row['avg@k']:.1%}" if row.get("n_problems", 1) else "no answer judged"
+    return f"{row['avg@k']:.1%}" if row["avg@k"] is not None else "no answer judged"

@@ -223,17 +223,22 @@ class TrainingRun:
             row = self._evaluate_dev(step, s.student)
         s.clock.seconds()  # evaluation does not count as training time
         self.progress.totals["tokens/evaluation"] += row["tokens"]
-        accuracy = float(row["avg@k"])
         self.progress.evaluated_step = step
-        s.last["eval/dev"] = accuracy
-        self.sink.log({"eval/dev": accuracy}, step)
-        if accuracy > self.progress.best and step > 0:
-            self.progress.best, self.progress.best_step = accuracy, step
+        if row["avg@k"] is None:
+            self.view.say(f"step {step}: dev has no accuracy: none of {row['unjudged']} answers was judged (the verifier abstained or failed)")
+        else:
+            self._dev_accuracy(step, float(row["avg@k"]), s)
         if self.progress.saved_step == step:
             self.progress.saved_step = None  # a checkpoint from before this evaluation does not know of it
         if self.guard:
             self.guard.evaluated(row)
         self._remember(s)
+
+    def _dev_accuracy(self, step: int, accuracy: float, s: System) -> None:
+        s.last["eval/dev"] = accuracy
+        self.sink.log({"eval/dev": accuracy}, step)
+        if accuracy > self.progress.best and step > 0:
+            self.progress.best, self.progress.best_step = accuracy, step
 
     def record(self, report: StepReport, samples: Sequence[Sample], s: System) -> None:
         """One line of metrics, the live view, and now and then a file of samples."""

@@ -9,6 +9,7 @@ from opd.data.records import existing_file, read_records
 from opd.prompts import (
     PromptStream,
     check_lengths,
+    content_id,
     shuffled_stream,
     split_prompts,
     task_prompts,
@@ -43,7 +44,7 @@ def test_made_up_gsm8k_sample():
     assert len(prompts) == 16
     assert prompts[1].answer == "1,240"
     assert prompts[1].hints["solution"] == "It carries 4 * 310 = 1240 people a day.\n#### 1,240"
-    assert prompts[1].id == "gsm8k_like-2"
+    assert prompts[1].id == content_id(prompts[1].messages) == "q-58735f3e968c"
     assert prompts[1].messages == ({"role": "user", "content": json.loads(SAMPLE.read_text().splitlines()[1])["question"]},)
 
 
@@ -79,7 +80,7 @@ def test_known_columns_need_no_mapping(tmp_path):
     )
     first, second = read_prompts(path)
     assert (first.id, first.hints, first.domain) == ("5", {"demonstration": "d", "facts": "f"}, "sums")
-    assert (second.id, second.answer, second.domain) == ("data-3", "2.5", "")
+    assert (second.id, second.answer, second.domain) == (content_id(second.messages), "2.5", "")
 
 
 def test_byte_order_mark_is_no_error(tmp_path):

@@ -15,7 +15,7 @@ from opd.config.recipe import Recipe
 from opd.data.presets import PRESETS, find_preset
 from opd.data.records import read_records
 from opd.data.selection import between, contaminated, pass_rates
-from opd.prompts import read_prompts
+from opd.prompts import content_id, read_prompts
 from opd.types import Prompt
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,7 +132,7 @@ def test_shipped_recipes_leave_out_what_their_data_set_is_known_to_hold_beside(t
     rows = [RECORDS[name][0], AWKWARD[name], RECORDS[name][0]]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = load_problems(recipe(tmp_path / "d.jsonl", preset=name, repair=data["repair"]), None)
-    assert len(found.train) == 1 and len(found.notes) == 2 and "1 duplicate records left out" in found.notes
+    assert len(found.train) == 1 and len(found.notes) == 2 and any(note.startswith("1 duplicate records left out") for note in found.notes)
 
 
 def test_open_questions_without_choices_stay_as_they_are():
@@ -185,7 +185,9 @@ def test_repair_leaves_out_and_counts(tmp_path):
             load_problems(recipe(tmp_path / "d.jsonl", repair=[kind]), None)
     found = load_problems(recipe(tmp_path / "d.jsonl", repair=["duplicate", "incomplete", "ungradable"]), None)
     assert len(found.train) == 12
-    assert found.notes == ("1 duplicate records left out", "1 incomplete records left out", "1 ungradable records left out")
+    told = [note.partition(" (first: ") for note in found.notes]
+    assert [told for told, _, _ in told] == [f"1 {kind} records left out" for kind in ("duplicate", "incomplete", "ungradable")]
+    assert "d.jsonl:15: the gold answer '((('" in told[2][2] and "mend" not in told[2][2]
 
 
 def asked(name, text):
@@ -222,14 +224,15 @@ def test_decontamination_in_a_recipe(tmp_path):
 
 def test_pass_rates_of_a_generations_file(tmp_path):
     lay_down(tmp_path)
+    names = [content_id([{"role": "user", "content": row["question"]}]) for row in ROWS]
     lines = [
-        {"problem": f"d-{n + 1}", "status": "error" if sample == 3 else "score", "correct": sample < n} for n in range(12) for sample in range(4)
+        {"problem": names[n], "status": "error" if sample == 3 else "score", "correct": sample < n} for n in range(12) for sample in range(4)
     ]
     path = tmp_path / "generations.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert [pass_rates(path)[f"d-{n + 1}"] for n in range(5)] == [0.0, 1 / 3, 2 / 3, 1.0, 1.0]
+    assert [pass_rates(path)[names[n]] for n in range(5)] == [0.0, 1 / 3, 2 / 3, 1.0, 1.0]
     found = load_problems(recipe(tmp_path / "d.jsonl", pass_rate={"file": str(path)}), None)
-    assert [p.id for p in found.train] == ["d-2", "d-3"]
+    assert [p.id for p in found.train] == names[1:3]
     assert found.notes == ("2 of 12 prompts have a pass rate from 0.1 to 0.9",)
     with pytest.raises(ValueError, match="no prompt has a pass rate from 0.4 to 0.5"):
         load_problems(recipe(tmp_path / "d.jsonl", pass_rate={"file": str(path), "low": 0.4, "high": 0.5}), None)

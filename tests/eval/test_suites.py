@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.accuracy import summarise
+from opd.accuracy import final_results, summarise
 from opd.build.problems import load_problems
 from opd.cli import main
 from opd.config.load import load_recipe
@@ -91,7 +91,8 @@ def test_a_question_that_a_suite_asks_twice_counts_twice(tmp_path):
     file = tmp_path / "exam.jsonl"
     file.write_text(2 * (json.dumps(RECORDS["mmlu_pro"][0]) + "\n"))
     exam = suite_exam("mmlu_pro", SuiteOptions(names=("mmlu_pro",), path=str(file)), "m", {})
-    assert [prompt.id for prompt in exam.prompts] == ["exam-1", "exam-2"] and exam.prompts[0].messages == exam.prompts[1].messages
+    first, again = [prompt.id for prompt in exam.prompts]
+    assert again == f"{first}-2" and exam.prompts[0].messages == exam.prompts[1].messages
     file.write_text(2 * (json.dumps(RECORDS["aime25"][0]) + "\n"))
     with pytest.raises(ValueError, match="this record has the id of line 1"):
         suite_exam("aime25", SuiteOptions(names=("aime25",), path=str(file)), "m", {})
@@ -251,6 +252,24 @@ def test_the_training_problems_can_be_examined_for_a_pass_rate(exam_file, tmp_pa
     assert (row["split"], row["n_problems"], row["k"]) == ("train", 6, 2)
 
 
+def test_a_gold_answer_that_the_verifier_refuses_is_left_out_listed_and_counted(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    lines = [{"question": f"{n}+1", "answer": "((((" if n == 3 else None if n == 7 else str(n + 1)} for n in range(30)]
+    (tmp_path / "exam.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["eval", MODEL, "suite=gsm8k", "suite.path=exam.jsonl", "suite.samples=1", "suite.max_tokens=2"]
+    assert main(words) == 0
+    said = capfd.readouterr()
+    assert "gsm8k: 2 of 30 problems are left out" in said.err and "(28 problems, 2 left out: gold answer refused)" in said.out
+    assert "exam.jsonl:4: the gold answer '(((('" in said.err and "exam.jsonl:8: the record has no answer" in said.err
+    [row] = [json.loads(line) for line in (tmp_path / "runs/eval-expr-base/eval.jsonl").read_text().splitlines()]
+    assert (row["n_problems"], row["left_out"]) == (28, 2)
+
+    (tmp_path / "exam.jsonl").write_text("".join(json.dumps(line | {"answer": "(((("} if n < 2 else line) + "\n" for n, line in enumerate(lines)))
+    assert main([*words, "out=none"]) == 2 and not (tmp_path / "none").exists()
+    said = capfd.readouterr().err
+    assert "4 of 30 problems have no gold answer" in said and all(f"exam.jsonl:{n}: " in said for n in (1, 2, 4, 8))
+
+
 def test_votes_under_a_choice_are_letters():
     prompt = Prompt(id="p", messages=(), answer="B")
     assert read_answer({"choice": {"letters": "ABCD"}})(prompt, "2 reasons, so the answer is (B). I checked 7 times") == "B"
@@ -277,3 +296,14 @@ def test_answers_that_nobody_judged_are_no_accuracy_of_zero(tmp_path):
     assert examination.result_line(row) == "own test, greedy: none of 3 answers was judged (the verifier abstained or failed)"
     (tmp_path / "eval.jsonl").write_text(json.dumps(row) + "\n")
     assert "accuracy on test: no answer judged greedy" in summary(tmp_path)
+    unknown = ("avg@k", "pass@k", "maj@k", "stderr", "pass@k_stderr", "maj@k_stderr")
+    assert [json.loads((tmp_path / "eval.jsonl").read_text())[name] for name in unknown] == [None] * 6 and row["pass_at"] == {"1": None, "2": None, "3": None}
+    assert final_results([row]) == {}
+
+
+def test_pass_at_k_of_problems_with_fewer_judged_answers_is_not_known_rather_than_zero():
+    line = {"problem": "p", "status": "score", "length": 1, "finish": "stop", "correct": True, "answer": "1"}
+    row = summarise([line, line, line | {"status": "error", "correct": False}, line | {"status": "abstain"}], 4)
+    assert (row["avg@k"], row["maj@k"], row["unjudged"], row["pass@k"]) == (1.0, 1.0, 2, None)
+    assert row["pass_at"] == {"1": 1.0, "2": 1.0, "4": None}
+    assert "pass@4 not known (no problem has 4 judged answers)" in examination.result_line(row | {"suite": "own", "split": "test", "decoding": "t"})

@@ -40,6 +40,20 @@ learner: {kind: torch}
 eval: {num_problems: 4, final_problems: 4, final_samples: 2}
 track: {wandb: disabled}
 """
+DISTILL = """
+method: opd_full
+teacher: {{external: {{path: tiny/expr-teacher}}}}
+model: {{path: {student}}}
+data: {{task: expr}}
+sampling: {{max_tokens: 40}}
+rollout: {{prompts: 8, source: {{dataset: solution}}}}
+group: 1
+objective: [{{distill: forward_kl, support: {{teacher_topk: {{k: 8}}}}}}]
+steps: 1
+learner: {{kind: torch}}
+eval: {{num_problems: 0, final_problems: 0}}
+track: {{wandb: disabled}}
+"""
 COMMANDS = """
 import contextlib, io, json, sys
 from opd.cli import main
@@ -103,7 +117,7 @@ def test_models_and_data_sets_of_the_hub_are_examined_trained_on_and_pushed(hub,
     )  # fmt: skip
     assert [status for status, _ in said] == [0] * 8, said
     at = tmp_path / "online"
-    texts = [[line["text"] for line in rows(at / name / row["generations"])] for name in ("hub", "here") for row in rows(at / name / "eval.jsonl")]
+    texts = [[(line["problem"], line["text"]) for line in rows(at / name / row["generations"])] for name in ("hub", "here") for row in rows(at / name / "eval.jsonl")]
     assert texts[0] == texts[1] and len(texts[0]) == 6
     assert "6 problems, where the public suite has 1319" in said[0][1] and "memory on this" in said[2][1]
     assert [row["n_problems"] for row in rows(at / "runs/first/eval.jsonl")] and (at / "runs/streamed/model/config.json").is_file()
@@ -121,6 +135,24 @@ def test_models_and_data_sets_of_the_hub_are_examined_trained_on_and_pushed(hub,
     hub.commit = "fedcba9876" * 4  # somebody pushed new weights under the same name
     [(status, text)] = run(hub, at, "train recipe.yaml steps=2 name=first")
     assert status == 2 and "the model that it started from" in text, text
+
+
+@pytest.mark.slow
+def test_scores_on_file_are_of_one_commit_of_a_hub_teacher(hub, tmp_path):
+    shutil.copytree(ROOT / "models/expr-teacher", hub.root / "models/tiny/expr-teacher")
+    at, file = tmp_path / "work", "signals.main.scores=scores.sqlite"
+    at.mkdir()
+    (at / "kd.yaml").write_text(DISTILL.format(student=ROOT / "models/expr-base"))
+    old, new = hub.commit, "fedcba9876" * 4
+    said = run(hub, at, "score kd.yaml out=scores.sqlite", f"train kd.yaml name=same {file}")
+    assert [status for status, _ in said] == [0, 0], said
+    [(status, text)] = run(hub, at, f"train kd.yaml name=offline {file}", HF_HUB_OFFLINE="1")
+    assert status == 0, text
+
+    hub.commit = new  # somebody pushed other weights under the same name
+    refused, scored, again = run(hub, at, f"train kd.yaml name=moved {file}", "score kd.yaml out=scores.sqlite", f"train kd.yaml name=moved {file}")
+    assert refused[0] == 2 and f"it holds scores of: tiny/expr-teacher@{old}" in refused[1] and f"teacher is tiny/expr-teacher@{new}" in refused[1]
+    assert scored[0] == again[0] == 0 and "8 answers scored, 8 stored" in scored[1], (scored, again)
 
 
 @pytest.mark.slow
