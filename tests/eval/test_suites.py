@@ -297,7 +297,8 @@ def test_answers_that_nobody_judged_are_no_accuracy_of_zero(tmp_path):
     (tmp_path / "eval.jsonl").write_text(json.dumps(row) + "\n")
     assert "accuracy on test: no answer judged greedy" in summary(tmp_path)
     unknown = ("avg@k", "pass@k", "maj@k", "stderr", "pass@k_stderr", "maj@k_stderr")
-    assert [json.loads((tmp_path / "eval.jsonl").read_text())[name] for name in unknown] == [None] * 6 and row["pass_at"] == {"1": None, "2": None, "3": None}
+    assert [json.loads((tmp_path / "eval.jsonl").read_text())[name] for name in unknown] == [None] * 6
+    assert row["pass_at"] == {"1": None, "2": None, "3": None}
     assert final_results([row]) == {}
 
 

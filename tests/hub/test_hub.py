@@ -117,7 +117,8 @@ def test_models_and_data_sets_of_the_hub_are_examined_trained_on_and_pushed(hub,
     )  # fmt: skip
     assert [status for status, _ in said] == [0] * 8, said
     at = tmp_path / "online"
-    texts = [[(line["problem"], line["text"]) for line in rows(at / name / row["generations"])] for name in ("hub", "here") for row in rows(at / name / "eval.jsonl")]
+    examined = [(at / name, row) for name in ("hub", "here") for row in rows(at / name / "eval.jsonl")]
+    texts = [[(line["problem"], line["text"]) for line in rows(folder / row["generations"])] for folder, row in examined]
     assert texts[0] == texts[1] and len(texts[0]) == 6
     assert "6 problems, where the public suite has 1319" in said[0][1] and "memory on this" in said[2][1]
     assert [row["n_problems"] for row in rows(at / "runs/first/eval.jsonl")] and (at / "runs/streamed/model/config.json").is_file()
