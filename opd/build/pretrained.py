@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, Qwen3Config
 from transformers.utils import logging as transformers_logging
@@ -24,6 +24,7 @@ UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportErro
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 SAMPLED_BYTES = 1 << 20
 HUB_SECONDS = 10.0
+HUB_FAILURES = (HFValidationError, *HfHubHTTPError.__bases__)  # httpx's error, of the httpx that huggingface_hub brings, and OSError
 
 
 def find_model(path: str) -> str:
@@ -172,7 +173,7 @@ def hub_commit(name: str) -> str:
     """The commit of a hub model: the newest, where the hub answers within HUB_SECONDS; else the one in the cache; "" where neither knows."""
     try:
         return HfApi().model_info(name, timeout=HUB_SECONDS).sha or ""
-    except (HfHubHTTPError, HTTPError, HFValidationError, OSError):  # from_pretrained then reads the cache as well, or says what is wrong
+    except HUB_FAILURES:  # from_pretrained then reads the cache as well, or says what is wrong
         config = try_to_load_from_cache(name, "config.json")
         return Path(config).parent.name if isinstance(config, str) else ""
 
