@@ -19,11 +19,16 @@ def exp_into(x: Tensor, out: Tensor) -> Tensor:
     return torch.mul(x, _LOG2_E, out=out).exp2_()
 
 
-def base_of_log2(top: Tensor) -> Tensor:
-    """[C, 1] what log2_into takes for the finite maxima top [C]."""
-    return top.mul(-_LOG2_E).unsqueeze(1)
+def base_of_log2(top: Tensor) -> tuple[Tensor, Tensor]:
+    """(what log2_into takes [C, 1], how much too large its results are [C]) for the finite maxima top [C].
+
+    The rounding of the product with top is the same for a whole row, so what it does to sums can be taken back.
+    """
+    factor = torch.tensor(_LOG2_E, dtype=top.dtype).item()
+    base = top.mul(-factor)
+    return base.unsqueeze(1), (base.double() + top.double() * factor).to(top.dtype)
 
 
 def log2_into(x: Tensor, base: Tensor, out: Tensor) -> Tensor:
-    """out = log2(exp(x - top)) in one pass over x [C, cv]; right to the spacing of numbers at top, as logits are."""
+    """out = log2(exp(x - top)), x [C, cv], in one pass, but for base_of_log2's excess."""
     return torch.add(base, x, alpha=_LOG2_E, out=out)

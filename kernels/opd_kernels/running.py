@@ -50,7 +50,7 @@ def sums_below(x: Tensor, top: Tensor, inner: int, scratch: Scratch, *, bounded:
 
     `inner` rows at a time in two areas of scratch. `bounded` promises that x holds no -inf.
     """
-    base = base_of_log2(_origin(top))
+    base, excess = base_of_log2(_origin(top))
     areas = [scratch.view(area, min(inner, x.shape[0]), x.shape[1]) for area in (0, 1)]
     parts = []
     for rows in spans(x.shape[0], inner):
@@ -61,7 +61,8 @@ def sums_below(x: Tensor, top: Tensor, inner: int, scratch: Scratch, *, bounded:
         torch.exp2(shifted, out=mass)
         parts.append((mass.sum(dim=1), mass.mul_(shifted).sum(dim=1)))
     l, t = (torch.cat(column) for column in zip(*parts, strict=True))  # noqa: E741
-    return RunningSums(m=top, l=l, t=t.mul_(math.log(2.0)))
+    decay = torch.exp2(-excess)
+    return RunningSums(m=top, l=l * decay, t=(t - excess * l) * (decay * math.log(2.0)))
 
 
 def exp_below_(x: Tensor, top: Tensor) -> Tensor:
