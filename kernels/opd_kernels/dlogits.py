@@ -1,11 +1,12 @@
 """Gradients with respect to a tile of products, and their two matrix products."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from opd_kernels.exponentials import exp_into
+from opd_kernels.exponentials import base_of_log2, log2_into
 from opd_kernels.placement import TileIds
 from opd_kernels.products import Projection, add_product, product_into, softcap_slope
 from opd_kernels.selection import FLOOR, Coefficients
@@ -20,13 +21,17 @@ def dlogits_(
     """
     if slope is not None:
         softcap_slope(x, head, rows, out=slope)
-    x.sub_(coefficients.reference[rows, None])
+    base, excess = base_of_log2(coefficients.reference[rows])
+    log2_into(x, base, out=x)
+    distance = excess * -math.log(2.0)
+    factor = distance.exp()
     if coefficients.slope is None:
-        exp_into(x, out=x).mul_(coefficients.scale[rows, None])
+        x.exp2_().mul_((coefficients.scale[rows] * factor)[:, None])
     else:
         assert mass is not None
-        exp_into(x.clamp_(min=FLOOR), out=mass)
-        x.mul_(coefficients.slope[rows, None]).add_(coefficients.scale[rows, None]).mul_(mass)
+        torch.exp2(x.clamp_(min=FLOOR), out=mass)
+        slope_C = coefficients.slope[rows] * factor
+        x.mul_((slope_C * math.log(2.0))[:, None]).add_((coefficients.scale[rows] * factor + slope_C * distance)[:, None]).mul_(mass)
     if slope is not None:
         x.mul_(slope)
     values = coefficients.selected.flatten()[chosen.entry]
@@ -37,11 +42,13 @@ def dlogits_(
 
 
 def dlogits_of_mass_(e: Tensor, top: Tensor, rows: slice, coefficients: Coefficients, chosen: TileIds, scratch: Tensor | None) -> Tensor:
-    """The same from e = exp(x - top) [C, V] where that has been formed already; top [C] is at least every x outside the chosen columns.
+    """The same from e = exp(x - top) [C, V] as `running.accumulate` forms it; top [C] is at least every x outside the chosen columns.
 
     `scratch` is needed with an entropy gradient.
     """
-    distance = torch.where(top == float("-inf"), FLOOR, top - coefficients.reference[rows])
+    dead = top == float("-inf")
+    excess = base_of_log2(top.masked_fill(dead, 0.0))[1]
+    distance = torch.where(dead, FLOOR, top - coefficients.reference[rows] - excess * math.log(2.0))
     factor = distance.exp()
     if coefficients.slope is None:
         e.mul_((coefficients.scale[rows] * factor)[:, None])

@@ -32,3 +32,9 @@ def base_of_log2(top: Tensor) -> tuple[Tensor, Tensor]:
 def log2_into(x: Tensor, base: Tensor, out: Tensor) -> Tensor:
     """out = log2(exp(x - top)), x [C, cv], in one pass, but for base_of_log2's excess."""
     return torch.add(base, x, alpha=_LOG2_E, out=out)
+
+
+def sums_of_log2(l: Tensor, t: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+    """(sum of e = exp(x - top), sum of e (x - top)) [C] from the sums l of 2^s and t of 2^s s, s being what log2_into gave."""
+    factor = torch.exp2(-excess)
+    return l * factor, (t - excess * l) * (factor * math.log(2.0))

@@ -1,11 +1,9 @@
 """Running sums of exponentials over tiles."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from opd_kernels.exponentials import base_of_log2, exp_into, log2_into
+from opd_kernels.exponentials import base_of_log2, log2_into, sums_of_log2
 from opd_kernels.products import Scratch
 from opd_kernels.selection import FLOOR, RunningSums
 from opd_kernels.tiling import spans
@@ -23,8 +21,8 @@ def accumulate(x: Tensor, sums: RunningSums, shifted: Tensor, mass: Tensor | Non
     """Adds the columns of x [C, cv] to sums, in place.
 
     `shifted` is scratch like x; `mass` is another, or None to leave t alone. The last of the two that is given (mass, else shifted) may be
-    x itself, which then holds exp(x - m) afterwards. t is the moment about the maximum: about zero it would lose the digits of a small
-    entropy to those of large logits.
+    x itself, which then holds exp(x - m) afterwards, but for the excess of `base_of_log2`. t is the moment about the maximum: about zero it
+    would lose the digits of a small entropy to those of large logits.
     """
     if x.shape[1] == 0:
         return
@@ -32,16 +30,16 @@ def accumulate(x: Tensor, sums: RunningSums, shifted: Tensor, mass: Tensor | Non
     origin = _origin(top)
     offset = torch.where(sums.m == _NEG_INF, FLOOR, sums.m - origin)
     decay = offset.exp()
-    torch.sub(x, origin[:, None], out=shifted)
+    base, excess = base_of_log2(origin)
+    log2_into(x, base, out=shifted)
     if mass is None:
-        exp_into(shifted, out=shifted)
-        sums.l.mul_(decay).add_(shifted.sum(dim=1))
+        sums.l.mul_(decay).add_(shifted.exp2_().sum(dim=1) * torch.exp2(-excess))
     else:
-        shifted.clamp_(min=FLOOR)
-        exp_into(shifted, out=mass)
+        torch.exp2(shifted.clamp_(min=FLOOR), out=mass)
         sums.t.add_(torch.where(sums.l == 0, 0.0, offset * sums.l)).mul_(decay)
-        sums.l.mul_(decay).add_(mass.sum(dim=1))
-        sums.t.add_(shifted.mul_(mass).sum(dim=1))
+        l, t = sums_of_log2(mass.sum(dim=1), shifted.mul_(mass).sum(dim=1), excess)  # noqa: E741
+        sums.l.mul_(decay).add_(l)
+        sums.t.add_(t)
     sums.m.copy_(top)
 
 
@@ -61,13 +59,13 @@ def sums_below(x: Tensor, top: Tensor, inner: int, scratch: Scratch, *, bounded:
         torch.exp2(shifted, out=mass)
         parts.append((mass.sum(dim=1), mass.mul_(shifted).sum(dim=1)))
     l, t = (torch.cat(column) for column in zip(*parts, strict=True))  # noqa: E741
-    decay = torch.exp2(-excess)
-    return RunningSums(m=top, l=l * decay, t=(t - excess * l) * (decay * math.log(2.0)))
+    l, t = sums_of_log2(l, t, excess)  # noqa: E741
+    return RunningSums(m=top, l=l, t=t)
 
 
 def exp_below_(x: Tensor, top: Tensor) -> Tensor:
     """x [C, cv] becomes exp(x - top), bit for bit what accumulate left in it where `top` [C] was the maximum afterwards."""
-    return exp_into(x.sub_(_origin(top)[:, None]), out=x)
+    return log2_into(x, base_of_log2(_origin(top))[0], out=x).exp2_()
 
 
 def _origin(top: Tensor) -> Tensor:
