@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import matplotlib.ticker as ticker
 import torch
 from harness import RESULTS, Sizes, add_the_rest, extra_bytes_in_child, measure, print_extra_bytes, report, stored_tables
 from systems import sparse_task
@@ -28,6 +29,14 @@ GRID = {
     "cuda": {"tokens": (1024, 4096, 16_384), "columns": (32_000, 128_256, 256_000)},
 }
 TINY = {"tokens": (16, 32), "columns": (300, 600)}
+SYSTEMS = {
+    "eager": "eager",
+    "eager_logsumexp": "eager with logsumexp",
+    "composable": "selected_logprobs",
+    "fused": "fused_sparse_loss",
+    "three_products_alone": "three products alone",
+    "four_products_alone": "four products alone",
+}
 LABELS = {"tokens": "tokens N", "columns": "vocabulary V"}
 
 
@@ -53,25 +62,35 @@ def with_the_rest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Four panels: seconds and extra memory, against tokens and against vocabulary."""
-    figure, panels = plt.subplots(2, 2, figsize=(10, 7), sharex="col")
+    """Four panels: seconds and extra memory, against tokens and against vocabulary.
+
+    Products alone return no gradients that could be taken off their memory, so they are shown in time only.
+    """
+    figure, panels = plt.subplots(2, 2, figsize=(10, 8), sharex="col")
     for column, axis in enumerate(LABELS):
         points = [table for table in results if table["axis"] == axis]
-        names = [row["system"] for row in points[0]["rows"]]
-        for name in names:
+        for name in SYSTEMS:
             rows = [(table["sizes"][axis], row) for table in points for row in table["rows"] if row["system"] == name and "seconds" in row]
-            for line, (key, scale) in enumerate((("seconds", 1e3), ("extra_bytes", 1 / 2**20))):
-                panels[line, column].plot([x for x, _ in rows], [row[key] * scale for _, row in rows], marker="o", label=name)
-        panels[1, column].set_xlabel(LABELS[axis])
+            line, color = ("--", "0.5" if "three" in name else "0.75") if "alone" in name else ("-", None)
+            for panel, (key, scale) in zip(panels[:, column], (("seconds", 1e3), ("extra_bytes", 1 / 2**20)), strict=True):
+                if rows and not ("alone" in name and key == "extra_bytes"):
+                    panel.plot([x for x, _ in rows], [row[key] * scale for _, row in rows], line, color=color, marker="o", label=SYSTEMS[name])
+        fixed = ", ".join(f"{LABELS[other]} {points[0]['sizes'][other]:,}" for other in LABELS if other != axis)
+        panels[1, column].set_xlabel(f"{LABELS[axis]} ({fixed}, H = {points[0]['sizes']['hidden_size']})")
+        panels[0, column].set_xscale("log", base=2)
+        ticks = [table["sizes"][axis] for table in points]
+        panels[0, column].set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     panels[0, 0].set_ylabel("forward and backward, ms")
-    panels[1, 0].set_ylabel("extra memory, MiB")
+    panels[1, 0].set_ylabel("memory beyond inputs and gradients, MiB")
     for panel in panels.flat:
-        panel.set_xscale("log", base=2)
         panel.set_yscale("log")
+        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(ticker.NullFormatter())
         panel.grid(alpha=0.3)
-    panels[0, 0].legend()
-    figure.suptitle("sparse forward KL with tail: time and memory beyond inputs and gradients")
-    figure.tight_layout()
+    figure.suptitle("Sparse forward KL with tail: time and memory against tokens and vocabulary")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=120)
 
 
