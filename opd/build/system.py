@@ -293,11 +293,12 @@ def model_folders(recipe: Recipe) -> list[str]:
 def input_facts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Hashes of what the run starts from, compared when it is resumed."""
     files = [path for path in (recipe.data.path, recipe.data.eval_path) if path]
+    made_up = recipe.model.init == "random"  # nothing is asked of the hub then
     return {
         "learner": learner_kind(recipe),
         "template_hash": template_hash(tokenizer),
         "data_hash": pretrained.content_hash(recipe_hash(recipe.data), files, [recipe.data.path] * recipe.data.stream),
-        "model_hash": pretrained.fingerprint([folder for folder in model_folders(recipe) if folder]),  # a hub name has no files here
+        "model_hash": pretrained.fingerprint([folder for folder in model_folders(recipe) if folder and not (made_up and not Path(folder).is_dir())]),
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from opd.config.choices import Count, Positive, Share, nearest, resolve, split_choice
@@ -100,17 +101,22 @@ def gold_choice(choice: Any) -> Any:
 
 
 def version_of(choice: Any, function: Callable[..., Any] | None = None, more: str = "") -> str:
-    """Names a verifier with what decides its verdicts: the choice, our version, math-verify's, the source of functions of one's own, `more`.
+    """Names a verifier with what decides its verdicts: the choice, our version, math-verify's, the files of functions of one's own, `more`.
 
-    Raises ValueError for a function whose source cannot be read.
+    The whole file counts, for a function calls others of it. Raises ValueError for a function whose source cannot be read.
     """
     own = [function] if function else [resolve(each, {}, "data.verifier") for each in _functions(choice)]
     try:
-        sources = [inspect.getsource(getattr(each, "func", each)) for each in own]
+        sources = [_source(getattr(each, "func", each)) for each in own]
     except (OSError, TypeError) as error:
         raise ValueError(f"data.verdict_cache: {error}, so the verifier's verdicts have no version; leave the cache out") from None
     library = version("math-verify") if find_spec("math_verify") else ""
     return json.dumps([None if function else choice, VERSION, library, sources, more], sort_keys=True, default=str)
+
+
+def _source(function: Callable[..., Any]) -> str:
+    own, file = inspect.getsource(function), inspect.getsourcefile(function)
+    return own + (Path(file).read_text(encoding="utf-8") if file and Path(file).is_file() else "")
 
 
 def _functions(choice: Any) -> list[Any]:
@@ -163,7 +169,7 @@ FACTORIES: dict[str, Callable[..., Verifier]] = {"sum": make_sum, "judge": make_
 READS_BARE = frozenset({"exact", "choice", "math", "gsm8k", "json", "code"})
 """Verifiers that can judge a gold answer as it stands."""
 
-VERSION = 1
+VERSION = 2
 """Counts up when a verifier's verdicts change, so that cached ones are not taken for the new ones'."""
 
 REQUIRES: dict[str, Callable[[], None]] = {"code": require_isolation}

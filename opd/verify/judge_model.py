@@ -7,6 +7,7 @@ from math import isfinite
 
 from opd.types import Message, Prompt, Verdict, Verifier
 from opd.verify.adapt import Asked, Batched
+from opd.verify.patterns import Pattern, compiled, last_match
 
 Ask = Callable[[Sequence[tuple[Message, ...]]], Sequence[str | None]]  # conversations -> replies, None where one does not fit the model
 
@@ -32,7 +33,7 @@ class Reading:
     correct_at: the share of `best` from which the answer counts as correct.
     """
 
-    pattern: re.Pattern[str]
+    pattern: Pattern
     right: Sequence[str] = ("yes", "correct", "true", "right")
     wrong: Sequence[str] = ("no", "incorrect", "false", "wrong")
     best: float = 1.0
@@ -61,8 +62,7 @@ def read_reply(reply: str | None, reading: Reading) -> Verdict:
     """The reply's verdict; "error" for a question that did not fit the model, "abstain" where none can be read."""
     if reply is None:
         return Verdict(status="error", feedback="question and answer are longer than the judge's context")
-    found = [match[1] if reading.pattern.groups else match[0] for match in reading.pattern.finditer(reply)]
-    word = (found[-1] or "").strip() if found else ""
+    word = (last_match(reading.pattern, reply) or "").strip()
     if word.casefold() in {each.casefold() for each in (*reading.right, *reading.wrong)}:
         share = float(word.casefold() in {each.casefold() for each in reading.right})
     else:
@@ -72,15 +72,12 @@ def read_reply(reply: str | None, reading: Reading) -> Verdict:
     return Verdict(reward=share, correct=share >= reading.correct_at, feedback=reply.strip(), parts={"judge": share})
 
 
-def read_pattern(pattern: str) -> re.Pattern[str]:
+def read_pattern(pattern: str) -> Pattern:
     """Raises ValueError for what is no regular expression with at most one group."""
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"data.verifier.judge.verdict {pattern!r} is no regular expression: {error}") from None
-    if compiled.groups > 1:
-        raise ValueError(f"data.verifier.judge.verdict {pattern!r} has {compiled.groups} groups; mark the verdict with one, others with (?:...)")
-    return compiled
+    found = compiled(pattern, "data.verifier.judge.verdict")
+    if found.groups > 1:
+        raise ValueError(f"data.verifier.judge.verdict {pattern!r} has {found.groups} groups; mark the verdict with one, others with (?:...)")
+    return found
 
 
 def check_request(request: str) -> None:

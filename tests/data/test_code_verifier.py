@@ -6,7 +6,7 @@ import pytest
 
 from opd.types import Prompt
 from opd.verify import code as code_module
-from opd.verify import gold_problem, judge, make_verifier
+from opd.verify import gold_problem, judge, make_verifier, patterns, simple
 from opd.verify.code import code_verdict, program_of
 
 ECHO = {"inputs": ["3 4\n", "10 -2\n"], "outputs": ["7\n", "8\n"]}
@@ -101,6 +101,34 @@ def test_json(text, correct, keys):
     assert (verdict.correct, verdict.parts["keys"]) == (correct, keys)
 
 
+@pytest.mark.parametrize(
+    ("gold", "text", "correct"),
+    [
+        ({"a": 1}, '{"a": ' + "1" * 5000 + "}", False),  # Python refuses such an integer
+        ({"a": 1}, '{"a": true}', False),
+        ({"a": 1}, '{"a": 1.0}', True),
+        ([1, [True]], "[1, [1]]", False),
+        ({"a": 1}, "[" * 100_000, False),
+        ({"a": 1}, '["' * 100_000, False),
+        ({"a": 1}, "[1, " * 300 + "[1," * 100_000 + '{"a": 1}', False),
+        ({"a": 1}, "{[" * 2000 + '{"a": 1}', True),
+    ],
+)
+def test_no_json_of_a_student_is_an_error_or_takes_long(gold, text, correct):
+    attempts = []
+
+    class CountedDecoder(json.JSONDecoder):
+        def raw_decode(self, s, idx=0):
+            attempts.append(idx)
+            return super().raw_decode(s, idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simple, "_DECODER", CountedDecoder(parse_int=simple._integer))
+        verdict = judge(make_verifier("json"), prompt(gold), text)
+    assert (verdict.status, verdict.correct) == ("score", correct)
+    assert len(attempts) <= simple._PATIENCE // 100 + 1
+
+
 def test_json_in_chosen_keys():
     verify = make_verifier({"json": {"keys": ["a"]}})
     assert verify(prompt({"a": 1, "b": 2}), '{"a": 1, "b": 3}').correct
@@ -112,3 +140,9 @@ def test_regex():
     assert verify(prompt("yes"), "Answer: no\nAnswer: yes").correct
     assert not verify(prompt("yes"), "yes").correct
     assert judge(make_verifier({"regex": {"pattern": "("}}), prompt("yes"), "yes").status == "error"
+
+
+def test_a_pattern_that_would_take_years_is_an_error_within_its_deadline(monkeypatch):
+    monkeypatch.setattr(patterns, "DEADLINE_SECONDS", 0.1)
+    verdict = judge(make_verifier({"regex": {"pattern": r"(a|aa)+$"}}), prompt("yes"), "a" * 80 + "b")
+    assert verdict.status == "error" and "took longer than 0.1 seconds on this text" in verdict.feedback

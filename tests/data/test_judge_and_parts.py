@@ -1,5 +1,6 @@
 """Verifiers made of others: a model as judge, sums of parts, cached verdicts, reward functions as `verifiers` and TRL call them."""
 
+import importlib
 import json
 import multiprocessing
 import sys
@@ -242,6 +243,15 @@ def test_a_version_names_source_and_parameters(own_functions):
     assert "return 0.5" in one and one != two and "return 0.5" in version_of(SUM)
     with pytest.raises(ValueError, match="have no version; leave the cache out"):
         version_of("x", eval("lambda prompt, text: 1"))
+
+
+def test_a_version_changes_with_what_the_function_s_file_holds_beside_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    versions = []
+    for name, helper in (("opd_test_one", "1.0"), ("opd_test_two", "0.0")):
+        (tmp_path / f"{name}.py").write_text(f"def helper():\n    return {helper}\n\n\ndef reward(prompt, text):\n    return helper()\n")
+        versions.append(version_of("x", importlib.import_module(name).reward))
+    assert versions[0] != versions[1]
 
 
 def test_a_recipe_uses_the_cache(tmp_path):

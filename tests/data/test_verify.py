@@ -268,6 +268,8 @@ def test_choice():
         assert not choice(prompt("C"), text).correct, text
     assert choice(prompt("(B)"), "B").correct
     assert choice(prompt("B"), "Bob").feedback == "No answer was found."
+    for text in ("\\boxed{B. An A and a C}", "\\boxed{(B) A or C}", "\\boxed{b}", "\\boxed{\\text{B}}", "#### B: A", "\\boxed{A, then B}"):
+        assert choice(prompt("B"), text).correct and not choice(prompt("A"), text).correct, text
 
 
 def test_names_and_parameters_are_checked():

@@ -99,6 +99,7 @@ HOMES = {  # third-party package -> modules that may import it
     "pyarrow": {"opd.data.tables"},
     "datasets": {"opd.data.tables", "opd.comparison.outside"},
     "math_verify": {"opd.verify.math"},
+    "regex": {"opd.verify.patterns"},
     "huggingface_hub": {"opd.build.pretrained", "opd.preflight.hub", "opd.publishing"},
     "wandb": {"opd.run.offline", "opd.run.track"},
     "matplotlib": {"opd.comparison", "opd.viewer"},
