@@ -48,6 +48,14 @@ class Engine(Frozen):
         return self.replicas * self.tensor_parallel
 
     @model_validator(mode="after")
+    def _parallel_is_vllm_s(self) -> "Engine":
+        if self.tensor_parallel > 1 and self.kind != "vllm":
+            raise ValueError(
+                f"engine.tensor_parallel={self.tensor_parallel} is vLLM's, and engine.kind is {self.kind}: use engine=vllm, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _transfer_fits(self) -> "Engine":
         if self.transfer != "auto" and self.kind != "vllm":
             raise ValueError(f"engine.transfer={self.transfer} is vLLM's, and engine.kind is {self.kind}: use engine=vllm, or leave it out")

@@ -42,6 +42,7 @@ SYNONYMS = {
     **dict.fromkeys(("report_to", "use_wandb"), "track.wandb"),
     **dict.fromkeys(("num_gpus", "n_gpus", "gpus", "world_size"), "learner.ranks"),
     **dict.fromkeys(("tensor_parallel_size", "tp_size"), "engine.tensor_parallel"),
+    **dict.fromkeys(("gpu_memory_utilization", "mem_fraction_static"), "engine.memory_share"),
 }
 """Names of other projects -> the key here."""
 KINDS = {

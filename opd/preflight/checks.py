@@ -1,6 +1,7 @@
 """What a user would want to be told of a recipe before it runs: one small function a subject, each gives findings."""
 
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -12,7 +13,9 @@ from packaging.version import Version
 
 from opd.build.fused import check_fused
 from opd.build.pretrained import num_experts
+from opd.config.choices import nearest
 from opd.preflight.facts import Facts, Finding
+from opd.preflight.memory import ALL_LINEAR, linear_names, untargeted
 from opd.run.folder import check_run
 
 TESTED = {"torch": ("2.11", "2.14"), "transformers": ("5.17", "6"), "deepspeed": ("0.19.8", "0.20"), "vllm": ("0.27", "0.33"), "ray": ("2.50", "3")}
@@ -100,7 +103,8 @@ def batch(facts: Facts) -> Iterator[Finding]:
         yield warning(f"learner.token_budget={r.learner.token_budget} is less than the longest sequence ({longest}): such sequences go alone")
     if r.engine.token_budget < longest:
         yield warning(f"engine.token_budget={r.engine.token_budget} is less than one sequence ({longest}): answers are drawn one at a time")
-    if facts.problems and r.data.path and not r.data.stream and len(facts.problems.train) < r.rollout.prompts:
+    own_data = facts.problems and r.data.path and not r.data.stream and not facts.made_up
+    if own_data and len(facts.problems.train) < r.rollout.prompts:
         yield warning(f"the data has {len(facts.problems.train)} prompts, fewer than rollout.prompts={r.rollout.prompts}: a step repeats some")
     if (
         facts.problems
@@ -147,6 +151,39 @@ def precision(facts: Facts) -> Iterator[Finding]:
         yield error('model.lora needs peft: pip install "opd-train[train]"')
 
 
+def adapters(facts: Facts) -> Iterator[Finding]:
+    lora = facts.recipe.model.lora
+    if lora is None or facts.config is None or lora.targets == ALL_LINEAR:
+        return
+    try:
+        missing = untargeted(facts.config, lora.targets)
+    except re.error as problem:
+        yield error(
+            f"model.lora.targets={lora.targets!r} is one text, so a pattern for whole names of layers, and not a valid one ({problem}); a list names"
+        )
+        return
+    if "lm_head" in ([lora.targets] if isinstance(lora.targets, str) else lora.targets):
+        yield error("model.lora.targets names lm_head: adapters on the head are not supported; leave it out")
+    elif missing:
+        known = linear_names(facts.config)
+        yield error(
+            f"model.lora.targets: the student has no linear layer {missing[0]!r}{nearest(missing[0], known)}; its layers: {', '.join(known)} "
+            f"(a list of these, or {ALL_LINEAR})"
+        )
+
+
+def parallel(facts: Facts) -> Iterator[Finding]:
+    e, r = facts.recipe.engine, facts.recipe
+    heads = None if facts.config is None else facts.config.get_text_config().num_attention_heads
+    if e.kind == "vllm" and heads and heads % e.tensor_parallel:
+        fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        yield error(f"engine.tensor_parallel={e.tensor_parallel} does not divide the student's {heads} attention heads: use one of {fits}")
+    if r.learner.kind == "torch" and r.learner.zero_stage > 1:
+        yield warning(
+            f"learner.zero_stage={r.learner.zero_stage} is DeepSpeed's, and learner.kind is torch: it shards nothing; use learner.kind=deepspeed"
+        )
+
+
 def architecture(facts: Facts) -> Iterator[Finding]:
     if facts.config is None or not (experts := num_experts(facts.config)):
         return
@@ -180,7 +217,7 @@ def evaluation(facts: Facts) -> Iterator[Finding]:
             f"eval.final_problems={ev.final_problems}: the standard error of an accuracy near one half is {50 / ev.final_problems**0.5:.0f} points"
         )
     data = facts.recipe.data
-    if facts.problems and data.path and not (data.eval_path or data.stream) and len(facts.problems.train) < 200:
+    if facts.problems and data.path and not (data.eval_path or data.stream or facts.made_up) and len(facts.problems.train) < 200:
         yield note("few records: dev and test problems are held out from them; data.eval_path names a file of its own")
 
 
@@ -239,6 +276,8 @@ CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     batch,
     schedule,
     precision,
+    adapters,
+    parallel,
     architecture,
     objective,
     evaluation,

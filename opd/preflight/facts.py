@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -15,6 +17,7 @@ from opd.build.stored import open_stores
 from opd.build.student import config_at, load_tokenizer, room_for_prompts, served_paths, stands_in, student_config, student_path, tokenizer_at
 from opd.build.system import check_support_sizes, check_tracking, learner_kind, objective_of, parse_weights
 from opd.build.views import FOREIGN, OTHERS, checked_views, template_notes
+from opd.config.choices import nearest
 from opd.config.recipe import Recipe
 from opd.contexts import check_hints
 from opd.data.records import on_hub
@@ -45,7 +48,7 @@ class Facts:
     """A recipe and what it names; None where it could not be read (a finding says why).
 
     teachers: signal -> configuration of an external model. prompt_lengths, solution_lengths: tokens of the first prompts and their
-    reference solutions.
+    reference solutions. made_up: problems that stand in for those of a hub that does not answer.
     """
 
     recipe: Recipe
@@ -57,6 +60,7 @@ class Facts:
     generation: GenerationConfig | None
     teachers: Mapping[str, Any] = field(default_factory=dict)
     views: Mapping[str, ViewSpec] = field(default_factory=dict)
+    made_up: bool = False
     prompt_lengths: tuple[int, ...] = ()
     solution_lengths: tuple[int, ...] = ()
 
@@ -77,6 +81,8 @@ def gather(recipe: Recipe) -> tuple[Facts, list[Finding]]:
     weights = {name: parsed for name, signal in recipe.signals.items() if (parsed := attempt(partial(parse_weights, name, signal.weights)))}
     for name, path in (attempt(partial(served_paths, recipe, weights)) or {}).items() if objective else ():
         attempt(partial(check_served, recipe, name, path, objective.needs.signals.get(name, SignalNeeds())))
+    if (recipe.engine.kind == "vllm" or _is_served(weights)) and not recipe.target.device:  # another machine's GPUs cannot be looked at
+        attempt(partial(_check_placement, recipe))
     attempt(partial(parse_rules, recipe.guard.action, recipe.guard.rules))
     attempt(partial(learner_kind, recipe))
     attempt(partial(check_tracking, recipe.track.wandb))
@@ -114,6 +120,7 @@ def gather(recipe: Recipe) -> tuple[Facts, list[Finding]]:
         generation=_generation(recipe, path) if path else None,
         teachers=_teachers(recipe, weights, tokenizer, attempt),
         views=views,
+        made_up=recipe is not asked,
         prompt_lengths=() if recipe is not asked else _lengths(problems, tokenizer, attempt),
         solution_lengths=() if recipe is not asked else _solutions(problems, tokenizer),
     )
@@ -132,7 +139,16 @@ def _views(recipe: Recipe, problems: Problems | None, attempt: Callable[..., Any
 
 def without_hub(recipe: Recipe, found: list[Finding]) -> Recipe:
     """The recipe as it can be read here: with shipped sizes and made-up problems where the hub does not answer, and a warning that says so."""
-    if recipe.model.init == "random" or recipe.init or recipe.model.path not in shapes.public_shapes():
+    if recipe.model.init == "random" or recipe.init:
+        return recipe
+    known = shapes.public_shapes()
+    if recipe.model.path not in known:
+        if on_hub(recipe.model.path) and missing_models([recipe.model.path]) and not hub_answers():
+            close = nearest(recipe.model.path, known)
+            said = (
+                f"model.path: {recipe.model.path!r} is no folder here, and the hub cannot be asked for it{close}; give a folder, or a hub name there"
+            )
+            found.append(Finding(severity="error", sentence=said))
         return recipe
     teachers = [path for name, signal in recipe.signals.items() for path in _paths(name, signal.weights)]
     missing = missing_models([recipe.model.path, *teachers])
@@ -146,6 +162,17 @@ def without_hub(recipe: Recipe, found: list[Finding]) -> Recipe:
     )
     found.append(Finding(severity="warning", sentence=sentence))
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"init": "random"})})
+
+
+def _is_served(weights: Mapping[str, tuple[str, Any]]) -> bool:
+    return any(kind == "served" for kind, _ in weights.values())
+
+
+def _check_placement(recipe: Recipe) -> None:
+    """Raises ValueError for actors that this machine cannot have."""
+    if find_spec("ray") is None:
+        raise ValueError('engine=vllm needs Ray and vLLM here: pip install "opd-train[gpu]", or engine=torch; for another machine give device=h100')
+    import_module("opd.build.actors").check_placement(recipe)  # which imports Ray
 
 
 def with_models(recipe: Recipe, weights: Mapping[str, tuple[str, Any]]) -> set[str]:

@@ -5,7 +5,8 @@ that autograd saves are counted. The rest is arithmetic.
 """
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from opd.build.pretrained import num_experts
 from opd.timing.flops import Products
 
 COUNTED_TOKENS = 16
+ALL_LINEAR = "all-linear"
 DEEPSPEED_BUCKET, DEEPSPEED_LIVE = 500_000_000, 1_000_000_000
 """Elements of DeepSpeed's buffer of gradients, and of weights that ZeRO 3 keeps gathered: its defaults, which the learner leaves as they are."""
 VLLM_BUFFER = 512 << 20  # opd_rollout.vllm_sending.BUFFER_BYTES, which needs vLLM to be read
@@ -43,12 +45,15 @@ class ModelFacts:
     products: Products
 
 
-def model_facts(config: Any, dtype: torch.dtype, *, lora_rank: int = 0) -> ModelFacts:
-    """Counts a configuration's parameters on the meta device and its activations on one real layer; no weight is made."""
+def model_facts(config: Any, dtype: torch.dtype, *, lora_rank: int = 0, targets: str | Sequence[str] = ALL_LINEAR) -> ModelFacts:
+    """Counts a configuration's parameters on the meta device and its activations on one real layer; no weight is made.
+
+    lora_rank: of adapters on the layers that `targets` names, 0 for none.
+    """
     text, item = config.get_text_config(), dtype.itemsize
     layers = text.num_hidden_layers
     outline = _outline(config, dtype)
-    adapters = _adapters(outline, lora_rank)
+    adapters = _adapters(outline, lora_rank, targets)
     parameters = sum(p.numel() for p in outline.parameters())
     one, two = (_saved(config, dtype, depth) for depth in (1, 2))
     layer = (two - one) // COUNTED_TOKENS
@@ -137,11 +142,34 @@ def _outline(config: Any, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _adapters(outline: Any, rank: int) -> int:
-    """Parameters of LoRA factors of that rank on every linear layer but the head."""
+def untargeted(config: Any, targets: str | Sequence[str]) -> list[str]:
+    """Those of peft's target names that no linear layer of the configuration answers to."""
+    layers = _linear(_outline(config, torch.float32))
+    given = [targets] if isinstance(targets, str) else list(targets)
+    return [name for name in given if not any(_is_target(layer, targets if isinstance(targets, str) else [name]) for layer in layers)]
+
+
+def linear_names(config: Any) -> list[str]:
+    """The last names of the linear layers, as peft's target_modules may name them."""
+    return sorted({layer.rpartition(".")[2] for layer in _linear(_outline(config, torch.float32))})
+
+
+def _adapters(outline: Any, rank: int, targets: str | Sequence[str] = ALL_LINEAR) -> int:
+    """Parameters of LoRA factors of that rank on the layers that `targets` names."""
+    return sum(rank * (m.in_features + m.out_features) for name, m in _linear(outline).items() if _is_target(name, targets))
+
+
+def _linear(outline: Any) -> dict[str, torch.nn.Linear]:
+    """Name -> every linear layer but the head."""
     head = outline.get_output_embeddings()
-    linear = [m for m in outline.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    return sum(rank * (m.in_features + m.out_features) for m in linear)
+    return {name: m for name, m in outline.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+
+
+def _is_target(layer: str, targets: str | Sequence[str]) -> bool:
+    """As peft reads target_modules: all, a pattern for whole names, or a list of last names."""
+    if isinstance(targets, str):
+        return targets == ALL_LINEAR or re.fullmatch(targets, layer) is not None
+    return any(layer == name or layer.endswith(f".{name}") for name in targets)
 
 
 def _products(config: Any, outline: Any, adapters: int) -> Products:

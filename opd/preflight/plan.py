@@ -92,7 +92,8 @@ def make_plan(facts: Facts, device: Device) -> Plan:
     """The plan of a recipe whose parts could all be read: roles in the learner's processes share its device, vLLM's have their own."""
     r, dtype = facts.recipe, getattr(torch, facts.recipe.model.dtype)
     objective = facts.objective or objective_of(r)
-    student = model_facts(facts.config, dtype, lora_rank=r.model.lora.rank if r.model.lora else 0)
+    lora = {"lora_rank": r.model.lora.rank, "targets": r.model.lora.targets} if r.model.lora else {}
+    student = model_facts(facts.config, dtype, **lora)
     ranks, on_cpu = r.learner.ranks * r.launch.nodes, device.name == CPU
     longest = max(facts.prompt_lengths or (r.data.max_prompt_tokens,)) + answer_tokens(r)
     load = _load(facts, ranks, on_cpu)

@@ -38,12 +38,14 @@ def is_clean(found: Sequence[Finding]) -> bool:
 
 
 def examine(recipe: Recipe, device: str = "") -> tuple[list[Finding], Plan | None]:
-    """All findings, gravest first, and the plan where the model's configuration could be read."""
+    """All findings, gravest first, and the plan where the model's configuration could be read, for `device` or else the recipe's own target."""
+    if device:
+        recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"device": "" if device == "cpu" else device})})
     facts, found = gather(recipe)
     found += [finding for look in CHECKS for finding in look(facts)]
     plan = None
     if facts.config is not None and facts.objective is not None:
-        plan = make_plan(facts, find_device(device or recipe.target.device, getattr(torch, recipe.model.dtype)))
+        plan = make_plan(facts, find_device(recipe.target.device, getattr(torch, recipe.model.dtype)))
         found += disk(facts, plan.disk, plan.checkpoint)
         if plan.bytes > plan.device.memory:
             found.append(error(_too_much(plan)))
@@ -128,7 +130,7 @@ def in_time(seconds: float) -> str:
     for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
         if seconds >= 2 * size:
             return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.2g} s" if seconds >= 1 else f"{1000 * seconds:.2g} ms"
+    return f"{seconds:.2g} s" if seconds >= 0.1 else f"{1000 * seconds:.2g} ms"
 
 
 def _size(number: float) -> str:

@@ -60,6 +60,15 @@ KINDS = {
         "low rate": (EXPR, {"optimizer.lr": 1e-7, "model.lora": {"rank": 4}}, "warning: optimizer.lr=1e-07 is low for LoRA"),
         "bf16 on a CPU": (EXPR, {"model.dtype": "bfloat16"}, "warning: model.dtype=bfloat16 on a CPU"),
     },
+    "Adapters and several GPUs": {
+        "adapters on no layer": (EXPR, {"model.lora": {"rank": 4, "targets": ["q_prj"]}}, "no linear layer 'q_prj' (did you mean 'q_proj'?)"),
+        "adapters on the head": (EXPR, {"model.lora": {"rank": 4, "targets": ["lm_head"]}}, "error: model.lora.targets names lm_head"),
+        "one layer as a pattern": (EXPR, {"model.lora": {"rank": 4, "targets": "q_proj"}}, "no linear layer 'q_proj'"),
+        "shards without DeepSpeed": (EXPR, {"learner.kind": "torch", "learner.zero_stage": 3}, "warning: learner.zero_stage=3 is DeepSpeed's"),
+        "tensor parallel without vLLM": (EXPR, {"engine.tensor_parallel": 2}, "engine.tensor_parallel=2 is vLLM's, and engine.kind is torch"),
+        "heads that do not divide": (HUB, {"engine": {"kind": "vllm", "tensor_parallel": 3}}, "does not divide the student's 16 attention heads"),
+        "vLLM's own key": (HUB, {"engine.gpu_memory_utilization": 0.9}, "did you mean 'engine.memory_share'?"),
+    },
     "Teachers, views and objective": {
         "live teacher": (EXPR, {"teacher": "live"}, "warning: signals.main: a live teacher"),
         "average that never moves": (EXPR, {"teacher": {"ema": {"rate": 0.0}}}, "an EMA rate of 0 never moves"),
@@ -103,6 +112,7 @@ KINDS = {
         "not JSON": (EXPR, FILE | {"data.path": "not_json.jsonl"}, "not_json.jsonl:1: malformed JSON"),
         "too few records": (EXPR, FILE, "cannot hold out"),
         "duplicates of a stream": (EXPR, FILE | {"data.stream": True, "data.repair": ["duplicate"]}, "which a stream does not keep"),
+        "no such model on the hub": (HUB, {"model.path": "Qwen/Qwen3-0.6"}, "the hub cannot be asked for it (did you mean 'Qwen/Qwen3-0.6B'?)"),
         "the hub cannot be reached": (HUB, {}, "warning: the hub cannot be reached, so Qwen/Qwen3-0.6B"),
         "an unknown card": (EXPR, {"target.device": "h1000"}, "device=h1000: no figures for it (did you mean 'h100'?)"),
     },

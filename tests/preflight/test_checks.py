@@ -186,3 +186,18 @@ def test_the_command(capsys, monkeypatch):
     assert "this recipe would not run as it is" in capsys.readouterr().err
     assert main(["check", EXPR, "device=h1000"]) == 2
     assert "did you mean 'h100'" in capsys.readouterr().err
+
+
+def test_a_plan_for_another_machine_is_not_judged_by_this_one(monkeypatch):
+    """bf16 is wrong on this CPU only; colocated actors need a GPU here, unless the recipe is meant for elsewhere."""
+    monkeypatch.chdir(ROOT)
+
+    def said(device, **changes):
+        return " ".join(finding.sentence for finding in examine(load_recipe(EXPR, changes), device)[0])
+
+    assert "on a CPU" in said("", **{"model.dtype": "bfloat16"}) and "on a CPU" not in said("h100", **{"model.dtype": "bfloat16"})
+    apart = {"engine": {"kind": "vllm", "placement": "colocated"}}
+    assert "needs Ray" in said("", **apart) or "here is none: use engine.placement=separate" in said("", **apart)
+    assert "here is none" not in said("h100", **apart)
+    monkeypatch.setattr("opd.preflight.facts.find_spec", lambda name: None)
+    assert "engine=vllm needs Ray and vLLM here" in said("", **apart)

@@ -9,6 +9,7 @@ import torch
 
 from opd.build.shapes import shape_config
 from opd.preflight.memory import learner_memory, model_facts, teacher_memory
+from opd.preflight.report import in_time
 from opd.preflight.speed import CPU, DEVICES, LAYER_SECONDS, Device, Load, learning_seconds, rollout_seconds, scoring_seconds, share
 from opd.timing.flops import Products, forward, training
 from tests.preflight.test_memory import MODEL
@@ -95,3 +96,9 @@ def test_an_engine_that_starts_passes_as_one_is_bound_by_what_it_reads():
 def test_adapters_learn_faster_than_all_weights():
     lora = replace(MODEL, products=Products(body=900, head=256, heads=(8, 8), windows=(0, 0), adapters=20))
     assert learning_seconds(lora, UNIT, LOAD, budget=64, checkpointing=False) < learning_seconds(MODEL, UNIT, LOAD, budget=64, checkpointing=False)
+
+
+def test_times_are_said_in_two_digits_and_a_unit_that_suits():
+    assert [in_time(seconds) for seconds in (0.0123, 0.88, 1.26, 46.4, 107, 150, 3 * 3600, 720000)] == [
+        "12 ms", "0.88 s", "1.3 s", "46 s", "107 s", "2.5 min", "3 h", "200 h",
+    ]  # fmt: skip
