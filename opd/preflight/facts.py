@@ -79,9 +79,10 @@ def gather(recipe: Recipe) -> tuple[Facts, list[Finding]]:
     asked, recipe = recipe, without_hub(recipe, found)
     objective = attempt(partial(objective_of, recipe))
     weights = {name: parsed for name, signal in recipe.signals.items() if (parsed := attempt(partial(parse_weights, name, signal.weights)))}
-    for name, path in (attempt(partial(served_paths, recipe, weights)) or {}).items() if objective else ():
+    served = attempt(partial(served_paths, recipe, weights)) or {}
+    for name, path in served.items() if objective else ():
         attempt(partial(check_served, recipe, name, path, objective.needs.signals.get(name, SignalNeeds())))
-    if (recipe.engine.kind == "vllm" or _is_served(weights)) and not recipe.target.device:  # another machine's GPUs cannot be looked at
+    if (recipe.engine.kind == "vllm" or served) and not recipe.target.device:  # another machine's GPUs cannot be looked at
         attempt(partial(_check_placement, recipe))
     attempt(partial(parse_rules, recipe.guard.action, recipe.guard.rules))
     attempt(partial(learner_kind, recipe))
@@ -162,10 +163,6 @@ def without_hub(recipe: Recipe, found: list[Finding]) -> Recipe:
     )
     found.append(Finding(severity="warning", sentence=sentence))
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"init": "random"})})
-
-
-def _is_served(weights: Mapping[str, tuple[str, Any]]) -> bool:
-    return any(kind == "served" for kind, _ in weights.values())
 
 
 def _check_placement(recipe: Recipe) -> None:
