@@ -31,6 +31,7 @@ from opd.text import chat
 from opd.views import ViewSpec, resolve_view
 
 T = TypeVar("T")
+Weights = Mapping[str, tuple[str, Any]]  # signal -> (kind, value)
 ON_PURPOSE = ": on purpose, "  # of opd.build.views.template_notes
 SAMPLED_PROMPTS = 256  # whose lengths stand for all
 
@@ -102,12 +103,7 @@ def gather(recipe: Recipe) -> tuple[Facts, list[Finding]]:
     config = None
     if tokenizer is not None:
         config = attempt(partial(student_config, recipe, path, tokenizer))
-        if config is not None:
-            attempt(partial(room_for_prompts, recipe, config, "the student", recipe.engine.kind == "vllm"))
-        if objective:
-            attempt(lambda: check_support_sizes(objective, len(tokenizer)))
-        if objective and all_read:
-            attempt(partial(open_stores, recipe, weights, objective, tokenizer))
+        _judge(recipe, tokenizer, config, objective, weights, attempt)
         if tokenizer.chat_template and all_read:
             notes = attempt(partial(template_notes, recipe, tokenizer, weights)) or []
             found += [Finding(severity="note" if ON_PURPOSE in sentence else "warning", sentence=sentence) for sentence in notes]
@@ -126,6 +122,18 @@ def gather(recipe: Recipe) -> tuple[Facts, list[Finding]]:
         solution_lengths=() if recipe is not asked else _solutions(problems, tokenizer),
     )
     return facts, found
+
+
+def _judge(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, objective: Objective | None, weights: Weights, attempt: Callable[..., Any]
+) -> None:
+    """What the student's configuration and tokenizer decide."""
+    if config is not None:
+        attempt(partial(room_for_prompts, recipe, config, "the student", recipe.engine.kind == "vllm"))
+    if objective:
+        attempt(lambda: check_support_sizes(objective, len(tokenizer)))
+    if objective and len(weights) == len(recipe.signals):
+        attempt(partial(open_stores, recipe, weights, objective, tokenizer))
 
 
 def _views(recipe: Recipe, problems: Problems | None, attempt: Callable[..., Any]) -> dict[str, ViewSpec]:
