@@ -4,6 +4,7 @@ Data is read and checked whole before any work starts; every complaint names pla
 """
 
 import hashlib
+import json
 import random
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -87,8 +88,8 @@ def read_prompts(
 
     A prompt is a text or a list of {role, content}. A GSM8K answer gives both the answer 42 and the hint "solution" (the whole text
     without calculator marks); TRL's column privileged_context is the hint "solution". columns: our name -> theirs; names beyond prompt,
-    question, answer, id and domain become hints. verify: grades every gold answer; for verifiers that judge a bare answer. repair: what is
-    left out instead of refused: "duplicate", "ungradable", "incomplete" records. same_texts: two records may ask the same, as published
+    question, answer, id and domain become hints, and so does every other column. verify: grades every gold answer; for verifiers that judge a
+    bare answer. repair: what is left out instead of refused: "duplicate", "ungradable", "incomplete" records. same_texts: two records may ask the same, as published
     suites do. Returns the prompts and what was left out, a sentence a record by kind. Raises ValueError with the place, and for nothing to read.
     """
     prompts: list[Prompt] = []
@@ -254,9 +255,20 @@ def _named(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, A
             f"no column {absent[0]!r}{nearest(absent[0], record)}; the record has {', '.join(record)}; see data.columns"
         )
     unmapped = {name: record[name] for name in KNOWN_COLUMNS if name in record and name not in columns.values()}
+    others = {name: text for name in record if name not in {*KNOWN_COLUMNS, *columns.values()} and (text := _as_text(record[name])) is not None}
     if {"prompt", "question"} & set(columns):
         unmapped = {name: value for name, value in unmapped.items() if name not in ("prompt", "question")}
-    return {**unmapped, **{ours: record[theirs] for ours, theirs in columns.items()}}
+    return {**others, **unmapped, **{ours: record[theirs] for ours, theirs in columns.items()}}
+
+
+def _as_text(value: Any) -> str | None:
+    """A further column as a text, lists and objects as JSON; None for what is neither (bytes of an image)."""
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError:
+        return None
 
 
 def _is_hint(name: str) -> bool:

@@ -15,6 +15,8 @@ from typing import Any
 from opd.types import Prompt, Verdict, Verifier
 
 Asked = Sequence[tuple[Prompt, str]]
+STATUSES = ("score", "abstain", "error")
+EVERY_COLUMN = "**"
 BY_NAME = ("prompt", "completion", "answer", "state", "info", "task")
 
 
@@ -102,10 +104,10 @@ def _call_of(function: Callable[..., Any]) -> Callable[[Prompt, str], Any]:
     name, parameters = getattr(function, "__name__", repr(function)), inspect.signature(function).parameters
     if "completion" in parameters:
         wanted = _wanted(parameters, BY_NAME, name)
-        return lambda prompt, text: _finished(function(**{key: value for key, value in by_name(prompt, text).items() if key in wanted}))
+        return lambda prompt, text: _finished(function(**_columns(prompt, parameters, wanted) | _known(prompt, text, wanted)))
     if "completions" in parameters:
         wanted = _wanted(parameters, ("prompts", "completions", "answer", "info", "task", "completion_ids", "trainer_state"), name)
-        return lambda prompt, text: _one_of(_finished(function(**_lists(prompt, text, wanted))), name)
+        return lambda prompt, text: _one_of(_finished(function(**_lists(prompt, text, parameters, wanted))), name)
     try:
         inspect.signature(function).bind(None, None)
     except TypeError as error:
@@ -126,17 +128,34 @@ def by_name(prompt: Prompt, text: str) -> dict[str, Any]:
 
 def _wanted(parameters: Mapping[str, inspect.Parameter], known: Sequence[str], name: str) -> set[str]:
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        return set(known)
+        return {*known, EVERY_COLUMN}
     strange = [key for key, each in parameters.items() if key not in known and each.default is each.empty]
     if strange:
         raise ValueError(f"verifier {name!r} asks for {', '.join(strange)}, which is not there; by name there are {', '.join(known)}")
     return {key for key in parameters if key in known}
 
 
-def _lists(prompt: Prompt, text: str, wanted: set[str]) -> dict[str, Any]:
+def _known(prompt: Prompt, text: str, wanted: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in by_name(prompt, text).items() if key in wanted}
+
+
+def _columns(prompt: Prompt, parameters: Mapping[str, inspect.Parameter], wanted: set[str]) -> dict[str, str]:
+    """The record's further columns, for a function with **kwargs. Raises ValueError for one that it must have and the record has not."""
+    if EVERY_COLUMN not in wanted:
+        return {}
+    needed = [key for key, each in parameters.items() if each.default is each.empty and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+    lacking = [key for key in needed if key not in wanted and key not in prompt.hints]
+    if lacking:
+        have = ", ".join(sorted(prompt.hints)) or "none"
+        raise ValueError(f"the verifier asks for {', '.join(lacking)}, which prompt {prompt.id!r} has not; further columns of its record: {have}")
+    return {key: value for key, value in prompt.hints.items() if key.isidentifier()}
+
+
+def _lists(prompt: Prompt, text: str, parameters: Mapping[str, inspect.Parameter], wanted: set[str]) -> dict[str, Any]:
     given = by_name(prompt, text)
     lists = {"prompts": [given["prompt"]], "completions": [given["completion"]], **{key: [given[key]] for key in ("answer", "info", "task")}}
-    return {key: value for key, value in lists.items() if key in wanted}
+    columns = {key: [value] for key, value in _columns(prompt, parameters, wanted).items()}
+    return columns | {key: value for key, value in lists.items() if key in wanted}
 
 
 def _one_of(result: Any, name: str) -> Any:
@@ -153,6 +172,14 @@ def _finished(result: Any) -> Any:
 
 
 def _finite(verdict: Verdict) -> Verdict:
-    if verdict.status == "score" and not isfinite(verdict.reward):
-        return Verdict(status="error", feedback=f"reward {verdict.reward} is not finite")
+    """The verdict, or an error where a function of one's own filled it with what is none: a text as reward, a status of its own."""
+    if verdict.status not in STATUSES:
+        return Verdict(status="error", feedback=f"the verdict's status is {verdict.status!r}; known: {', '.join(STATUSES)}")
+    wrong = [f"{name} {value!r}" for name, value in (("reward", verdict.reward), *verdict.parts.items()) if not _is_number(value)]
+    if verdict.status == "score" and wrong:
+        return Verdict(status="error", feedback=f"{', '.join(wrong)}: not a finite number")
     return verdict
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real | bool) and isfinite(value)

@@ -14,6 +14,7 @@ from opd.build.judge import open_judge
 from opd.build.problems import load_problems
 from opd.cli import main
 from opd.config.load import load_recipe
+from opd.prompts import read_prompts
 from opd.types import Prompt, Verdict
 from opd.verify import as_verifier, gold_choice, judge, judge_all, make_verifier, reads_of, version_of
 from opd.verify.cache import VerdictCache, cached
@@ -311,6 +312,33 @@ def test_reward_functions_of_verifiers_and_trl_are_accepted():
     assert as_verifier(of_state)(prompt(), "abc").reward == pytest.approx(0.3)
     assert as_verifier(trl)(prompt(), "4").correct
     assert as_verifier(lambda prompt, text: torch.tensor(0.5))(prompt(), "4").reward == 0.5
+
+
+def trl_column(completions, ground_truth, **kwargs):
+    return [float(completion[0]["content"] == truth) + 10 * ("other" in kwargs) for completion, truth in zip(completions, ground_truth, strict=True)]
+
+
+def test_further_columns_of_a_record_are_hints_and_reach_functions_by_name():
+    record = {"question": "q", "answer": "4", "ground_truth": 4, "other": [1, "x"], "image": b"1", "none": None}
+    [read], _ = read_prompts([("d:1", record)])
+    assert read.hints == {"ground_truth": "4", "other": '[1, "x"]'}
+    assert as_verifier(trl_column)(read, "4").reward == 11.0
+    assert as_verifier(lambda completion, ground_truth, **kwargs: ground_truth == "4")(read, "x").correct
+    missing = judge(as_verifier(trl_column), prompt(), "4")
+    assert missing.status == "error" and "asks for ground_truth, which prompt 'p' has not" in missing.feedback
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        Verdict(reward="1"),  # type: ignore[arg-type]
+        Verdict(reward=1.0, parts={"style": float("nan")}),
+        Verdict(reward=1.0, parts={"style": "high"}),  # type: ignore[dict-item]
+        Verdict(status="wrong", reward=1.0),  # type: ignore[arg-type]
+    ],
+)
+def test_a_verdict_filled_with_what_is_none_is_an_error(verdict):
+    assert judge(lambda prompt, text: verdict, prompt(), "x").status == "error"
 
 
 def test_what_a_reward_function_asks_for_and_does_not_get_is_named():

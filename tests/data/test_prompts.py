@@ -66,7 +66,7 @@ def test_columns_of_every_kind(tmp_path):
         path, columns={"prompt": "problem", "answer": "gold", "solution": "why", "trick": "extra"}, system="Think."
     )
     assert first.messages == ({"role": "system", "content": "Think."}, {"role": "user", "content": "p?"})
-    assert (first.answer, first.hints) == ("7", {"solution": "because"})
+    assert (first.answer, first.hints) == ("7", {"junk": "[1]", "solution": "because"})
     assert second.messages == ({"role": "system", "content": "s"}, {"role": "user", "content": "r?"})
     assert second.hints == {"solution": "so", "trick": "x"}
 
