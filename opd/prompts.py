@@ -90,7 +90,8 @@ def read_prompts(
     without calculator marks); TRL's column privileged_context is the hint "solution". columns: our name -> theirs; names beyond prompt,
     question, answer, id and domain become hints, and so does every other column. verify: grades every gold answer; for verifiers that judge a
     bare answer. repair: what is left out instead of refused: "duplicate", "ungradable", "incomplete" records. same_texts: two records may ask
-    the same, as published suites do. Returns the prompts and what was left out, a sentence a record by kind. Raises ValueError with the place, and for nothing to read.
+    the same, as published suites do. Returns the prompts and what was left out, a sentence a record by kind. Raises ValueError with the
+    place, and for nothing to read.
     """
     prompts: list[Prompt] = []
     dropped: dict[str, list[str]] = {kind: [] for kind in sorted(repair)}
