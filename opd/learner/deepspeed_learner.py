@@ -25,6 +25,7 @@ from opd.learner.types import LearnerSettings, OptimizerSettings
 from opd.learner.weights import whole_shape
 
 DEADLINE = timedelta(minutes=30)
+LARGEST_BUCKET = 500_000_000  # gradients reduced together
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}  # further keys of "zero_optimization"
 
 
@@ -77,10 +78,13 @@ class DeepSpeedUpdater:
         self._own = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
         self._everything = list(policy.parameters())
         self._largest = settings.clip
+        # DeepSpeed allocates the bucket whole, 2 GB in fp32, however little there is to train
+        bucket = min(LARGEST_BUCKET, sum(whole_shape(parameter).numel() for parameter in self._own.values()))
+        zero = {"stage": self.stage, "reduce_bucket_size": bucket, **zero_options}
         self.module, *_ = deepspeed.initialize(
             model=policy,
             optimizer=adamw(self._own, settings),
-            config=engine_config({"stage": self.stage, **zero_options}, settings.clip, low_precision),
+            config=engine_config(zero, settings.clip, low_precision),
             dist_init_required=False,
         )
         self._base = self.module.optimizer if self.stage == 0 else self.module.optimizer.optimizer

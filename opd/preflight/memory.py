@@ -20,7 +20,7 @@ from opd.timing.flops import Products
 COUNTED_TOKENS = 16
 ALL_LINEAR = "all-linear"
 DEEPSPEED_BUCKET, DEEPSPEED_LIVE = 500_000_000, 1_000_000_000
-"""Elements of DeepSpeed's buffer of gradients, and of weights that ZeRO 3 keeps gathered: its defaults, which the learner leaves as they are."""
+"""Elements at most of DeepSpeed's buffer of gradients (the learner asks for no more than it trains), and of weights that ZeRO 3 keeps gathered."""
 VLLM_BUFFER = 512 << 20  # opd_rollout.vllm_sending.BUFFER_BYTES, which needs vLLM to be read
 
 
@@ -93,12 +93,12 @@ def learner_memory(
     }
 
 
-def sync_buffers(model: ModelFacts, *, zero_stage: int, transfer: str, on_gpu: bool) -> int:
+def sync_buffers(model: ModelFacts, *, zero_stage: int, transfer: str) -> int:
     """Bytes that one DeepSpeed rank holds for what it sends: gradients on their way to their owners, gathered weights (ZeRO 3), weights for vLLM.
 
-    transfer: engine.transfer where there are actors, else "". A CPU gives memory only for what is written.
+    transfer: engine.transfer where there are actors, else "".
     """
-    bucket = DEEPSPEED_BUCKET if on_gpu else min(DEEPSPEED_BUCKET, model.trainable)
+    bucket = min(DEEPSPEED_BUCKET, model.trainable)
     stage = max(1, zero_stage) if model.item < 4 else zero_stage
     gradients = bucket * (model.item if stage == 2 else 4) if stage else 0
     gathered = min(DEEPSPEED_LIVE, model.parameters) * model.item if stage == 3 else 0

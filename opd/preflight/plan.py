@@ -165,7 +165,7 @@ def _learner(r: Recipe, facts: Facts, student: ModelFacts, device: Device, micro
     if deepspeed:
         colocated = r.engine.kind == "vllm" and r.engine.placement == "colocated" and not on_cpu
         transfer = "" if r.engine.kind != "vllm" else "ipc" if r.engine.transfer == "auto" and colocated else r.engine.transfer
-        chosen["sync buffers"] = sync_buffers(student, zero_stage=stage, transfer=transfer, on_gpu=not on_cpu)
+        chosen["sync buffers"] = sync_buffers(student, zero_stage=stage, transfer=transfer)
     libraries = {"this process": _resident() if on_cpu else 2 * 10**9}
     return {"libraries": libraries, "learner": chosen}, (plain["activations"], recomputed["activations"]), host
 

@@ -49,6 +49,14 @@ def make():
         learner.close()
 
 
+@mark.parametrize("kind", ["zero1", "zero2", "zero3"])
+def test_the_bucket_of_gradients_is_no_larger_than_what_is_trained(make, kind):
+    """DeepSpeed's default allocates 2 GB for adapters of a few megabytes."""
+    learner = make(kind)
+    trained = sum(value.numel() for value in weights_of(learner).values())
+    assert learner._updater.module.optimizer.reduce_bucket_size == trained < 500_000_000
+
+
 def gap(first, second):
     assert first.keys() == second.keys()
     return max((first[name] - second[name]).abs().max().item() for name in first)

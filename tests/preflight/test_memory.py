@@ -73,15 +73,15 @@ def test_an_engine_and_a_teacher_by_hand():
 
 
 def test_buffers_for_what_a_rank_sends():
-    """By DeepSpeed's defaults: a bucket of 5e8 gradients (fp32 at ZeRO 1 and 3, the weights' type at 2), at ZeRO 3 up to 1e9 gathered weights."""
-    options = {"transfer": "", "on_gpu": True}
-    assert sync_buffers(MODEL, zero_stage=0, **options) == sync_buffers(MODEL, zero_stage=1, **options) == 2_000_000_000  # bf16: ZeRO 1 at least
-    assert sync_buffers(MODEL, zero_stage=2, **options) == 1_000_000_000
-    assert sync_buffers(MODEL, zero_stage=3, **options) == 2_000_000_000 + 1000 * 2
-    assert sync_buffers(MODEL, zero_stage=2, transfer="nccl", on_gpu=True) == 1_000_000_000 + (1 << 30)
-    assert sync_buffers(MODEL, zero_stage=2, transfer="ipc", on_gpu=True) == 1_000_000_000 + (512 << 20)
-    assert sync_buffers(MODEL, zero_stage=1, transfer="shared_memory", on_gpu=False) == 100 * 4
-    assert sync_buffers(replace(MODEL, item=4), zero_stage=0, **options) == 0
+    """A bucket of at most 5e8 gradients (fp32 at ZeRO 1 and 3, the weights' type at 2), at ZeRO 3 up to 1e9 gathered weights."""
+    large = replace(MODEL, trainable=10**9)
+    assert sync_buffers(large, zero_stage=0, transfer="") == sync_buffers(large, zero_stage=1, transfer="") == 2_000_000_000  # bf16: ZeRO 1 at least
+    assert sync_buffers(large, zero_stage=2, transfer="") == 1_000_000_000
+    assert sync_buffers(large, zero_stage=3, transfer="") == 2_000_000_000 + 1000 * 2
+    assert sync_buffers(large, zero_stage=2, transfer="nccl") == 1_000_000_000 + (1 << 30)
+    assert sync_buffers(large, zero_stage=2, transfer="ipc") == 1_000_000_000 + (512 << 20)
+    assert sync_buffers(MODEL, zero_stage=1, transfer="shared_memory") == 100 * 4  # no more than there is to train, as with adapters
+    assert sync_buffers(replace(large, item=4), zero_stage=0, transfer="") == 0
 
 
 def test_the_buffer_of_weights_is_the_one_that_is_sent():
