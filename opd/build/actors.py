@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.build import pretrained
 from opd.build.devices import visible_gpus
-from opd.build.served import SUPPORT_LIMIT, WHOLE_VOCABULARY, check_served
+from opd.build.served import SUPPORT_LIMIT, WHOLE_VOCABULARY, check_served, tensor_parallel
 from opd.build.student import served_positions, student_path
 from opd.build.transfers import IPC, NCCL, make_transfer
 from opd.config.recipe import Recipe
@@ -53,7 +53,7 @@ def plans(recipe: Recipe, served: Mapping[str, str], gpus: Sequence[str]) -> lis
                 "lower engine.replicas or engine.tensor_parallel"
             )
         found.append(ActorPlan(role=STUDENT, replicas=e.replicas, gpus=each, restarts=e.restarts, shared_gpus=shared))
-    return found + [ActorPlan(role=name, gpus=min(each, 1), restarts=e.restarts) for name in served]
+    return found + [ActorPlan(role=name, gpus=tensor_parallel(recipe, name) if gpus else 0, restarts=e.restarts) for name in served]
 
 
 def learner_gpus(recipe: Recipe, gpus: Sequence[str]) -> int:
@@ -130,7 +130,7 @@ def student_engine(
     """The student's actors, with the learner's weights in them. asked: prompts of the canary that ends every weight update (none: a stop token)."""
     e, config, where = recipe.engine, model.config, address_of(actors)
     files = ModelFiles(config=json.dumps({**config.to_dict(), "architectures": [type(model).__name__]}, default=str))
-    runner = _runner_settings(recipe, served_positions(recipe, config), -1 if vocab_size <= WHOLE_VOCABULARY else 20)
+    runner = _runner_settings(recipe, served_positions(recipe, config), -1 if vocab_size <= WHOLE_VOCABULARY else 20, e.tensor_parallel)
     if e.lora == "adapters":
         files, runner = ModelFiles(folder=student_path(recipe)), replace(runner, adapter=adapter_config(recipe, model))
         shapes = {name: tuple(whole_shape(parameter)) for name, parameter in model.named_parameters() if FACTOR in name}
@@ -179,7 +179,7 @@ def served_teachers(
         folder = pretrained.find_model(path)
         pretrained.check_same_tokens(tokenizer.get_vocab(), pretrained.load_tokenizer(folder).get_vocab(), path)
         positions = served_positions(recipe, pretrained.load_config(folder))
-        runner = _runner_settings(recipe, positions, -1 if vocab_size <= WHOLE_VOCABULARY else SUPPORT_LIMIT)
+        runner = _runner_settings(recipe, positions, -1 if vocab_size <= WHOLE_VOCABULARY else SUPPORT_LIMIT, tensor_parallel(recipe, name))
         e = recipe.engine
         settings = EngineSettings(vocab_size=vocab_size, chunk=e.chunk, load_seconds=e.deadline_seconds, limits=_limits(recipe))
         engine = VllmEngine(connect(where, name), ModelFiles(folder=folder), runner, settings, check=check)
@@ -187,11 +187,11 @@ def served_teachers(
     return found
 
 
-def _runner_settings(recipe: Recipe, positions: int, max_logprobs: int) -> RunnerSettings:
+def _runner_settings(recipe: Recipe, positions: int, max_logprobs: int, num_shards: int) -> RunnerSettings:
     e, has_gpus = recipe.engine, torch.cuda.is_available()
     mode = e.mode if e.mode != "auto" else "async" if has_gpus or recipe.asynchrony.max_staleness else "offline"
     return RunnerSettings(
-        mode=mode, dtype=recipe.model.dtype, positions=positions, max_logprobs=max_logprobs, tensor_parallel=e.tensor_parallel, kv_bytes=e.kv_bytes,
+        mode=mode, dtype=recipe.model.dtype, positions=positions, max_logprobs=max_logprobs, tensor_parallel=num_shards, kv_bytes=e.kv_bytes,
         memory_share=e.memory_share, sleeps=e.placement == "colocated",
     )  # fmt: skip
 

@@ -11,6 +11,11 @@ SUPPORT_LIMIT = 128  # log-probs a token that an actor of a larger vocabulary re
 OF_ITS_OWN_TOP = "support: {teacher_topk: {k: 64, tail: bucket}} (as in taid), a method that reads the sampled token alone (opd, iw_opd)"
 
 
+def tensor_parallel(recipe: Recipe, name: str) -> int:
+    """GPUs that share the model of the teacher that vLLM serves for this signal (processes, where there are none): 1 unless its entry says more."""
+    return recipe.signals[name].weights["external"].get("tensor_parallel", 1)
+
+
 def check_served(recipe: Recipe, name: str, path: str, need: SignalNeeds, on_gpu: bool = True) -> None:
     """Raises ValueError for what a teacher behind vLLM cannot deliver; on a CPU (on_gpu false) vLLM cannot score ids that it is given."""
     size, temperature, where = len(pretrained.load_tokenizer(pretrained.find_model(path))), recipe.sampling.temperature, f"signals.{name}"

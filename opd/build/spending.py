@@ -10,11 +10,11 @@ def rates_of(recipe: Recipe) -> Rates:
 
 
 def num_devices(recipe: Recipe) -> int:
-    """Devices that a run holds: `prices.devices`, else one a learner rank, those of vLLM actors of their own, and one a teacher that vLLM serves."""
+    """Devices that a run holds: `prices.devices`, else one a learner rank, those of vLLM actors of their own, those of served teachers."""
     from_files = isinstance(recipe.rollout.source, dict) and "dataset" in recipe.rollout.source  # teachers whose scores are all on file are not there
     signals = [signal for signal in recipe.signals.values() if not (signal.scores and from_files)]
     external = [weights.get("external") for signal in signals if isinstance(weights := signal.weights, dict)]
-    served = sum(isinstance(found, dict) and found.get("engine") == "vllm" for found in external)
+    served = sum(found.get("tensor_parallel", 1) for found in external if isinstance(found, dict) and found.get("engine") == "vllm")
     apart = recipe.engine.kind == "vllm" and recipe.engine.placement == "separate"
     engine = recipe.engine.replicas * recipe.engine.tensor_parallel if apart else 0
     return recipe.prices.devices or recipe.launch.nodes * recipe.learner.ranks + engine + served

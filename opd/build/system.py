@@ -233,7 +233,7 @@ def learner_kind(recipe: Recipe) -> str:
 
 def parse_weights(name: str, choice: Any) -> tuple[str, Any]:
     """(kind, value) of a signal's weights: live, frozen, ema with its rate, external with its path. Raises ValueError for anything else."""
-    forms = "live | frozen | {ema: {rate: 0.05, every: 1}} | {external: {path: FOLDER}} (beside path: engine: torch | vllm, or tokenizer: own)"
+    forms = "live | frozen | {ema: {rate: 0.05, every: 1}} | {external: {path: FOLDER}} (also engine: torch | vllm, tensor_parallel, tokenizer: own)"
     kind, given = (choice, {}) if isinstance(choice, str) else next(iter(choice.items())) if len(choice) == 1 else ("", None)
     given = given or {}
     if kind in ("live", "frozen") and not given:
@@ -245,9 +245,12 @@ def parse_weights(name: str, choice: Any) -> tuple[str, Any]:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"signals.{name}.weights: the EMA moves every {every!r} rollout steps; it must be a whole number of at least 1")
         return kind, EMA(rate=rate, every=every)
-    if kind == "external" and isinstance(given, Mapping) and set(given) <= {"path", "engine", "tokenizer"}:
+    if kind == "external" and isinstance(given, Mapping) and set(given) <= {"path", "engine", "tokenizer", "tensor_parallel"}:
         if given.get("engine", "torch") not in ("torch", "vllm"):
             raise ValueError(f"signals.{name}.weights: the teacher's engine is {given['engine']!r}; use torch (in the learner's process) or vllm")
+        shards = given.get("tensor_parallel", 1)
+        if type(shards) is not int or shards < 1 or ("tensor_parallel" in given and given.get("engine") != "vllm"):
+            raise ValueError(f"signals.{name}: tensor_parallel is a whole number of GPUs, at least 1, that share a teacher with engine: vllm")
         if given.get("tokenizer", "own") != "own":
             raise ValueError(f"signals.{name}: tokenizer is {given['tokenizer']!r}; write tokenizer: own, or leave it out")
         if "tokenizer" in given and given.get("engine") == "vllm":

@@ -110,7 +110,8 @@ class Signal(Frozen):
 
     weights: Choice = Field(
         default="frozen",
-        description="live | frozen | {ema: {rate: r, every: steps}} | {external: {path: p}}; beside path, engine: vllm, or tokenizer: own",
+        description="live | frozen | {ema: {rate: r, every: steps}} | {external: {path: p}}; beside path, "
+        "engine: vllm (and tensor_parallel: GPUs that share it), or tokenizer: own",
     )
     view: Choice = Field(default="plain", description="name in opd.views, or {name: {parameters}}")
     thinking: bool | Literal["student"] | None = Field(

@@ -13,6 +13,7 @@ from packaging.version import Version
 
 from opd.build.fused import check_fused
 from opd.build.pretrained import num_experts
+from opd.build.served import tensor_parallel
 from opd.config.choices import nearest
 from opd.preflight.facts import Facts, Finding
 from opd.preflight.memory import ALL_LINEAR, linear_names, untargeted
@@ -174,10 +175,14 @@ def adapters(facts: Facts) -> Iterator[Finding]:
 
 def parallel(facts: Facts) -> Iterator[Finding]:
     e, r = facts.recipe.engine, facts.recipe
-    heads = None if facts.config is None else facts.config.get_text_config().num_attention_heads
-    if e.kind == "vllm" and heads and heads % e.tensor_parallel:
-        fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        yield error(f"engine.tensor_parallel={e.tensor_parallel} does not divide the student's {heads} attention heads: use one of {fits}")
+    shared = [("engine.tensor_parallel", e.tensor_parallel, "the student", facts.config)] if e.kind == "vllm" else []
+    served = [name for name, (kind, _) in facts.weights.items() if kind == "served"]
+    shared += [(f"signals.{name}: tensor_parallel", tensor_parallel(r, name), "the teacher", facts.teachers.get(name)) for name in served]
+    for key, shards, whose, config in shared:
+        heads = None if config is None else config.get_text_config().num_attention_heads
+        if heads and heads % shards:
+            fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            yield error(f"{key}={shards} does not divide {whose}'s {heads} attention heads: use one of {fits}")
     if r.learner.kind == "torch" and r.learner.zero_stage > 1:
         yield warning(
             f"learner.zero_stage={r.learner.zero_stage} is DeepSpeed's, and learner.kind is torch: it shards nothing; use learner.kind=deepspeed"

@@ -9,6 +9,7 @@ from statistics import mean
 import torch
 
 from opd.build.devices import chunk_bytes_from, free_bytes
+from opd.build.served import tensor_parallel
 from opd.build.student import absent_teachers, answer_tokens
 from opd.build.system import learner_kind, objective_of
 from opd.build.views import OTHERS
@@ -101,7 +102,8 @@ def make_plan(facts: Facts, device: Device) -> Plan:
     teachers |= {name: student for name, (kind, _) in facts.weights.items() if kind not in OTHERS}
     asked = {name: needs for name, needs in objective.needs.signals.items() if name not in absent_teachers(r)}
     served = {name: teachers[name] for name in asked if facts.weights.get(name, ("",))[0] == "served" and name in teachers}
-    apart = _apart(r, device, student, served)
+    actors = _actors(r, device, student, served)
+    apart = _apart(r, device, actors)
     near = {name: needs for name, needs in asked.items() if f"teacher {name}" not in apart}
     micro = min(r.learner.token_budget, load.answers * longest)
     memory, activations, host = _learner(r, facts, student, device, micro)
@@ -121,7 +123,8 @@ def make_plan(facts: Facts, device: Device) -> Plan:
         "rollout": 0.0 if _only_data(r) else speak(load),
         "teacher": sum(
             scoring_seconds(teachers.get(name, student), device, load if name in near else whole, hint=hint[name],
-                            budget=_scored_at_once(r, True), compiled=name not in near) for name in asked
+                            budget=_scored_at_once(r, True), compiled=name not in near,
+                            gpus=actors[f"teacher {name}"][1] if f"teacher {name}" in actors else 1) for name in asked
         ),
         "learn": learn * r.updates.epochs,
     } | ({"prepare": learn / (4 if r.model.gradient_checkpointing else 3)} if _prepares(r, objective) else {})  # fmt: skip
@@ -132,8 +135,7 @@ def make_plan(facts: Facts, device: Device) -> Plan:
     return Plan(
         device=device, memory=memory, seconds=seconds, steps=steps, checkpoint=checkpoint, answer_tokens=load.answer, ranks=ranks, apart=apart,
         disk=kept * checkpoint + student.parameters * student.item, activations=activations, host=host, prices=r.prices,
-        sequence={role: longest * model.cache_per_token // (r.engine.tensor_parallel if role == "engine" else 1)
-                  for role, model in [("engine", student), *((f"teacher {name}", model) for name, model in served.items())] if role in apart},
+        sequence={role: longest * model.cache_per_token // shards for role, (_, shards, model) in actors.items()},
         evaluation=_evaluation(r, steps, load, ranks, speak),
         teacher_tokens=steps * whole.answers * scored,
         assumed=_assumed(r, facts, student, device, load),
@@ -184,16 +186,20 @@ def _engine(r: Recipe, student: ModelFacts, device: Device, *, rows: int, longes
     return {"engine": engine_memory(student, rows=rows, tokens=longest, own_weights=own_weights)}
 
 
-def _apart(r: Recipe, device: Device, student: ModelFacts, served: Mapping[str, ModelFacts]) -> dict[str, tuple[int, Mapping[str, int]]]:
-    """Role -> (GPUs, bytes by part on each) of vLLM's actors, which fill engine.memory_share of a GPU; none are planned on a CPU."""
+def _actors(r: Recipe, device: Device, student: ModelFacts, served: Mapping[str, ModelFacts]) -> dict[str, tuple[int, int, ModelFacts]]:
+    """Role -> (GPUs, GPUs that share one model, model) of vLLM's actors that have GPUs of their own; none are planned on a CPU."""
     if device.name == CPU:
         return {}
-    e, room = r.engine, round(r.engine.memory_share * device.memory)
-    models = {f"teacher {name}": (1, model) for name, model in served.items()}
-    if e.kind == "vllm" and e.placement == "separate":
-        models["engine"] = (e.num_gpus, student)
-    split = {role: model.parameters * model.item // (e.tensor_parallel if role == "engine" else 1) for role, (_, model) in models.items()}
-    return {role: (count, {"weights": split[role], "cache": max(0, room - split[role])}) for role, (count, _) in models.items()}
+    found = {f"teacher {name}": (tensor_parallel(r, name), tensor_parallel(r, name), model) for name, model in served.items()}
+    if r.engine.kind == "vllm" and r.engine.placement == "separate":
+        found["engine"] = (r.engine.num_gpus, r.engine.tensor_parallel, student)
+    return found
+
+
+def _apart(r: Recipe, device: Device, actors: Mapping[str, tuple[int, int, ModelFacts]]) -> dict[str, tuple[int, Mapping[str, int]]]:
+    """Role -> (GPUs, bytes by part on each) of these actors, which fill engine.memory_share of a GPU."""
+    room, split = round(r.engine.memory_share * device.memory), {role: m.parameters * m.item // shards for role, (_, shards, m) in actors.items()}
+    return {role: (count, {"weights": split[role], "cache": max(0, room - split[role])}) for role, (count, _, _) in actors.items()}
 
 
 def _speaker(r: Recipe, student: ModelFacts, device: Device, longest: int) -> Callable[[Load], float]:

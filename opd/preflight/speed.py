@@ -88,11 +88,11 @@ def rollout_seconds(model: ModelFacts, device: Device, load: Load, *, rows: int,
     return prefill + batches * load.decoded * a_token
 
 
-def scoring_seconds(model: ModelFacts, device: Device, load: Load, *, hint: float, budget: int, compiled: bool = False) -> float:
-    """A teacher's passes of at most `budget` tokens over prompt, hint and answer."""
+def scoring_seconds(model: ModelFacts, device: Device, load: Load, *, hint: float, budget: int, compiled: bool = False, gpus: int = 1) -> float:
+    """A teacher's passes of at most `budget` tokens over prompt, hint and answer; gpus: those that share its model."""
     length = round(load.prompt + hint + load.answer)
     flops = load.answers * forward(model.products, length, round(load.answer))
-    return flops / (device.flops * share(device, model.hidden)) + (0.0 if compiled else _starts(model, device, load.answers * length, budget))
+    return flops / (gpus * device.flops * share(device, model.hidden)) + (0.0 if compiled else _starts(model, device, load.answers * length, budget))
 
 
 def learning_seconds(model: ModelFacts, device: Device, load: Load, *, budget: int, checkpointing: bool) -> float:

@@ -111,6 +111,11 @@ def test_a_mixture_of_experts_is_said_by_check_and_refused_by_vllm(tmp_path):
 def test_the_plan_counts_ranks_served_teachers_and_money():
     alone = examine(load_recipe("opd_qwen3_8b_from_32b_math", {"prices.device_hour": 2.0}))[1]
     assert alone.gpus == 2 and alone.apart["teacher main"][1]["weights"] == 32762123264 * 2
+    shared = examine(load_recipe("opd_qwen3_8b_from_32b_math", {"teacher.external.tensor_parallel": 2}))[1]
+    room = sum(alone.apart["teacher main"][1].values())
+    assert shared.gpus == 3 and shared.apart["teacher main"] == (2, {"weights": 32762123264, "cache": room - 32762123264})
+    assert shared.seconds["teacher"] == pytest.approx(alone.seconds["teacher"] / 2)
+    assert shared.sequence["teacher main"] == alone.sequence["teacher main"] // 2
     assert alone.evaluation > 0 and alone.money == pytest.approx(2 * 2.0 * (alone.hours + alone.evaluation / 3600))
     one, eight = (examine(load_recipe("grpo_qwen3_1.7b_math", {"hardware": name}))[1] for name in ("gpu1", "gpu8"))
     assert eight.gpus == 8 and eight.memory["learner"]["optimizer"] == pytest.approx(one.memory["learner"]["optimizer"] / 8, rel=1e-6)

@@ -8,6 +8,7 @@ EXPR, GRPO, OPD = (f"recipes/runs/{name}_expr.yaml" for name in ("opsd", "grpo",
 HUB = "recipes/runs/opsd_qwen3_0.6b_gsm8k.yaml"
 FILE = {"data.task": "", "data.path": "one.jsonl"}
 SERVED = {"external": {"path": "models/expr-teacher", "engine": "vllm"}}
+SHARED = {"external": {**SERVED["external"], "tensor_parallel": 3}}
 
 SCORED = {"objective": [{"distill": "forward_kl", "support": {"teacher_topk": {"k": 4}}}], "rollout.source": {"dataset": "solution"}, "group": 1}
 
@@ -67,6 +68,7 @@ KINDS = {
         "shards without DeepSpeed": (EXPR, {"learner.kind": "torch", "learner.zero_stage": 3}, "warning: learner.zero_stage=3 is DeepSpeed's"),
         "tensor parallel without vLLM": (EXPR, {"engine.tensor_parallel": 2}, "engine.tensor_parallel=2 is vLLM's, and engine.kind is torch"),
         "heads that do not divide": (HUB, {"engine": {"kind": "vllm", "tensor_parallel": 3}}, "does not divide the student's 16 attention heads"),
+        "heads of a teacher": (OPD, {"teacher": SHARED}, "signals.main: tensor_parallel=3 does not divide the teacher's 4 attention heads"),
         "vLLM's own key": (HUB, {"engine.gpu_memory_utilization": 0.9}, "did you mean 'engine.memory_share'?"),
     },
     "Teachers, views and objective": {

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, Qwen3Config
 
 from opd.build import actors, devices, system
 from opd.build.actors import check_placement, check_served, learner_gpus, plans
+from opd.build.spending import num_devices
 from opd.build.student import room_for_prompts, smallest_room
 from opd.build.transfers import check_shared_gpu, chosen_transfer, moment_bytes
 from opd.config.load import load_recipe, parse_recipe
@@ -32,6 +33,10 @@ BASE = str(ROOT / "models/expr-base")
 
 def recipe(**changes):
     return load_recipe(RECIPE, {"engine.kind": "vllm", "model.path": BASE, **changes})
+
+
+def served_by(**more):
+    return {"external": {"path": BASE, "engine": "vllm", **more}}
 
 
 @pytest.mark.parametrize(
@@ -137,9 +142,19 @@ def test_auto_takes_no_cluster_by_chance(monkeypatch):
 
 
 def test_the_actors_of_a_recipe():
-    found = plans(recipe(**{"engine.replicas": 2, "engine.tensor_parallel": 4}), {"main": "a", "other": "b"}, tuple("01234567"))
-    assert [(plan.role, plan.replicas, plan.gpus) for plan in found] == [("student", 2, 4), ("main", 1, 1), ("other", 1, 1)]
-    assert [plan.gpus for plan in plans(recipe(), {"main": "a"}, ())] == [0, 0]
+    teachers = {"teacher": served_by(), "signals.other": {"weights": served_by(tensor_parallel=2)}}
+    wanted = recipe(**{"engine.replicas": 2, "engine.tensor_parallel": 4, **teachers})
+    found = plans(wanted, {"main": "a", "other": "b"}, tuple("0123456789a"))
+    assert [(plan.role, plan.replicas, plan.gpus) for plan in found] == [("student", 2, 4), ("main", 1, 1), ("other", 1, 2)]
+    assert num_devices(wanted) == 1 + 8 + 3
+    assert [plan.gpus for plan in plans(wanted, {"other": "b"}, ())] == [0, 0]
+
+
+@pytest.mark.parametrize("given", [{"engine": "torch", "tensor_parallel": 2}, *({"tensor_parallel": bad} for bad in (0, True, "2"))])
+def test_gpus_that_share_a_teacher_are_counted_and_are_vllms(given):
+    assert system.parse_weights("main", served_by(tensor_parallel=2)) == ("served", BASE)
+    with pytest.raises(ValueError, match="signals.main: tensor_parallel is a whole number of GPUs.*that share a teacher with engine: vllm"):
+        system.parse_weights("main", served_by(**given))
 
 
 def colocated(**changes):
@@ -147,7 +162,8 @@ def colocated(**changes):
 
 
 def test_colocated_replicas_share_out_the_learners_gpus(monkeypatch):
-    [plan, teacher] = plans(colocated(**{"engine.replicas": 2, "engine.tensor_parallel": 2}), {"main": "a"}, ("4", "5", "6", "7", "9"))
+    shared = colocated(**{"engine.replicas": 2, "engine.tensor_parallel": 2, "teacher": served_by()})
+    [plan, teacher] = plans(shared, {"main": "a"}, ("4", "5", "6", "7", "9"))
     assert (plan.shared_gpus, teacher.shared_gpus, teacher.gpus) == (("4,5", "6,7"), (), 1)
     check_resources([plan, teacher], {"GPU": 5.0}, 4, "")  # those that share are not counted, and one is left for the teacher
     with pytest.raises(ValueError, match="2 replicas on 2 GPUs each need 4 GPUs, and here are 3: lower engine.replicas or engine.tensor_parallel"):
