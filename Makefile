@@ -11,7 +11,7 @@ export WANDB_MODE := offline
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full words test test-fast lint clean
+.PHONY: help demo demo-full words words-cpu test test-fast lint clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,12 @@ words: ## on one GPU, after pip install ".[gpu]": a model of 10 M parameters fro
 	python benchmarks/words_base.py runs/base_words/model
 	opd train recipes/runs/teacher_words.yaml hardware=gpu1
 	opd compare recipes/compare/words.yaml
+
+words-cpu: $(VENV)/train ## the same model and methods on its easy problems, on 2 cores: about 70 minutes
+	$(BIN)/opd train recipes/runs/base_words.yaml data.difficulty=easy rollout.prompts=32
+	$(BIN)/python benchmarks/words_base.py runs/base_words/model easy
+	$(BIN)/opd train recipes/runs/teacher_words.yaml data.difficulty=easy rollout.prompts=32
+	$(BIN)/opd compare recipes/compare/words_easy.yaml
 
 test: $(VENV)/test lint ## every test that needs no GPU, under 40 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

@@ -27,8 +27,8 @@ Generated from `recipes/` by `python -m opd.reference`.
 - *shapes*: two steps with the architectures of its models made small and with random weights, on a CPU, float32, one process, made-up problems
   (`tests/build/test_shipped_runs.py`); `opd check` finds no error in it. Never run with real weights by the project; on a GPU only
   `opsd_qwen3_0.6b_gsm8k` was tried, three steps at its true shape with random weights (`benchmarks/dry_run.py`, one H200, 2026-11-26).
-- *small*: made for one GPU and never run on one; a base a tenth of the size was trained on easier problems on a CPU
-  ([tasks](tasks.md#words-word-problems)), and every recipe of the task runs two steps (`tests/build/test_words_runs.py`).
+- *easy*: trained on a CPU on the easy problems of its task ([tasks](tasks.md#words-word-problems), `make words-cpu`). As it stands
+  it is meant for one GPU and was never run on one; `tests/build/test_words_runs.py` runs two steps of each.
 - *loaded*: its arms load; nothing was run.
 
 `opd train RECIPE model.init=random model.scale=0.05 steps=3` tries any of those with hub models without the hub.
@@ -170,7 +170,7 @@ def shipped_recipes() -> str:
         teachers = ", ".join(_cell(_teacher(signal.weights)) for signal in recipe.signals.values())
         student, data = recipe.model.path or "from scratch", recipe.data.preset or recipe.data.task or "a file"
         lora = f"LoRA {recipe.model.lora.rank}" if recipe.model.lora else ""
-        tried = "shapes" if recipe.hardware else "small" if recipe.data.task == "words" else "trained"
+        tried = "shapes" if recipe.hardware else "easy" if recipe.data.task == "words" else "trained"
         lines.append(f"| `{path.stem}` | {recipe.method} | {student} | {lora} | {teachers} | {data} | {recipe.learner.ranks} | {tried} |")
     lines += ["", "| comparison | tried |", "|---|---|"]
     for path in recipe_files("compare"):
