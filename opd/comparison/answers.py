@@ -173,7 +173,10 @@ def _to_target(summary: Summary) -> str:
     if not reached:
         return f"No arm reached {goal} with every seed inside its budget"
     own = best.reached[TOKENS]
-    text = f"To {goal} it needed {reach_text(own, TOKENS)} generated tokens" if own.typical is not None else f"It {_missed(own)} ({goal})"
+    if own.typical is not None:
+        text = f"To {goal} it needed {reach_text(own, TOKENS)} generated tokens"
+    else:
+        text = f"To {goal} it generated nothing" if _generates_nothing(own) else f"It {_missed(own)} ({goal})"
     if best.name != reference.name and reference.runs:
         text += f"; {reference.label} {_reference_to_target(best, reference)}"
     cheapest = min(reached, key=lambda arm: arm.reached[TOKENS].typical or math.inf)
@@ -182,13 +185,16 @@ def _to_target(summary: Summary) -> str:
     if cheapest.name == reference.name:
         return text
     ratio = summary.against_best.get(cheapest.name)
-    return f"{text}; {cheapest.label} needed fewest, {reach_text(cheapest.reached[TOKENS], TOKENS)}{_lead(ratio, best)}"
+    fewest = "needed fewest of those that generate" if _generates_nothing(own) else "needed fewest"
+    return f"{text}; {cheapest.label} {fewest}, {reach_text(cheapest.reached[TOKENS], TOKENS)}{_lead(ratio, best)}"
 
 
 def _reference_to_target(best: ArmSummary, reference: ArmSummary) -> str:
     found, ratio = reference.reached[TOKENS], best.ratio[TOKENS]
     needed = reach_text(found, TOKENS) if found.typical is not None else _missed(found)
     if ratio.value is None:
+        if _generates_nothing(best.reached[TOKENS]):
+            return f"needed {needed}" if found.typical is not None else needed
         return f"{needed} ({ratio.why})"
     many = f"{_ratio_words(ratio)} as many as {best.label}"
     return f"{needed}, so it needs {many}" if ratio.at_least else f"{needed}, {many}"
@@ -220,10 +226,13 @@ def cheaper_text(summary: Summary) -> str:
     return f"{text} ({how}): {'; '.join(texts)}."
 
 
+def _generates_nothing(found: Reach) -> bool:
+    """Every seed got there, and there is no number of generated tokens that it took."""
+    return found.typical is None and 0 < found.reached == len(found.by_seed)
+
+
 def _missed(found: Reach) -> str:
     missed = len(found.by_seed) - found.reached
-    if not missed:
-        return "spent none"
     return f"missed it in {missed} of {len(found.by_seed)} seeds" if found.reached else "missed it in every seed"
 
 

@@ -200,6 +200,23 @@ def test_which_arm_needs_fewest_tokens_is_said_with_its_own_test(made):
         assert ("unresolved" if low < 1 else "fewer") in cheaper_text(changed)
 
 
+def test_a_best_arm_that_generates_nothing_says_so(made):
+    """Its cost has no ratio to the others': each is said by itself."""
+    summary, _ = made
+    best, others = summary.ranked[0], [arm for arm in summary.ranked[1:] if arm.reached[TOKENS].typical is not None]
+    nothing = replace(best.reached[TOKENS], by_seed=tuple(0.0 for _ in best.reached[TOKENS].by_seed), typical=None, low=None, high=None)
+    ratio = replace(best.ratio[TOKENS], value=None, why="no ratio: nothing of this kind was spent")
+    sft = replace(best, reached={**best.reached, TOKENS: nothing}, ratio={**best.ratio, TOKENS: ratio})
+    changed = replace(summary, arms=tuple(sft if arm.name == best.name else arm for arm in summary.arms), against_best={})
+    said = dict(answers(changed))["At what cost?"]
+    assert "on dev it generated nothing; " in said and "no ratio" not in said and "spent none" not in said
+    quickest = min(others, key=lambda arm: arm.reached[TOKENS].typical)
+    if quickest.name == summary.reference.name:
+        assert f"{summary.reference.label} needed " in said
+    else:
+        assert f"{quickest.label} needed fewest of those that generate, " in said
+
+
 def test_where_the_baseline_is_best_the_answers_compare_it_with_the_next_arm(made):
     summary, _ = made
     runs = [run for arm in summary.arms for run in arm.runs]
