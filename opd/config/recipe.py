@@ -29,7 +29,7 @@ class Decontaminate(Frozen):
     """Leaves out training prompts that share text with an exam."""
 
     against: list[str] = Field(description="files, hub names or presets whose questions must not be trained on; the run's own evaluation always is")
-    ngram: Positive = Field(default=13, description="words in a row that count as shared text")
+    ngram: Positive = Field(default=13, description="words in a row that count as shared text; a shorter question counts whole, from six words on")
 
 
 class Data(Frozen):

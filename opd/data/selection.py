@@ -8,12 +8,14 @@ from pathlib import Path
 from opd.types import Prompt
 
 _WORD = re.compile(r"\w+")
+_FEWEST_WORDS = 6  # of an exam's question that is looked for inside a longer text: fewer stand anywhere
 
 
 def contaminated(prompts: Sequence[Prompt], exam: Iterable[Prompt], *, ngram: int = 13) -> dict[str, str]:
-    """id of a prompt -> id of the exam's problem whose text it shares: `ngram` words in a row, or all words of a shorter text.
+    """id of a prompt -> id of the exam's problem whose text it shares: `ngram` words in a row, or the whole of a shorter question of the exam.
 
-    Case and punctuation do not count. 13 words: the length that GPT-3's authors took (arXiv 2005.14165, appendix C).
+    A question of fewer than six words is no evidence inside a longer text, and counts where it is all of it. Case and punctuation do not
+    count. 13 words: the length that GPT-3's authors took (arXiv 2005.14165, appendix C).
     """
     shares = overlap(exam, ngram=ngram)
     return {prompt.id: theirs for prompt in prompts if (theirs := shares(prompt)) is not None}
@@ -25,9 +27,11 @@ def overlap(exam: Iterable[Prompt], *, ngram: int = 13) -> Callable[[Prompt], st
     for problem in exam:
         for gram in _grams(_words(problem), ngram):
             grams.setdefault(gram, problem.id)
+    lengths = [ngram, *sorted({len(gram) for gram in grams if _FEWEST_WORDS <= len(gram) < ngram}, reverse=True)]
 
     def shares(prompt: Prompt) -> str | None:
-        return next((grams[gram] for gram in _grams(_words(prompt), ngram) if gram in grams), None)
+        words = _words(prompt)
+        return next((grams[gram] for length in lengths for gram in _grams(words, length) if gram in grams), None)
 
     return shares
 

@@ -15,6 +15,7 @@ from opd.build.fused import check_fused
 from opd.build.pretrained import num_experts
 from opd.build.served import tensor_parallel
 from opd.config.choices import nearest
+from opd.launcher.machines import master_address
 from opd.preflight.facts import Facts, Finding
 from opd.preflight.memory import ALL_LINEAR, linear_names, untargeted
 from opd.run.folder import check_run
@@ -232,8 +233,16 @@ def machine(facts: Facts) -> Iterator[Finding]:
         if found is not None and not Version(lowest) <= Version(Version(found).base_version) < Version(below):
             yield warning(f"{package} {found} is outside the tested range ({lowest} to below {below})")
     port = os.environ.get("MASTER_PORT")
-    if port and port.isdigit() and _taken(int(port)):
+    if port and port.isdigit() and _taken("127.0.0.1", int(port)):
         yield error(f"MASTER_PORT={port} is taken by another process; choose a free one or unset it")
+    launch = facts.recipe.launch
+    if launch.nodes > 1 and not facts.recipe.target.device:
+        try:
+            host, number = master_address(launch.master)
+            if launch.node_rank == 0 and _taken(host, number):
+                yield error(f"launch.master={launch.master} is taken by another process; give a free port of machine 0")
+        except ValueError as problem:
+            yield error(str(problem))
     if os.environ.get("WORLD_SIZE", "1") != "1":
         yield note(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set in this shell: a run started here would wait for other ranks")
 
@@ -269,9 +278,10 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _taken(port: int) -> bool:
+def _taken(host: str, port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        probe.settimeout(2.0)
+        return probe.connect_ex((host, port)) == 0
 
 
 CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (

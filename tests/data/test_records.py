@@ -197,16 +197,19 @@ def asked(name, text):
 
 def test_contamination_by_hand():
     words = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen".split()
-    exam = [asked("e1", " ".join(words)), asked("e2", "What is two plus two?")]
+    exam = [asked("e1", " ".join(words)), asked("e2", "What is two plus two?"), asked("e3", "What is two plus two times two?")]
     train = [
         asked("same", "Well: " + ", ".join(words[:13]).upper() + "!"),
         asked("twelve", " ".join(words[:12]) + " and another thing"),
         asked("short", "what is TWO, plus two"),
         asked("shorter", "what is two"),
+        asked("five words inside", "Here is a question for you to solve with care: what is two plus two?"),
+        asked("seven words inside", "Here is a question for you to solve with care: what is two plus two times two?"),
+        asked("part of seven", "Here is a question for you to solve with care: what is two plus two times three?"),
         asked("other", "Nothing of the kind stands in any exam that we know of today or will know"),
     ]
-    assert contaminated(train, exam) == {"same": "e1", "short": "e2"}
-    assert contaminated(train, exam, ngram=12) == {"same": "e1", "twelve": "e1", "short": "e2"}
+    assert contaminated(train, exam) == {"same": "e1", "short": "e2", "seven words inside": "e3"}
+    assert contaminated(train, exam, ngram=12) == {"same": "e1", "twelve": "e1", "short": "e2", "seven words inside": "e3"}
     assert contaminated(train, []) == {}
 
 

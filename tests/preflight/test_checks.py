@@ -137,6 +137,12 @@ def test_a_port_that_is_taken_and_a_full_disk(monkeypatch):
         taken.listen()
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         assert any("is taken by another process" in line for line in sentences(EXPR, {}))
+        master = f"127.0.0.1:{taken.getsockname()[1]}"
+        several = {"launch": {"nodes": 2, "master": master}, "learner.kind": "deepspeed"}
+        assert any(f"launch.master={master} is taken" in line for line in sentences(EXPR, several))
+        assert not any("launch.master" in line for line in sentences(EXPR, {**several, "launch.node_rank": 1}))
+    assert not any("launch.master" in line for line in sentences(EXPR, several))
+    assert any("launch.master=nowhere.invalid:1: unknown host" in line for line in sentences(EXPR, {**several, "launch.master": "nowhere.invalid:1"}))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert any("checkpoints of" in line and "do not fit" in line for line in sentences(EXPR, {}))
 
