@@ -34,7 +34,7 @@ def find_model(path: str) -> str:
             return str(candidate)
     shelves = [root.parent / "models" for root in PACKAGED]
     known = sorted({config.parent.name for shelf in shelves for config in shelf.glob("*/config.json")})
-    if path.startswith("runs/") and (maker := _maker(path)):
+    if path.startswith("runs/") and (maker := maker_of(path)):
         raise ValueError(f"no model folder {path!r} yet: make it first with `opd train {maker}` (on a GPU with hardware=gpu1)")
     if path.startswith((".", "/", "~", "models/", "runs/")) or path.count("/") > 1 or Path(path).exists():
         raise ValueError(
@@ -44,7 +44,7 @@ def find_model(path: str) -> str:
     return path
 
 
-def _maker(path: str) -> str:
+def maker_of(path: str) -> str:
     """The shipped recipe whose run leaves its model in this folder (runs/NAME/model), or ""."""
     parts = Path(path).parts
     own = len(parts) == 3 and parts[2] == "model" and any((root / f"runs/{parts[1]}.yaml").is_file() for root in (Path("recipes"), *PACKAGED))

@@ -91,9 +91,10 @@ def gather(recipe: Recipe) -> tuple[Facts, list[Finding]]:
     if (sampler := attempt(partial(parse_sampler, recipe.rollout.sampler))) is not None:
         attempt(partial(check_drawing, sampler, with_models(recipe, weights)))
     problems = attempt(partial(load_problems, recipe, None))
-    if problems:
-        mixture = parse_source(recipe.rollout.source)
+    mixture = parse_source(recipe.rollout.source) if problems else None
+    if problems and mixture:
         attempt(lambda: check_dataset_hint(problems.train if mixture.reads_data else (), mixture.hint))
+    learned = mixture.hint if mixture and mixture.reads_data else "solution"
     views = _views(recipe, problems, attempt)
     all_read = len(weights) == len(recipe.signals)
     if problems and objective and all_read:
@@ -119,7 +120,7 @@ def gather(recipe: Recipe) -> tuple[Facts, list[Finding]]:
         views=views,
         made_up=recipe is not asked,
         prompt_lengths=() if recipe is not asked else _lengths(problems, tokenizer, attempt),
-        solution_lengths=() if recipe is not asked else _solutions(problems, tokenizer),
+        solution_lengths=() if recipe is not asked else _solutions(problems, tokenizer, learned),
     )
     return facts, found
 
@@ -228,8 +229,9 @@ def _lengths(problems: Problems | None, tokenizer: PreTrainedTokenizerBase | Non
     return attempt(lambda: tuple(len(chat.render(tokenizer, prompt.messages)) for prompt in prompts)) or ()
 
 
-def _solutions(problems: Problems | None, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+def _solutions(problems: Problems | None, tokenizer: PreTrainedTokenizerBase | None, hint: str) -> tuple[int, ...]:
+    """Tokens of the texts that are learned from the data, or of its reference solutions, which a student's answers may come to resemble."""
     if problems is None or tokenizer is None:
         return ()
-    texts = [prompt.hints["solution"] for prompt in problems.train[:SAMPLED_PROMPTS] if prompt.hints.get("solution")]
+    texts = [prompt.hints[hint] for prompt in problems.train[:SAMPLED_PROMPTS] if prompt.hints.get(hint)]
     return tuple(len(chat.tokenize(tokenizer, text)) for text in texts)

@@ -242,7 +242,7 @@ def _evaluation(r: Recipe, steps: int, load: Load, ranks: int, speak: Callable[[
 
 
 def _assumed(r: Recipe, facts: Facts, student: ModelFacts, device: Device, load: Load) -> tuple[str, ...]:
-    asked = f"answers of {load.answer:.0f} tokens ({'as the reference solutions' if facts.solution_lengths else 'sampling.max_tokens'})" + (
+    asked = f"answers of {load.answer:.0f} tokens ({'as the texts of the data' if facts.solution_lengths else 'sampling.max_tokens'})" + (
         ", none discarded by the filter" if r.rollout.filter != "none" else ""
     )
     if device.name == CPU:

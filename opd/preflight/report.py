@@ -10,6 +10,7 @@ from opd.config.recipe import Recipe
 from opd.config.stages import read_stages
 from opd.preflight.checks import CHECKS, disk, error
 from opd.preflight.facts import Finding, gather
+from opd.preflight.outlines import outlined
 from opd.preflight.plan import Plan, find_device, make_plan
 
 
@@ -41,8 +42,9 @@ def examine(recipe: Recipe, device: str = "") -> tuple[list[Finding], Plan | Non
     """All findings, gravest first, and the plan where the model's configuration could be read, for `device` or else the recipe's own target."""
     if device:
         recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"device": "" if device == "cpu" else device})})
-    facts, found = gather(recipe)
-    found += [finding for look in CHECKS for finding in look(facts)]
+    with outlined(recipe) as (judged, found):
+        facts, of_parts = gather(judged)
+        found += [*of_parts, *(finding for look in CHECKS for finding in look(facts))]
     plan = None
     if facts.config is not None and facts.objective is not None:
         plan = make_plan(facts, find_device(recipe.target.device, getattr(torch, recipe.model.dtype)))

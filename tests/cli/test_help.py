@@ -53,7 +53,6 @@ CASES = [
     ("train opsd_expr model.dtype=fp16", ["model.dtype: must be one of 'float32' or 'bfloat16' (found 'fp16')"]),
     ("train opsd_expr steps=many", ["steps: must be a whole number (found 'many')"]),
     ("train recipes/compare/demo.yaml", ["comparison of several runs: use opd compare recipes/compare/demo.yaml"]),
-    ("check demo", ["use opd compare demo"]),
     ("compare recipes/runs/opsd_expr.yaml", ["use opd train recipes/runs/opsd_expr.yaml (or opd check"]),
     ("compare opsd_expr", ["use opd train opsd_expr"]),
     ("compare grpo", ["grpo is a method, not a comparison"]),
