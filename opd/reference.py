@@ -27,8 +27,8 @@ Generated from `recipes/` by `python -m opd.reference`.
 - *shapes*: two steps with the architectures of its models made small and with random weights, on a CPU, float32, one process, made-up problems
   (`tests/build/test_shipped_runs.py`); `opd check` finds no error in it. Never run with real weights by the project; on a GPU only
   `opsd_qwen3_0.6b_gsm8k` was tried, three steps at its true shape with random weights (`benchmarks/dry_run.py`, one H200, 2026-11-26).
-- *easy*: trained on a CPU on the easy problems of its task ([tasks](tasks.md#words-word-problems), `make words-cpu`). As it stands
-  it is meant for one GPU and was never run on one; `tests/build/test_words_runs.py` runs two steps of each.
+- *easy*: trained on a CPU on the easy problems of its task ([tasks](tasks.md#words-word-problems), `make words-cpu`; `hybrid_words` two
+  steps only). As it stands it is meant for one GPU and was never run on one; `tests/build/test_words_runs.py` runs two steps of each.
 - *loaded*: its arms load; nothing was run.
 
 `opd train RECIPE model.init=random model.scale=0.05 steps=3` tries any of those with hub models without the hub.
