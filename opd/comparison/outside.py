@@ -250,8 +250,9 @@ class _Watch:
         self._speak(step)
         result = api.examine(self.recipe, self.parts, self.parts.engine, "dev", self.parts.problems.dev, 1.0, self.recipe.eval.samples, step)
         write_evaluation(self.folder, result)
-        if step and (result.row["avg@k"] or 0.0) > self.best[0]:
-            self.best = (result.row["avg@k"], step)
+        accuracy = result.row["avg@k"]
+        if step and accuracy is not None and accuracy > self.best[0]:
+            self.best = (accuracy, step)
             self.best_weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 
     def finish(self, trainer: str) -> None:

@@ -21,11 +21,10 @@ from opd.learner.deepspeed_pieces import MASTER, PieceFiles, num_steps, own_piec
 from opd.learner.learner import PolicyLearner
 from opd.learner.optimizer import adamw, clip, set_rate
 from opd.learner.policy import Policy
-from opd.learner.types import LearnerSettings, OptimizerSettings
+from opd.learner.types import LARGEST_BUCKET, LearnerSettings, OptimizerSettings
 from opd.learner.weights import whole_shape
 
 DEADLINE = timedelta(minutes=30)
-LARGEST_BUCKET = 500_000_000  # gradients reduced together
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}  # further keys of "zero_optimization"
 
 

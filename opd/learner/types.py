@@ -17,6 +17,8 @@ from opd.objective.terms import Needs, Objective
 from opd.types import Judged, MicroBatch, Prepared, Sample, StepReport
 
 Weights = Literal["live", "adapter_off", "ema"]
+LARGEST_BUCKET = 500_000_000
+"""Gradients that DeepSpeed reduces together, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

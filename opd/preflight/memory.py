@@ -15,12 +15,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
 from opd.build.pretrained import num_experts
+from opd.learner.types import LARGEST_BUCKET
 from opd.timing.flops import Products
 
 COUNTED_TOKENS = 16
 ALL_LINEAR = "all-linear"
-DEEPSPEED_BUCKET, DEEPSPEED_LIVE = 500_000_000, 1_000_000_000
-"""Elements at most of DeepSpeed's buffer of gradients (the learner asks for no more than it trains), and of weights that ZeRO 3 keeps gathered."""
+DEEPSPEED_LIVE = 1_000_000_000
+"""Weights that ZeRO 3 keeps gathered, at most: DeepSpeed's default."""
 VLLM_BUFFER = 512 << 20  # opd_rollout.vllm_sending.BUFFER_BYTES, which needs vLLM to be read
 
 
@@ -98,7 +99,7 @@ def sync_buffers(model: ModelFacts, *, zero_stage: int, transfer: str) -> int:
 
     transfer: engine.transfer where there are actors, else "".
     """
-    bucket = min(DEEPSPEED_BUCKET, model.trainable)
+    bucket = min(LARGEST_BUCKET, model.trainable)
     stage = max(1, zero_stage) if model.item < 4 else zero_stage
     gradients = bucket * (model.item if stage == 2 else 4) if stage else 0
     gathered = min(DEEPSPEED_LIVE, model.parameters) * model.item if stage == 3 else 0

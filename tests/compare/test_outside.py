@@ -1,8 +1,11 @@
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from opd.api import train
+from opd.comparison import outside
 from opd.comparison.outside import train_grpo, train_sft
 from opd.comparison.results import GREEDY, PRIMARY, read_run
 
@@ -21,6 +24,21 @@ def test_an_outside_run_is_read_like_any_other_and_learns(tmp_path):
     train_sft("recipes/runs/sft_expr.yaml", {**SMALL, "seed": 3}, tmp_path / "run")
     assert (tmp_path / "run" / "eval.jsonl").stat().st_mtime_ns == written  # finished: not trained again
     assert json.loads((tmp_path / "run" / "status.json").read_text())["why"] == "trained by TRL's SFTTrainer"
+
+
+def test_an_evaluation_in_which_nothing_was_judged_is_no_best_one(tmp_path, monkeypatch):
+    found = iter([None, 0.25, None, 0.5])
+    monkeypatch.setattr(outside.api, "examine", lambda *_: SimpleNamespace(row={"avg@k": next(found)}))
+    monkeypatch.setattr(outside, "write_evaluation", lambda *_: None)
+    monkeypatch.setattr(outside._Watch, "_speak", lambda *_: None)
+    fake_parts = SimpleNamespace(problems=SimpleNamespace(dev=["a problem"]), engine=None)
+    fake_recipe = SimpleNamespace(eval=SimpleNamespace(samples=1))
+    watch = outside._Watch(folder=tmp_path, recipe=fake_recipe, parts=fake_parts, model=torch.nn.Linear(1, 1), updates=1)
+    seen = []
+    for step in (1, 2, 3, 4):
+        watch.examine_dev(step)
+        seen.append(watch.best)
+    assert seen == [(-1.0, 0), (0.25, 2), (0.25, 2), (0.5, 4)]
 
 
 def test_a_recipe_that_samples_from_the_student_is_refused(tmp_path):
