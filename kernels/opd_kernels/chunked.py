@@ -69,7 +69,8 @@ class _Selected(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             head = projection(hidden, weight, options)
             grid = tile_grid(head, ids, entropy=entropy)
-            tiles = new_tiles(head, grid, keep=differentiate and hidden.device.type == "cpu")
+            keep = differentiate and hidden.device.type == "cpu"
+            tiles = new_tiles(head, grid, lent=_lent_elements(head, hidden, ctx.needs_input_grad) if keep else None)
             selected, sums, topk_values, topk_ids = _forward_tiles(head, ids, grid, tiles, topk)
             logp, tail_logp, logz, entropy_N = finalize(selected, ids, sums)
         ctx.save_for_backward(hidden, weight, bias, ids, logp, tail_logp, logz, entropy_N, tiles.top, *tiles.areas[: len(tiles.top)])
@@ -96,6 +97,14 @@ class _Selected(torch.autograd.Function):
         d_hidden = None if grads.hidden is None else grads.hidden.to(hidden.dtype)
         d_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
         return d_hidden, grads.weight, d_bias, None, None, None, None, None
+
+
+def _lent_elements(head: Projection, hidden: Tensor, needs: tuple[bool, ...]) -> int:
+    """Elements that fill the memory of the gradients to come, where no budget was given that tiles may not exceed."""
+    if head.options.chunk_bytes is not None:
+        return 0
+    lenders = [tensor for tensor, needed in zip((hidden, head.weight), needs, strict=False) if needed]
+    return sum(tensor.numel() * tensor.element_size() for tensor in lenders) // head.dtype.itemsize
 
 
 def _forward_tiles(

@@ -9,7 +9,8 @@ Keywords they share:
     vocab_start    global id of this rank's first row
     backend        auto, reference (dense), torch (chunked) or triton
     chunk_bytes    upper bound of the scratch; None: 64 MiB (160 MiB where whole rows are held) on the CPU, on CUDA 768 MiB
-                   (2.5 GiB) or an eighth of the free memory
+                   (2.5 GiB) or an eighth of the free memory. With None, tiles that wait for backward on the CPU may also take the
+                   memory that the gradients will
 All accumulate in fp32 whatever the inputs (fp64 for fp64 inputs), repeat bitwise, and raise ValueError for input that does not fit.
 """
 
@@ -67,7 +68,7 @@ def selected_logprobs(
 
     Equals log_softmax(hidden @ weight.T) gathered at ids. Differentiable in hidden [N, H], weight [V, H] and bias through logp,
     tail_logp, logz and entropy; costs four products forward and backward (three where weight takes no gradient), on the CPU
-    less the tiles that chunk_bytes lets wait for backward.
+    less the tiles that wait for backward.
     `student_topk` > 0 adds the top-k ids and their log-probabilities as constants.
     """
     check_projection(hidden, weight)

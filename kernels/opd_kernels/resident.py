@@ -1,7 +1,8 @@
 """Tiles of logits in an order of their own, and those that stay in memory between a forward and its backward pass.
 
-Forward ends with tiles that backward begins with. The last ones that fit the budget are kept, as exp(x - top) where forward has formed
-that (with a softcap as x), and need no second product: 4 - kept / all products instead of 4, and 3 where all of them fit.
+Forward ends with tiles that backward begins with. The last ones that fit are kept, as exp(x - top) where forward has formed that (with a
+softcap as x), and need no second product: 4 - kept / all products instead of 4, and 3 where all of them fit. Where no budget was given
+they take the default one and besides the memory that the gradients will: those are written as tiles are given up.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Grid:
     elements: int  # of the largest tile
     tiles: int
     parts: int  # areas of a tile's size that the work on one takes, its own included
-    fitting: int  # tiles that the budget holds beside what the work takes
+    budget: int  # elements of scratch
     entropy: bool
 
     def number(self, rows: slice, columns: slice) -> int:
@@ -31,6 +32,10 @@ class Grid:
 
     def chosen(self, rows: slice, columns: slice) -> TileIds:
         return self.where.tile(self._row_tile(rows), self._column_tile(columns))
+
+    def fitting(self, lent: int) -> int:
+        """Tiles that the budget and `lent` more elements hold beside what the work takes."""
+        return min(self.tiles, max(1, (self.budget + lent) // self.elements - (self.parts - 1)))
 
     def scratch(self, head: Projection) -> Scratch:
         return Scratch(self.elements, self.parts - 1, head)
@@ -77,12 +82,12 @@ def tile_grid(head: Projection, ids: Tensor, *, entropy: bool) -> Grid:
     tile_rows, tile_columns = tile_shape(tokens, head.columns, head.hidden.shape[1], budget // parts, device)
     where = place(ids, head, tile_rows=tile_rows, tile_columns=tile_columns)
     tiles, elements = where.row_tiles * -(-head.columns // tile_columns), tile_rows * tile_columns
-    return Grid(where=where, elements=elements, tiles=tiles, parts=parts, fitting=max(1, budget // elements - (parts - 1)), entropy=entropy)
+    return Grid(where=where, elements=elements, tiles=tiles, parts=parts, budget=budget, entropy=entropy)
 
 
-def new_tiles(head: Projection, grid: Grid, *, keep: bool) -> Tiles:
-    """Memory for forward, of which backward gets the areas of kept tiles."""
-    kept = min(grid.tiles, grid.fitting) if keep else 0
+def new_tiles(head: Projection, grid: Grid, *, lent: int | None) -> Tiles:
+    """Memory for forward, of which backward gets the areas of kept tiles; `lent`: elements beyond the budget, or None to keep no tile."""
+    kept = 0 if lent is None else grid.fitting(lent)
     areas = [_area(head, grid) for _ in range(max(1, kept))]
     return Tiles(areas=areas, top=areas[0].new_zeros(kept, grid.where.tile_rows), first=grid.tiles - kept, formed=False)
 

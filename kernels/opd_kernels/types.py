@@ -103,6 +103,10 @@ def accumulation_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
+CPU_TILE_BYTES = 64 << 20
+CPU_ROW_BYTES = 320 << 20
+
+
 def chunk_budget(options: LogitOptions, device: torch.device, *, row_sets: int) -> int:
     """Scratch bytes of one operation: the given budget, or a default bounded by an eighth of the device's free memory.
 
@@ -112,6 +116,6 @@ def chunk_budget(options: LogitOptions, device: torch.device, *, row_sets: int) 
     if options.chunk_bytes is not None:
         return options.chunk_bytes
     if device.type != "cuda":
-        return (320 // row_sets if row_sets else 64) << 20
+        return CPU_ROW_BYTES // row_sets if row_sets else CPU_TILE_BYTES
     free_bytes = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min((1664 if row_sets else 768) << 20, max(free_bytes // 8, 64 << 20))

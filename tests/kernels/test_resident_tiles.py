@@ -86,6 +86,28 @@ def test_a_frozen_head_saves_the_same_product():
     assert counted == pytest.approx(3 - REST / COLUMNS, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("frozen", "lent_tiles"),
+    [((), 6), (("weight",), 0), (("hidden",), 6)],  # the gradients take 6.5, 0.25 and 6.25 tiles of memory
+)
+def test_without_a_budget_tiles_also_take_the_memory_of_the_gradients_to_come(monkeypatch, frozen, lent_tiles):
+    monkeypatch.setattr("opd_kernels.types.CPU_TILE_BYTES", 2 * TILE_BYTES)
+    hidden, weight, ids = leaves()
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        tensor.requires_grad_(name not in frozen)
+    small = 24 * 4 * TOKENS * 5  # tensors of [N, K], int64 ones twice, with room
+    with Allocations(hidden, weight, ids) as counted:
+        loss = loss_of(hidden, weight, ids, entropy=False)
+        assert 0 <= counted.alive_bytes - (2 + lent_tiles) * TILE_BYTES <= small
+    kept_columns = (1 + lent_tiles) * WIDTH + 40
+    assert products(loss.backward) == pytest.approx(1 + (not frozen) + 1 - kept_columns / COLUMNS, abs=1e-9)
+    wanted, theirs = (
+        torch.autograd.grad(loss_of(hidden, weight, ids, chunk_bytes=b), [t for t in (hidden, weight) if t.requires_grad]) for b in (TILE_BYTES, None)
+    )
+    for left, right in zip(wanted, theirs, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
+
+
 def test_tiles_split_over_rows_and_columns():
     """5,000 tokens in tiles of 4,096: the budget holds 3 of the 4 tiles, and what is left out is the shorter one of the first columns."""
     case = make_case(5000, 2 * WIDTH, 4, 3)
