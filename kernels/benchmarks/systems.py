@@ -98,33 +98,38 @@ def sparse_task(*, gpu: bool) -> Task:
 # --- one label a token: what cross-entropy kernels do --------------------------------------------------------------------
 
 
+def labels_of(inputs: Inputs) -> Tensor:
+    """[N] in memory of its own: TRL's Triton kernels take no notice of strides."""
+    return inputs.ids[:, 0].contiguous()
+
+
 def label_eager(inputs: Inputs) -> Tensor:
-    return F.cross_entropy((inputs.hidden @ inputs.weight.T).to(_wide(inputs)), inputs.ids[:, 0])
+    return F.cross_entropy((inputs.hidden @ inputs.weight.T).to(_wide(inputs)), labels_of(inputs))
 
 
 def label_torch(inputs: Inputs) -> Tensor:
-    return F.linear_cross_entropy(inputs.hidden, inputs.weight, inputs.ids[:, 0])
+    return F.linear_cross_entropy(inputs.hidden, inputs.weight, labels_of(inputs))
 
 
 def label_torch_chunked(inputs: Inputs) -> Tensor:
     options = importlib.import_module("torch.nn.modules.linear_cross_entropy_options").LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(inputs.hidden, inputs.weight, inputs.ids[:, 0], options=options)
+    return F.linear_cross_entropy(inputs.hidden, inputs.weight, labels_of(inputs), options=options)
 
 
 def label_liger(inputs: Inputs) -> Tensor:
     functional = importlib.import_module("liger_kernel.transformers.functional")
-    result = functional.liger_fused_linear_cross_entropy(inputs.hidden, inputs.weight, inputs.ids[:, 0])
+    result = functional.liger_fused_linear_cross_entropy(inputs.hidden, inputs.weight, labels_of(inputs))
     return result[0] if isinstance(result, tuple) else result
 
 
 def label_cce(inputs: Inputs, implementation: str = "cce") -> Tensor:
     package = importlib.import_module("cut_cross_entropy")
-    return package.linear_cross_entropy(inputs.hidden, inputs.weight, inputs.ids[:, 0], impl=implementation)
+    return package.linear_cross_entropy(inputs.hidden, inputs.weight, labels_of(inputs), impl=implementation)
 
 
 def label_trl(inputs: Inputs) -> Tensor:
     function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
-    return -function.apply(inputs.hidden, inputs.weight, None, inputs.ids[:, 0], 1.0, 32_768, None, 1.0, ())[0].mean()
+    return -function.apply(inputs.hidden, inputs.weight, None, labels_of(inputs), 1.0, 32_768, None, 1.0, ())[0].mean()
 
 
 def label_composable(inputs: Inputs, **keywords: object) -> Tensor:
@@ -176,7 +181,7 @@ def dense_liger_chunked(inputs: Inputs, *, compiled: bool) -> Tensor:
     loss = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=compiled
     )
-    return loss(inputs.hidden, inputs.weight, inputs.hidden_t, inputs.weight_t, inputs.ids[:, 0])
+    return loss(inputs.hidden, inputs.weight, inputs.hidden_t, inputs.weight_t, labels_of(inputs))
 
 
 def dense_liger_triton(inputs: Inputs) -> Tensor:
@@ -238,7 +243,7 @@ def scoring_eager(inputs: Inputs) -> Tensor:
 
 
 def scoring_ours(inputs: Inputs, **keywords: object) -> Tensor:
-    scores = opd_kernels.topk_logprobs(inputs.hidden, inputs.weight, inputs.ids.shape[1], always_include=inputs.ids[:, 0], **keywords)
+    scores = opd_kernels.topk_logprobs(inputs.hidden, inputs.weight, inputs.ids.shape[1], always_include=labels_of(inputs), **keywords)
     return scores.logp[0, 0]
 
 
