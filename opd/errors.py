@@ -21,5 +21,9 @@ class RunFailed(Exception):
     """A process of the run failed, and the launcher could not go on from the last checkpoint; the message says which, where and why."""
 
 
+class VerifierStuck(ValueError):
+    """A function of one's own gave no verdict in time: the run ends, for what it holds or was changing is not known."""
+
+
 class Unreachable(ValueError):
     """A data set of the hub that cannot be read here."""

@@ -235,7 +235,8 @@ def tries_out(recipe: Recipe, source: str) -> bool:
 
 
 def _verifier(recipe: Recipe, choice: Any, own: Callable[..., Any] | None) -> Verifier:
-    verify = adapted(own) if own else make_verifier(choice, open_judge)
+    seconds = recipe.data.verifier_seconds
+    verify = adapted(own, seconds) if own else make_verifier(choice, open_judge, seconds)
     if not recipe.data.verdict_cache:
         return verify
     reads = str if own else reads_of(choice)

@@ -55,6 +55,9 @@ class Data(Frozen):
     eval_split: str = Field(default="test", description="split of `eval_path` on the hub")
     columns: dict[str, str] = Field(default={}, description="our name -> the file's column, e.g. {prompt: problem, solution: gold}")
     verifier: Choice = Field(default="auto", description="name in opd.verify, {fn: module:name}, or auto (the task's own, math for JSONL)")
+    verifier_seconds: float = Field(
+        default=300.0, gt=0, description="longest time for one verdict of a function of one's own, seconds; then the run ends with an error"
+    )
     verdict_cache: str = Field(default="", description="SQLite file of verdicts that were given before; empty: none")
     system: str = Field(default="", description="system message put before every question")
     thinking: bool | None = Field(

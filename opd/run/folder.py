@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "profile",
     "guard",
     "prices",
+    "data.verifier_seconds",
     "checkpoint.every",
     "checkpoint.keep",
     "launch",

@@ -16,6 +16,7 @@ from opd.types import Prompt, Verdict, Verifier
 from opd.verify.adapt import as_verifier, judge, judge_all
 from opd.verify.answers import final_answer
 from opd.verify.code import code_verdict, gold_tests_problem, require_isolation
+from opd.verify.deadline import SECONDS
 from opd.verify.judge_model import DEFAULT_ASK, DEFAULT_VERDICT, Ask, Reading, check_request, judge_verifier, read_pattern
 from opd.verify.math import MathVerifier, math_reads, math_verdict
 from opd.verify.parts import is_rubric, read_clip, read_parts, rubric_verifier, sum_verifier
@@ -30,30 +31,30 @@ __all__ = [
 OpenJudge = Callable[[str, str, int], Ask]  # (model, server, max_tokens) -> how it is asked
 
 
-def make_verifier(choice: Any, open_judge: OpenJudge | None = None) -> Verifier:
+def make_verifier(choice: Any, open_judge: OpenJudge | None = None, seconds: float = SECONDS) -> Verifier:
     """The verifier that a recipe names: a name, {name: {parameter: value}} or {fn: module:function}. Raises ValueError with the fix.
 
-    open_judge: how a judge's model is opened; without it a judge is refused.
+    open_judge: how a judge's model is opened; without it a judge is refused. seconds: longest time for one verdict of a function of one's own.
     """
     name = split_choice(choice, "data.verifier")[0]
     verifier = resolve(choice, {**VERIFIERS, **FACTORIES}, "data.verifier")
     if name in REQUIRES:
         REQUIRES[name]()
     if name in FACTORIES:
-        return verifier(open_judge)
+        return verifier(open_judge, seconds)
     if name != "fn":
         return verifier
-    return adapted(verifier)
+    return adapted(verifier, seconds)
 
 
-def adapted(function: Any) -> Verifier:
-    """A function of one's own or a rubric of such functions."""
-    return rubric_verifier(function) if is_rubric(function) else as_verifier(function)
+def adapted(function: Any, seconds: float = SECONDS) -> Verifier:
+    """A function of one's own or a rubric of such functions; `seconds` is the longest time for one verdict."""
+    return rubric_verifier(function, seconds) if is_rubric(function) else as_verifier(function, seconds=seconds)
 
 
-def make_sum(open_judge: OpenJudge | None, *, of: dict, correct: str = "", clip: list | None = None) -> Verifier:
+def make_sum(open_judge: OpenJudge | None, seconds: float, *, of: dict, correct: str = "", clip: list | None = None) -> Verifier:
     """Several parts, added; see opd.verify.parts. correct: the part whose correctness counts, the first by default."""
-    parts = read_parts(of, partial(make_verifier, open_judge=open_judge))
+    parts = read_parts(of, partial(make_verifier, open_judge=open_judge, seconds=seconds))
     if correct and correct not in parts:
         raise ValueError(f"data.verifier: sum.correct is {correct!r}{nearest(correct, parts)}, which is no part; parts: {', '.join(parts)}")
     return sum_verifier(parts, correct or next(iter(parts)), read_clip(clip, "data.verifier: sum.clip"))
@@ -61,6 +62,7 @@ def make_sum(open_judge: OpenJudge | None, *, of: dict, correct: str = "", clip:
 
 def make_judge(
     open_judge: OpenJudge | None,
+    _: float,
     *,
     model: str = "",
     server: str = "",
@@ -164,7 +166,7 @@ VERIFIERS: dict[str, Callable[..., Verdict]] = {
 }
 
 FACTORIES: dict[str, Callable[..., Verifier]] = {"sum": make_sum, "judge": make_judge}
-"""Verifiers made of others or of a model."""
+"""Verifiers made of others or of a model, from how a judge's model is opened and the longest time for a verdict of a function of one's own."""
 
 READS_BARE = frozenset({"exact", "choice", "math", "gsm8k", "json", "code"})
 """Verifiers that can judge a gold answer as it stands."""

@@ -7,12 +7,14 @@ import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from math import isfinite
 from numbers import Real
 from typing import Any
 
+from opd.errors import VerifierStuck
 from opd.types import Prompt, Verdict, Verifier
+from opd.verify.deadline import SECONDS, in_time
 
 Asked = Sequence[tuple[Prompt, str]]
 STATUSES = ("score", "abstain", "error")
@@ -31,9 +33,11 @@ class Batched:
 
 
 def judge(verify: Verifier, prompt: Prompt, text: str) -> Verdict:
-    """The verdict, or status "error" with the exception's text as feedback when the verifier raises."""
+    """The verdict, or status "error" with the exception's text as feedback when the verifier raises. Raises VerifierStuck."""
     try:
         verdict = verify(prompt, text)
+    except VerifierStuck:
+        raise
     except Exception as error:  # kept and counted by the caller: a verifier is foreign code
         return Verdict(status="error", feedback=f"{type(error).__name__}: {error}")
     return _finite(verdict)
@@ -46,6 +50,8 @@ def judge_all(verify: Verifier, asked: Asked) -> list[Verdict]:
         return [judge(verify, prompt, text) for prompt, text in asked]
     try:
         verdicts = list(many(asked))
+    except VerifierStuck:
+        raise
     except Exception as error:
         return [Verdict(status="error", feedback=f"{type(error).__name__}: {error}")] * len(asked)
     assert len(verdicts) == len(asked)
@@ -69,21 +75,28 @@ def checked(verify: Verifier, check: Callable[[], None]) -> Verifier:
     return Batched(many) if hasattr(verify, "many") else one
 
 
-def as_verifier(function: Callable[..., Any], *, correct_at: float = 1.0) -> Verifier:
+def as_verifier(function: Callable[..., Any], *, correct_at: float = 1.0, seconds: float = SECONDS) -> Verifier:
     """Adapt a function that returns a Verdict, a bool, a number (correct from `correct_at` on) or None (abstain).
 
     Called as (prompt, text); or by name, as the library `verifiers` calls reward functions, when it has a parameter `completion`: any of
     prompt and completion (lists of messages), answer, state, info, task; or as TRL calls them when it has `completions`: lists of one.
     Coroutines are run to their end. Raises ValueError for a function that none of these calls fits; the verifier raises ValueError for any
-    other result.
+    other result, and VerifierStuck for one that has not come after `seconds`.
     """
-    call = _call_of(function)
+    call, name = _call_of(function), _name(function)
 
     @wraps(function, updated=())
     def verify(prompt: Prompt, text: str) -> Verdict:
-        return _verdict(call(prompt, text), correct_at)
+        stuck = f"verifier {name} gave no verdict on prompt {prompt.id!r} within {seconds:g} s; mend it, or raise data.verifier_seconds"
+        return _verdict(in_time(partial(call, prompt, text), seconds, stuck), correct_at)
 
     return verify
+
+
+def _name(function: Any) -> str:
+    """module:function, as a recipe names it."""
+    own = getattr(function, "func", function)
+    return f"{own.__module__}:{getattr(own, '__qualname__', type(own).__name__)}"
 
 
 def _verdict(result: Any, correct_at: float) -> Verdict:

@@ -61,14 +61,14 @@ def read_clip(given: Any, where: str) -> tuple[float, float] | None:
     return float(given[0]), float(given[1])
 
 
-def rubric_verifier(rubric: Any) -> Verifier:
+def rubric_verifier(rubric: Any, seconds: float) -> Verifier:
     """A rubric of the library `verifiers` (reward functions and their weights) as a sum; the first function decides what is correct.
 
-    Functions with weight 0 are only shown, as there.
+    Functions with weight 0 are only shown, as there. seconds: longest time for one verdict of one function.
     """
     functions = _attribute(rubric, "funcs", "reward_funcs")
     weights = _attribute(rubric, "weights", "reward_weights") or [1.0] * len(functions)
-    parts = {f.__name__: Part(verify=as_verifier(f), weight=float(w)) for f, w in zip(functions, weights, strict=True)}
+    parts = {f.__name__: Part(verify=as_verifier(f, seconds=seconds), weight=float(w)) for f, w in zip(functions, weights, strict=True)}
     if not parts:
         raise ValueError(f"the rubric {rubric!r} holds no reward function")
     return sum_verifier(parts, next(iter(parts)))

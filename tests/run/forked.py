@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,11 @@ def install(fault: Fault) -> None:
 def coin(prompt, text):
     """A verifier that draws from every global generator: a resume that loses one of them gives other rewards."""
     return float(random.random() + np.random.random() + torch.rand(()).item() > 1.5)
+
+
+def never(prompt, text):
+    """A verifier that hangs."""
+    threading.Event().wait(600)
 
 
 def of_the_text(prompt, text):

@@ -158,6 +158,15 @@ def test_killed_and_stopped_it_resumes_with_every_prompt_used_once(tmp_path):
     assert max(row["staleness/mean"] for row in read_lines(stopped / "metrics.jsonl")) <= 1
 
 
+def test_a_verifier_that_never_returns_in_the_thread_of_the_rollouts_ends_the_process(tmp_path):
+    data = {"task": "expr", "verifier": {"fn": "tests.run.forked:never"}, "verifier_seconds": 1}
+    file = recipe_file(tmp_path, **{**RECIPE, "data": data, "eval": {}})
+    words = [f"{key}={yaml.safe_dump(value, default_flow_style=True).strip().removesuffix('...').strip()}" for key, value in ONE.items()]
+    status, said = opd_process(tmp_path, "train", file, *words, "name=stuck", timeout=120)  # it has joined its threads
+    assert status == 2 and "verifier tests.run.forked:never gave no verdict on prompt 'expr:" in said and "could interrupt" not in said
+    assert json.loads((tmp_path / "runs/stuck/status.json").read_text())["state"] == "failed"
+
+
 @pytest.mark.slow
 def test_a_generator_killed_at_random_moments_changes_nothing(tmp_path, monkeypatch):
     whole = train(recipe(**ONE, steps=10), folder=tmp_path / "whole", quiet=True)

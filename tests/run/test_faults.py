@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import threading
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -265,6 +266,21 @@ def test_a_verifier_that_fails_on_everything_stops_the_run_and_nothing_is_lost(r
     assert saved_steps() == [3] and len(open_metrics()) == 3 and status_of()["state"] == "failed"
     BEHAVIOUR.clear()
     status, said = run("checkpoint.every=0")
+    assert status == 0 and "resumed after step 3" in said
+
+
+def test_a_verifier_that_never_returns_ends_the_run_and_with_more_time_the_same_command_goes_on(run):
+    def hangs(text):
+        if os.path.exists("runs/r/metrics.jsonl") and len(metrics()) == 3:
+            threading.Event().wait(600)
+        return float(len(text) % 2)
+
+    BEHAVIOUR["verdict"] = hangs
+    status, said = run("checkpoint.every=0", "data.verifier_seconds=1")
+    assert status == 2 and f"verifier {__name__}:verdict gave no verdict on prompt 'expr:" in said and "raise data.verifier_seconds" in said
+    assert saved_steps() == [3] and len(metrics()) == 3 and status_of()["state"] == "failed" and "gave no verdict" in status_of()["why"]
+    BEHAVIOUR["verdict"] = lambda text: float(len(text) % 2)
+    status, said = run("checkpoint.every=0", "data.verifier_seconds=60")
     assert status == 0 and "resumed after step 3" in said
 
 

@@ -25,6 +25,7 @@ EXCEPTIONS = {  # (file, call): why it ends all the same
     ("opd/launcher/beacon.py", "self._lines.readline()"): "the launcher sends its order with the start, and its end closes the socket",
     ("opd/comparison/workers.py", "connection.recv()"): "an idle worker waits for its next job; its parent's end closes the pipe",
     ("opd/comparison/workers.py", "self.connection.recv()"): "after poll: the answer is there",
+    ("opd/verify/deadline.py", "calls.get()"): "an idle thread waits for work; its owner's end sends it away, and no process waits for it",
     ("opd/verify/math_servers.py", "link.recv(65536)"): "asked only where select says that something is there",
     ("opd/verify/math_worker.py", "control.recv(NUMBER.size, socket.MSG_WAITALL)"): "an idle worker waits for work; its parent's end closes it",
     ("opd/verify/math_worker.py", "os.waitpid(old, 0)"): "of a server that its user has killed",
