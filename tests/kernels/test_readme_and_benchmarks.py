@@ -2,7 +2,11 @@
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 
@@ -42,3 +46,34 @@ def test_every_table_runs_and_agrees_with_fp64(monkeypatch, tmp_path):
     assert '"machine"' in (tmp_path / "check.json").read_text()
     late = gpu.tables(gpu.plan(True, "cpu"), 1, minutes=-1.0)
     assert all("skipped" in table for table in late)  # a run that is out of time says what it left out
+
+
+@pytest.mark.slow
+def test_what_runs_on_a_gpu_in_one_command_runs_here_at_tiny_sizes():
+    """All steps but the tables, whose numbers the test above looks at; a step that fails is told at the end, and by the exit status."""
+    command = [sys.executable, str(KERNELS / "benchmarks/on_a_gpu.py"), "--check"]
+    run = subprocess.run([*command, "tests", "findings", "memcheck", "plot", "parts"], capture_output=True, text=True, timeout=300)
+    summary = [line.split(maxsplit=3) for line in run.stdout.splitlines()[-5:]]
+    assert [(line[0], line[3]) for line in summary] == [
+        ("tests", "ok"), ("findings", "ok"), ("memcheck", "left out: only a GPU has anything to check here"), ("plot", "ok"), ("parts", "ok"),
+    ], run.stdout[-2000:] + run.stderr[-2000:]  # fmt: skip
+    assert run.returncode == 0
+
+
+def test_a_failing_step_is_told(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(KERNELS / "benchmarks"))
+    module = importlib.import_module("on_a_gpu")
+    fails = module.Step(why="fails", command=[], check=lambda _: [sys.executable, "-c", "import sys; sys.exit(3)"], minutes=1)
+    hangs = module.Step(why="hangs", command=[], check=lambda _: [sys.executable, "-c", "import time; time.sleep(60)"], minutes=0.01)
+    passes = module.Step(why="passes", command=[], check=lambda _: [sys.executable, "-c", ""], minutes=1)
+    monkeypatch.setattr(module, "STEPS", {"fails": fails, "hangs": hangs, "passes": passes})
+    monkeypatch.setattr(sys, "argv", ["on_a_gpu.py", "--check"])
+    with pytest.raises(SystemExit) as exit_:
+        module.main()
+    assert exit_.value.code == 1
+    ends = [line.split(maxsplit=3)[3] for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert ends == ["failed: exit status 3", "failed: longer than 0.01 minutes", "ok"]
+    monkeypatch.setattr(sys, "argv", ["on_a_gpu.py", "nonsense"])
+    with pytest.raises(SystemExit) as exit_:
+        module.main()
+    assert exit_.value.code == 2
