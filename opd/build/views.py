@@ -66,10 +66,9 @@ def template_notes(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, choices: 
             continue
         theirs = tokenizer_at(recipe, pretrained.find_model(path))
         if theirs.chat_template != tokenizer.chat_template:
-            notes.append(
-                f"signals.{name}: the chat template of {path} is not the student's, whose template is used for both: a turn opens with {opening!r}, "
-                f"where the teacher's own opens with {_opening(theirs, mode)!r}"
-            )
+            own = _opening(theirs, mode)
+            turns = f"a turn opens with {opening!r}" + (f", where the teacher's own opens with {own!r}" if own != opening else " in both")
+            notes.append(f"signals.{name}: the chat template of {path} is not the student's, whose template is used for both: {turns}")
     return notes
 
 

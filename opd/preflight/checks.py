@@ -15,6 +15,7 @@ from opd.build.fused import check_fused
 from opd.build.pretrained import num_experts
 from opd.build.served import tensor_parallel
 from opd.config.choices import nearest
+from opd.config.recipe import Recipe
 from opd.launcher.machines import master_address
 from opd.preflight.facts import Facts, Finding
 from opd.preflight.memory import ALL_LINEAR, linear_names, untargeted
@@ -61,10 +62,11 @@ def lengths(facts: Facts) -> Iterator[Finding]:
             f"{over} of the first {len(facts.prompt_lengths)} prompts are longer than {room} tokens (longest {max(facts.prompt_lengths)}): "
             "raise data.max_prompt_tokens within what the model allows, lower sampling.max_tokens, or data.repair=[too_long]"
         )
-    if facts.solution_lengths:
-        cut = sum(length > s.max_tokens for length in facts.solution_lengths) / len(facts.solution_lengths)
+    if facts.text_lengths:
+        cut = sum(length > s.max_tokens for length in facts.text_lengths) / len(facts.text_lengths)
         if cut > 0.1:
-            yield warning(f"sampling.max_tokens={s.max_tokens} is shorter than {cut:.0%} of the reference solutions: answers of that length are cut")
+            texts = {"solution": "reference solutions", "demonstration": "demonstrations"}.get(facts.text, f"data's texts {facts.text!r}")
+            yield warning(f"sampling.max_tokens={s.max_tokens} is shorter than {cut:.0%} of the {texts}: answers of that length are cut")
     for name, config in facts.teachers.items():
         limit = _positions(config)
         if limit is not None and facts.prompt_lengths and max(facts.prompt_lengths) + s.max_tokens > limit:
@@ -247,11 +249,12 @@ def machine(facts: Facts) -> Iterator[Finding]:
         yield note(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set in this shell: a run started here would wait for other ranks")
 
 
-def folder(facts: Facts) -> Iterator[Finding]:
-    if not facts.recipe.name:
+def run_folder(recipe: Recipe) -> Iterator[Finding]:
+    """Of the recipe as it was given: a run's folder keeps that."""
+    if not recipe.name:
         return
     try:
-        check_run(Path("runs") / facts.recipe.name, facts.recipe)
+        check_run(Path("runs") / recipe.name, recipe)
     except ValueError as problem:
         yield error(str(problem))
 
@@ -297,5 +300,4 @@ CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     objective,
     evaluation,
     machine,
-    folder,
 )

@@ -48,8 +48,8 @@ class Finding:
 class Facts:
     """A recipe and what it names; None where it could not be read (a finding says why).
 
-    teachers: signal -> configuration of an external model. prompt_lengths, solution_lengths: tokens of the first prompts and their
-    reference solutions. made_up: problems that stand in for those of a hub that does not answer.
+    teachers: signal -> configuration of an external model. prompt_lengths, text_lengths: tokens of the first prompts and of their `text` (a
+    hint: "solution", "demonstration" ...). made_up: problems that stand in for those of a hub that does not answer.
     """
 
     recipe: Recipe
@@ -63,7 +63,8 @@ class Facts:
     views: Mapping[str, ViewSpec] = field(default_factory=dict)
     made_up: bool = False
     prompt_lengths: tuple[int, ...] = ()
-    solution_lengths: tuple[int, ...] = ()
+    text: str = "solution"
+    text_lengths: tuple[int, ...] = ()
 
 
 def gather(recipe: Recipe) -> tuple[Facts, list[Finding]]:
@@ -120,7 +121,8 @@ def gather(recipe: Recipe) -> tuple[Facts, list[Finding]]:
         views=views,
         made_up=recipe is not asked,
         prompt_lengths=() if recipe is not asked else _lengths(problems, tokenizer, attempt),
-        solution_lengths=() if recipe is not asked else _solutions(problems, tokenizer, learned),
+        text=learned,
+        text_lengths=() if recipe is not asked else _text_lengths(problems, tokenizer, learned),
     )
     return facts, found
 
@@ -229,7 +231,7 @@ def _lengths(problems: Problems | None, tokenizer: PreTrainedTokenizerBase | Non
     return attempt(lambda: tuple(len(chat.render(tokenizer, prompt.messages)) for prompt in prompts)) or ()
 
 
-def _solutions(problems: Problems | None, tokenizer: PreTrainedTokenizerBase | None, hint: str) -> tuple[int, ...]:
+def _text_lengths(problems: Problems | None, tokenizer: PreTrainedTokenizerBase | None, hint: str) -> tuple[int, ...]:
     """Tokens of the texts that are learned from the data, or of its reference solutions, which a student's answers may come to resemble."""
     if problems is None or tokenizer is None:
         return ()

@@ -9,6 +9,8 @@ from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub import constants, try_to_load_from_cache
 
+from opd.build.pretrained import find_model
+
 PATIENCE_SECONDS = 2.0
 
 
@@ -28,5 +30,12 @@ def hub_answers() -> bool:
 
 
 def missing_models(paths: Collection[str]) -> list[str]:
-    """Those of these models that are neither folders nor in the cache."""
-    return [path for path in paths if path and not Path(path).is_dir() and not isinstance(try_to_load_from_cache(path, "config.json"), str)]
+    """Those of these models that are neither folders, here or of the package, nor in the cache."""
+    return [path for path in paths if path and not _is_folder(path) and not isinstance(try_to_load_from_cache(path, "config.json"), str)]
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return Path(find_model(path)).is_dir()
+    except ValueError:  # nothing where a folder should be
+        return Path(path).is_dir()

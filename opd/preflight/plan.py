@@ -117,7 +117,7 @@ def make_plan(facts: Facts, device: Device) -> Plan:
         )  # fmt: skip
     speak = _speaker(r, student, device, longest)
     whole = replace(load, answers=load.answers * ranks)
-    hint = {name: mean(facts.solution_lengths) if facts.solution_lengths and r.signals[name].view != "plain" else 0.0 for name in asked}
+    hint = {name: mean(facts.text_lengths) if facts.text_lengths and r.signals[name].view != "plain" else 0.0 for name in asked}
     learn = learning_seconds(student, device, load, budget=micro, checkpointing=r.model.gradient_checkpointing)
     seconds = {
         "rollout": 0.0 if _only_data(r) else speak(load),
@@ -144,8 +144,8 @@ def make_plan(facts: Facts, device: Device) -> Plan:
 
 def _load(facts: Facts, ranks: int, on_cpu: bool) -> Load:
     r = facts.recipe
-    answer = min(float(r.sampling.max_tokens), mean(facts.solution_lengths) + 1 if facts.solution_lengths else r.sampling.max_tokens)
-    decoded = min(r.sampling.max_tokens, max(facts.solution_lengths) + 1) if on_cpu and facts.solution_lengths else answer
+    answer = min(float(r.sampling.max_tokens), mean(facts.text_lengths) + 1 if facts.text_lengths else r.sampling.max_tokens)
+    decoded = min(r.sampling.max_tokens, max(facts.text_lengths) + 1) if on_cpu and facts.text_lengths else answer
     return Load(
         answers=-(-r.rollout.prompts * r.group // ranks), group=r.group, prompt=mean(facts.prompt_lengths or (r.data.max_prompt_tokens,)),
         answer=answer, decoded=decoded,
@@ -242,7 +242,7 @@ def _evaluation(r: Recipe, steps: int, load: Load, ranks: int, speak: Callable[[
 
 
 def _assumed(r: Recipe, facts: Facts, student: ModelFacts, device: Device, load: Load) -> tuple[str, ...]:
-    asked = f"answers of {load.answer:.0f} tokens ({'as the texts of the data' if facts.solution_lengths else 'sampling.max_tokens'})" + (
+    asked = f"answers of {load.answer:.0f} tokens ({'as the texts of the data' if facts.text_lengths else 'sampling.max_tokens'})" + (
         ", none discarded by the filter" if r.rollout.filter != "none" else ""
     )
     if device.name == CPU:

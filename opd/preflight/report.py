@@ -1,6 +1,7 @@
 """`opd check RECIPE`: findings and plan of a recipe, as text. No GPU and no weights; seconds."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from opd.config.load import parse_overrides, refuse_method
 from opd.config.recipe import Recipe
 from opd.config.stages import read_stages
-from opd.preflight.checks import CHECKS, disk, error
+from opd.preflight.checks import CHECKS, disk, error, run_folder
 from opd.preflight.facts import Finding, gather
 from opd.preflight.outlines import outlined
 from opd.preflight.plan import Plan, find_device, make_plan
@@ -27,7 +28,7 @@ def check(reference: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> 
     to_come = {f"runs/{stage.name}" for stage in stages}
     for recipe in stages:
         starts_later = recipe.init in to_come  # from a stage that this file trains first: the same architecture
-        found, plan = examine(recipe.model_copy(update={"init": ""}) if starts_later else recipe, device)
+        found, plan = examine(recipe, device, starts_later=starts_later)
         print(render(recipe, found, plan), end="")
         clean &= is_clean(found)
     return clean
@@ -38,13 +39,19 @@ def is_clean(found: Sequence[Finding]) -> bool:
     return not any(finding.severity == "error" for finding in found)
 
 
-def examine(recipe: Recipe, device: str = "") -> tuple[list[Finding], Plan | None]:
-    """All findings, gravest first, and the plan where the model's configuration could be read, for `device` or else the recipe's own target."""
+def examine(recipe: Recipe, device: str = "", *, starts_later: bool = False) -> tuple[list[Finding], Plan | None]:
+    """All findings, gravest first, and the plan where the model's configuration could be read, for `device` or else the recipe's own target.
+
+    starts_later: its `init` is still to be trained, and has the architecture of model.path.
+    """
+    found = list(run_folder(recipe))
+    if starts_later:
+        recipe = recipe.model_copy(update={"init": ""})
     if device:
         recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"device": "" if device == "cpu" else device})})
-    with outlined(recipe) as (judged, found):
+    with outlined(recipe) as (judged, to_come, names):
         facts, of_parts = gather(judged)
-        found += [*of_parts, *(finding for look in CHECKS for finding in look(facts))]
+        found += [*to_come, *(_named(finding, names) for finding in (*of_parts, *(one for look in CHECKS for one in look(facts))))]
     plan = None
     if facts.config is not None and facts.objective is not None:
         plan = make_plan(facts, find_device(recipe.target.device, getattr(torch, recipe.model.dtype)))
@@ -67,6 +74,14 @@ def examine(recipe: Recipe, device: str = "") -> tuple[list[Finding], Plan | Non
         ]
     order = ("error", "warning", "note")
     return sorted(dict.fromkeys(found), key=lambda finding: order.index(finding.severity)), plan
+
+
+def _named(finding: Finding, names: Mapping[str, str]) -> Finding:
+    """The finding with the names that the recipe gives to folders."""
+    sentence = finding.sentence
+    for folder, name in names.items():
+        sentence = sentence.replace(folder, name)
+    return replace(finding, sentence=sentence)
 
 
 def _too_much(plan: Plan) -> str:
@@ -131,8 +146,12 @@ def in_time(seconds: float) -> str:
     """Two digits, in the unit that suits."""
     for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
         if seconds >= 2 * size:
-            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.2g} s" if seconds >= 0.1 else f"{1000 * seconds:.2g} ms"
+            return f"{_digits(seconds / size)} {unit}"
+    return f"{seconds:.2g} s" if seconds >= 0.1 else f"{_digits(1000 * seconds)} ms"
+
+
+def _digits(number: float) -> str:
+    return f"{number:.2g}" if number < 99.5 else f"{number:.0f}"
 
 
 def _size(number: float) -> str:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/mistakes.md"
-EXPR, GRPO, OPD = (f"recipes/runs/{name}_expr.yaml" for name in ("opsd", "grpo", "opd"))
+EXPR, GRPO, OPD, SFT = (f"recipes/runs/{name}_expr.yaml" for name in ("opsd", "grpo", "opd", "sft"))
 HUB = "recipes/runs/opsd_qwen3_0.6b_gsm8k.yaml"
 FILE = {"data.task": "", "data.path": "one.jsonl"}
 SERVED = {"external": {"path": "models/expr-teacher", "engine": "vllm"}}
@@ -42,7 +42,9 @@ KINDS = {
         "cold sampling": (GRPO, {"sampling.temperature": 0.3}, "warning: sampling.temperature=0.3"),
         "no room": (EXPR, {"sampling.max_tokens": 512}, "error: sampling.max_tokens=512 leaves no room"),
         "long prompts": (EXPR, {"data.max_prompt_tokens": 5}, "prompts are longer than 5 tokens"),
-        "short answers": (EXPR, {"sampling.max_tokens": 4}, "is shorter than"),
+        "short answers": (EXPR, {"sampling.max_tokens": 4}, "is shorter than 100% of the reference solutions: answers"),
+        "cut demonstrations": ("recipes/runs/base_expr.yaml", {"sampling.max_tokens": 4}, "is shorter than 100% of the demonstrations: answers"),
+        "cut texts": (SFT, {"sampling.max_tokens": 4, "rollout.source": {"dataset": "facts"}}, "of the data's texts 'facts'"),
     },
     "Batches, groups and budgets": {
         "minibatches": (GRPO, {"updates.minibatches": 5}, "do not divide into updates.minibatches=5"),

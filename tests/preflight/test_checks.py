@@ -100,6 +100,7 @@ def test_a_teacher_of_another_template(tmp_path, monkeypatch):
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{% if true %}" + text + "{% endif %}"}))
     found = sentences("recipes/runs/opd_expr.yaml", {"teacher": {"external": {"path": str(folder)}}})
     assert any(line.startswith("warning: signals.main: the chat template of") and "is not the student's" in line for line in found), found
+    assert any(line.endswith("used for both: a turn opens with '<|assistant|>' in both") for line in found), found
 
 
 def test_a_cache_that_holds_no_sequence(monkeypatch):
@@ -128,6 +129,36 @@ def test_a_folder_of_another_run(tmp_path, monkeypatch):
     (tmp_path / "runs/mine").mkdir(parents=True)
     (tmp_path / "runs/mine/notes.txt").write_text("not a run")
     assert any("runs/mine exists and is no run folder" in line for line in sentences(EXPR, {"name": "mine"}))
+
+
+def recorded(name, recipe):
+    """A run folder with the recipe."""
+    Path("runs", name).mkdir(parents=True)
+    Path("runs", name, "resolved.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
+
+
+def test_a_folder_of_the_same_run_is_no_mistake_though_its_model_or_its_stage_is_still_to_come(tmp_path, monkeypatch, capsys):
+    """The recipe that was recorded is compared with the one that was given, not with what stands in for models and stages."""
+    monkeypatch.chdir(tmp_path)
+    recorded("w", load_recipe("grpo_words", {"name": "w"}))
+    assert main(["check", "grpo_words", "name=w"]) == 0 == main(["check", "grpo_words", "name=w", "device=h100"])
+    _, second = read_stages("recipes/runs/sft_opsd_expr.yaml")
+    recorded(second.name, second)
+    assert second.init and main(["check", "recipes/runs/sft_opsd_expr.yaml"]) == 0
+    assert "another recipe" not in capsys.readouterr().out
+    assert main(["check", "grpo_words", "name=w", "group=3"]) == 2
+    assert "runs/w holds a run of another recipe: group: 8 -> 3. Give" in capsys.readouterr().out
+
+
+def test_a_model_that_is_still_to_come_is_called_by_its_name(tmp_path, monkeypatch):
+    """Both stand-ins are one outline: the teacher starts from the base."""
+    monkeypatch.chdir(tmp_path)
+    both = sentences("opd_words", {})
+    assert [line.split("' yet")[0] for line in both] == [f"warning: no model folder 'runs/{name}/model" for name in ("teacher_words", "base_words")]
+    found = sentences("opd_words", {"model.path": "models/expr-base", "data.task": "expr"})
+    assert any(line.startswith("error: teacher 'runs/teacher_words/model' has another tokenizer") for line in found), found
+    assert any("the chat template of runs/teacher_words/model is" in line for line in found), found
+    assert not any("opd-outlines" in line for line in found), found
 
 
 def test_a_port_that_is_taken_and_a_full_disk(monkeypatch):

@@ -99,6 +99,6 @@ def test_adapters_learn_faster_than_all_weights():
 
 
 def test_times_are_said_in_two_digits_and_a_unit_that_suits():
-    assert [in_time(seconds) for seconds in (0.0123, 0.88, 1.26, 46.4, 107, 150, 3 * 3600, 720000)] == [
-        "12 ms", "0.88 s", "1.3 s", "46 s", "107 s", "2.5 min", "3 h", "200 h",
+    assert [in_time(seconds) for seconds in (0.0123, 0.0998, 0.88, 1.26, 46.4, 99.7, 107, 150, 3 * 3600, 720000)] == [
+        "12 ms", "100 ms", "0.88 s", "1.3 s", "46 s", "100 s", "107 s", "2.5 min", "3 h", "200 h",
     ]  # fmt: skip
