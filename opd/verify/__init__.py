@@ -171,7 +171,7 @@ FACTORIES: dict[str, Callable[..., Verifier]] = {"sum": make_sum, "judge": make_
 READS_BARE = frozenset({"exact", "choice", "math", "gsm8k", "json", "code"})
 """Verifiers that can judge a gold answer as it stands."""
 
-VERSION = 2
+VERSION = 3
 """Counts up when a verifier's verdicts change, so that cached ones are not taken for the new ones'."""
 
 REQUIRES: dict[str, Callable[[], None]] = {"code": require_isolation}

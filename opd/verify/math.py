@@ -90,7 +90,8 @@ class MathVerifier:
 def math_verdict(prompt: Prompt, text: str, *, deadline_seconds: Positive = 5.0, marked: bool = False) -> Verdict:
     """Right when math-verify finds the answer equal to the gold one: numbers, fractions, expressions, sets; `####` and \\boxed are read first.
 
-    One child process of MathVerifier serves all callers of this process. marked: only an answer behind a mark counts.
+    An equation counts by its right side ("x=4", "2+2=4"), unless it equates different numbers ("3=4"). One child process of MathVerifier serves
+    all callers of this process. marked: only an answer behind a mark counts.
     """
     return _shared(deadline_seconds, marked)(prompt, text)
 

@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -16,8 +17,12 @@ import sys
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Basic, Equality, Float
 
 MEMORY_BYTES = 2 << 30
+ROUNDING = 0.01  # "1/3=0.333": how far a decimal may be from what it stands for
+_ARITHMETIC = re.compile(r"(?:[\d\s.+\-*/^=(){}\[\]]|\\[dt]?frac|\\(?:sqrt|cdot|times|div|left|right)(?![A-Za-z]))+")
+_TWO_NUMBERS = re.compile(r"[\d.]\s+[\d.\\]|\d\\[dt]?frac")  # side by side: "10 000" and mixed fractions may be read as products
 NUMBER = struct.Struct("!q")
 
 
@@ -60,12 +65,30 @@ def serve(link: socket.socket) -> None:
 
 
 def grade(gold: str, answer: str) -> dict[str, Any]:
-    """Compare an answer with the gold one; an answer that nothing can be read from is wrong, a gold one like that is an error."""
+    """Compare an answer with the gold one; an answer that nothing can be read from is wrong, a gold one like that is an error.
+
+    Of an equation math-verify reads the right side: "x=4" and "2+2=4" are 4, and so would "3=4" be.
+    """
     expected = _read(gold)
     if all(isinstance(item, str) for item in expected):
         return {"error": f"no mathematical expression in the gold answer {gold!r}"}
     given = _read(answer)
-    return {"correct": bool(given) and verify(list(expected), list(given), timeout_seconds=None, raise_on_error=True)}
+    correct = bool(given) and verify(list(expected), list(given), timeout_seconds=None, raise_on_error=True)
+    return {"correct": correct and ("=" in gold or not is_false_equation(answer))}
+
+
+def is_false_equation(answer: str) -> bool:
+    """Whether an answer in plain arithmetic equates different numbers. Units and bases ("1 km=1000 m", "3=11_2") are no plain arithmetic."""
+    if "=" not in answer or not _ARITHMETIC.fullmatch(answer) or _TWO_NUMBERS.search(answer):
+        return False
+    equations = [equation for read in _read(answer)[:1] if isinstance(read, Basic) for equation in read.atoms(Equality)]
+    return not all(_equal(*equation.args) for equation in equations)
+
+
+def _equal(left: Basic, right: Basic) -> bool:
+    if verify([left], [right], timeout_seconds=None, raise_on_error=True):
+        return True
+    return bool(left.has(Float) or right.has(Float)) and abs(left.evalf() - right.evalf()) <= ROUNDING * abs(right.evalf())
 
 
 @functools.lru_cache(maxsize=1024)

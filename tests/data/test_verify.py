@@ -124,6 +124,23 @@ def test_math_forms_of_one_answer(math):
     assert not math(prompt("\\sqrt{8}"), "\\boxed{3\\sqrt{2}}").correct
 
 
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        ("4", ["x=4", "2+2=4", "f(2)=4", "\\frac{12}{3} = 4", "2(2)=2\\cdot 2=4", "4=4"], ["3=4", "2+3=4", "(3=4)", "3.5=4", "2+2=3=4", "4=3"]),
+        ("0.333", ["\\frac13=0.333", "1/3=0.333"], ["1=0.333", "0.34=0.333"]),
+        ("\\frac{1}{2}", ["0.5=\\frac12", "2^{-1}=\\frac12", "50\\%=\\frac12"], ["1=\\frac12"]),
+        ("11", ["3=11_2", "3_{10}=11_2", "1 km=11 m"], ["3=11"]),  # bases and units: no plain arithmetic
+        ("2.5", ["2\\frac12=2.5", "2 \\frac{1}{2}=2.5"], ["2=2.5"]),  # math-verify may read a product
+        ("3=4", ["3=4"], []),  # the gold answer itself
+    ],
+)  # fmt: skip
+def test_an_equation_counts_by_its_right_side_unless_it_equates_different_numbers(math, gold, right, wrong):
+    for answer in (*right, *wrong):
+        verdict = math(prompt(gold), f"\\boxed{{{answer}}}")
+        assert (verdict.status, verdict.correct) == ("score", answer in right), answer
+
+
 def test_math_without_a_mark_takes_the_last_number_unless_told_not_to(math):
     assert math(prompt("7"), "10 - 3 = 7").parts == {"marked": 0.0, "answer": 1.0}
     strict = MathVerifier(marked=True)
