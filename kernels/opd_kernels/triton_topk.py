@@ -33,6 +33,15 @@ class TopColumns:
     redo: Tensor  # [C] bool: too many equal logits, or fewer than k finite ones; the row's other entries are not to be used
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSums:
+    """What one pass over a tile keeps of each group of columns, [C, groups] each."""
+
+    code: Tensor  # int32, `order_code` of the largest logit
+    total: Tensor  # fp32 sum of exp(x - largest)
+    centred: Tensor  # fp32 sum of exp(x - largest) * (x - largest)
+
+
 @triton.jit
 def order_code(x):
     """int32 whose order is that of x; both zeros are equal and every NaN is the largest."""
@@ -173,32 +182,49 @@ def group_size(num_columns: int, k: int, tiles: Tiles = TILES) -> int | None:
     return size if triton.cdiv(num_columns, size) >= 2 * k else None
 
 
+def empty_groups(z: Tensor, group: int) -> GroupSums:
+    """Uninitialised, for groups of `group` columns of z."""
+    shape = (z.shape[0], triton.cdiv(z.shape[1], group))
+    return GroupSums(code=z.new_empty(shape, dtype=torch.int32), total=z.new_empty(shape), centred=z.new_empty(shape))
+
+
+def group_sums(z: Tensor, group: int, constants: TileConstants, tiles: Tiles = TILES) -> GroupSums:
+    """Statistics of the logits of each row of z by groups of `group` columns (see `group_size`)."""
+    sums, groups = empty_groups(z, group), max(1, tiles.block // group)
+    num_groups = sums.code.shape[1]
+    group_sums_kernel[(z.shape[0], triton.cdiv(num_groups, groups))](
+        z, z.stride(0), sums.code, sums.total, sums.centred, z.shape[1], num_groups, **constants.arguments(),
+        GROUP=group, GROUPS=groups, num_warps=tiles.warps,
+    )  # fmt: skip
+    return sums
+
+
 def top_columns(z: Tensor, k: int, group: int, constants: TileConstants, tiles: Tiles = TILES) -> TopColumns:
     """The k largest columns of each row of z and the sums over the others, by groups of `group` columns (see `group_size`)."""
+    return top_of_groups(z, group_sums(z, group, constants, tiles), k, group, constants, tiles)
+
+
+def top_of_groups(z: Tensor, sums: GroupSums, k: int, group: int, constants: TileConstants, tiles: Tiles = TILES) -> TopColumns:
+    """`top_columns` from the statistics of z's groups; of z it reads k groups a row."""
     rows, num_columns = z.shape
-    num_groups = triton.cdiv(num_columns, group)
+    num_groups = sums.code.shape[1]
     lanes, top = triton.next_power_of_2(num_groups), triton.next_power_of_2(max(k, 2))
-    room, groups = 4 * top, max(1, tiles.block // group)
+    room = 4 * top
     visit = max(1, min(top, tiles.block // (2 * group)))
-    code, group_id = z.new_empty((rows, num_groups), dtype=torch.int32), z.new_empty((rows, k), dtype=torch.int32)
-    total, centred = z.new_empty((rows, num_groups)), z.new_empty((rows, num_groups))
-    cut, last = z.new_empty(rows, dtype=torch.int64), z.new_empty(rows, dtype=torch.int64)
+    group_id, cut = z.new_empty((rows, k), dtype=torch.int32), z.new_empty(rows, dtype=torch.int64)
     keys, count = z.new_empty((rows, room), dtype=torch.int64), z.new_empty(rows, dtype=torch.int32)
     x, columns = z.new_empty((rows, k)), z.new_empty((rows, k), dtype=torch.int64)
-    redo = z.new_empty(rows, dtype=torch.int32)
+    last, redo = z.new_empty(rows, dtype=torch.int64), z.new_empty(rows, dtype=torch.int32)
     rest = RunningSums(m=row_vector(z), l=row_vector(z), t=row_vector(z))
     shared = constants.arguments()
     grid = (rows,)
-    group_sums_kernel[(rows, triton.cdiv(num_groups, groups))](
-        z, z.stride(0), code, total, centred, num_columns, num_groups, **shared, GROUP=group, GROUPS=groups, num_warps=tiles.warps
-    )
-    top_groups_kernel[grid](code, group_id, cut, num_groups, k, LANES=lanes, TOP=top, num_warps=tiles.warps)
+    top_groups_kernel[grid](sums.code, group_id, cut, num_groups, k, LANES=lanes, TOP=top, num_warps=tiles.warps)
     compact_kernel[grid](
         z, z.stride(0), group_id, cut, keys, count, num_columns, k, **shared, GROUP=group, GROUPS=visit, ROOM=room, num_warps=tiles.warps
     )
     top_columns_kernel[grid](keys, count, x, columns, last, redo, k, ROOM=room, TOP=top, num_warps=4)
     rest_sums_kernel[grid](
-        z, z.stride(0), code, total, centred, group_id, cut, last, rest.m, rest.l, rest.t, num_columns, num_groups, k,
+        z, z.stride(0), sums.code, sums.total, sums.centred, group_id, cut, last, rest.m, rest.l, rest.t, num_columns, num_groups, k,
         **shared, GROUP=group, GROUPS=visit, LANES=lanes, num_warps=tiles.warps,
     )  # fmt: skip
     return TopColumns(x=x, columns=columns, rest=rest, redo=redo.bool())

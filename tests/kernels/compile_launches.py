@@ -13,6 +13,7 @@ from opd_kernels.selection import Coefficients, RunningSums, Upstream
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
@@ -21,11 +22,15 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"
 def type_of(value) -> str:
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{POINTERS[value.base.dtype].removeprefix('*')}{list(value.block_shape)}>"
     return "i32" if isinstance(value, int) else "fp32"
 
 
-def compile_launch(kernel, *args, grid, warmup, num_warps=4, **keywords):
-    """Stands in for JITFunction.run: specialises on ones and on multiples of 16 as a launch would."""
+def compiled_launch(kernel, args: tuple, keywords: dict):
+    """What a launch would run: specialised on ones and on multiples of 16."""
+    keywords = dict(keywords)
+    options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
     names = [parameter.name for parameter in kernel.params]
     values = dict(zip(names, args, strict=False)) | keywords
     signature, constants, attributes = {}, {}, {}
@@ -39,7 +44,12 @@ def compile_launch(kernel, *args, grid, warmup, num_warps=4, **keywords):
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=TARGET, options={"num_warps": num_warps})
+    return triton.compile(source, target=TARGET, options=options)
+
+
+def report_launch(kernel, *args, grid, warmup, **keywords) -> None:
+    """Stands in for JITFunction.run."""
+    compiled = compiled_launch(kernel, args, keywords)
     assert compiled.asm["cubin"]
     print(kernel.fn.__name__, compiled.metadata.shared, flush=True)
 
@@ -73,5 +83,5 @@ def launch_everything(columns: int, chosen: int, k: int, rows: int = 2) -> None:
 
 
 if __name__ == "__main__":
-    JITFunction.run = compile_launch
+    JITFunction.run = report_launch
     launch_everything(*(int(argument) for argument in sys.argv[1:]))
