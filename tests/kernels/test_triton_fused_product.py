@@ -27,6 +27,7 @@ OPTIONS = {
     "plain": {},
     "bias": {"bias": True},
     "softcap": {"softcap": 5.0},
+    "scale": {"scale": -0.5},
     "everything": {"bias": True, "softcap": 5.0, "scale": -0.5},
 }
 
@@ -108,6 +109,7 @@ def test_infinite_and_undefined_products():
     weight[[3, 40], 0] = NEG_INF
     weight[16:32, 0] = NEG_INF  # a group without a finite logit
     weight[50, 0] = math.inf
+    weight[70, 1] = math.nan  # one of a group's columns
     with_ = constants(18, 80)
     done, groups = Fused(hidden, weight, with_, small()), 5
     unfused = group_sums(done.z, GROUP, with_, TILES)
@@ -116,7 +118,8 @@ def test_infinite_and_undefined_products():
     torch.testing.assert_close(done.sums.centred, unfused.centred, rtol=2e-6, atol=1e-6, equal_nan=True)
     largest, *_ = module("gpu_fused_product").moments(done.sums)
     assert (largest[:17, 1] == NEG_INF).all() and (done.sums.total[:17, 1] == 0).all() and (done.sums.centred[:17, 1] == 0).all()
-    assert (largest[:17, 3] == math.inf).all() and done.sums.total[:17, [0, 2, 4]].isfinite().all()
+    assert (largest[:17, 3] == math.inf).all() and done.sums.total[:17, [0, 2]].isfinite().all()
+    assert largest[:, 4].isnan().all() and done.sums.total[:, 4].isnan().all()
     assert largest[17].isnan().all() and done.sums.total[17].isnan().tolist() == [True] * groups
 
 
