@@ -22,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 COMPILED = {"OPD_KERNEL_TESTS_ON": "cuda", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-TESTS = [f"tests/kernels/test_triton_{name}.py" for name in ("row_kernels", "selection", "operations", "topk")]
+TESTS = [f"tests/kernels/test_triton_{name}.py" for name in ("row_kernels", "selection", "operations", "topk", "fused_product")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,13 @@ STEPS = {
         check=lambda folder: script("gpu_parts", "--device", "cpu", "--out", str(folder / "gpu_parts.json")),
         check_environment={"TRITON_INTERPRET": "1"},
         minutes=5,
+    ),
+    "fused": Step(
+        why="whether the top-k's statistics belong inside the product",
+        command=script("gpu_fused_product"),
+        check=lambda folder: script("gpu_fused_product", "--device", "cpu", "--quick", "--results", str(folder)),
+        check_environment={"TRITON_INTERPRET": "1"},
+        minutes=10,
     ),
 }
 

@@ -52,10 +52,11 @@ def test_every_table_runs_and_agrees_with_fp64(monkeypatch, tmp_path):
 def test_what_runs_on_a_gpu_in_one_command_runs_here_at_tiny_sizes():
     """All steps but the tables, whose numbers the test above looks at; a step that fails is told at the end, and by the exit status."""
     command = [sys.executable, str(KERNELS / "benchmarks/on_a_gpu.py"), "--check"]
-    run = subprocess.run([*command, "tests", "findings", "memcheck", "plot", "parts"], capture_output=True, text=True, timeout=300)
-    summary = [line.split(maxsplit=3) for line in run.stdout.splitlines()[-5:]]
+    run = subprocess.run([*command, "tests", "findings", "memcheck", "plot", "parts", "fused"], capture_output=True, text=True, timeout=300)
+    summary = [line.split(maxsplit=3) for line in run.stdout.splitlines()[-6:]]
     assert [(line[0], line[3]) for line in summary] == [
         ("tests", "ok"), ("findings", "ok"), ("memcheck", "left out: only a GPU has anything to check here"), ("plot", "ok"), ("parts", "ok"),
+        ("fused", "ok"),
     ], run.stdout[-2000:] + run.stderr[-2000:]  # fmt: skip
     assert run.returncode == 0
 
