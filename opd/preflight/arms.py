@@ -25,7 +25,9 @@ def check_comparison(reference: str, overrides: Mapping[str, Any]) -> bool:
             continue
         found, plan = examine(_recipe(comparison, name), device)
         plan = plan if plan is None or arm.train else replace(plan, steps=0)
-        print(f"arm {name}{'' if arm.train else ' (evaluated only)'}, " + render(_recipe(comparison, name), found, plan), end="")
+        recipe = _recipe(comparison, name)
+        called = f"arm {name}{'' if arm.train else ' (evaluated only)'}, {recipe.name or recipe.method or 'recipe'}"
+        print(render(recipe, found, plan, called), end="")
         clean &= is_clean(found)
         for count, planned in _runs(comparison, name, plan, device):
             runs, hours, money = runs + count, hours + count * _hours(planned), money + count * planned.money

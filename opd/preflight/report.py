@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def check(reference: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> 
     for recipe in stages:
         starts_later = recipe.init in to_come  # from a stage that this file trains first: the same architecture
         found, plan = examine(recipe, device, starts_later=starts_later)
-        print(render(recipe, found, plan), end="")
+        print(render(recipe, found, plan, recipe.name or Path(reference).stem), end="")
         clean &= is_clean(found)
     return clean
 
@@ -105,9 +106,9 @@ REMEDIES = {
 }
 
 
-def render(recipe: Recipe, found: Sequence[Finding], plan: Plan | None) -> str:
+def render(recipe: Recipe, found: Sequence[Finding], plan: Plan | None, name: str) -> str:
     """The findings, then tables of memory and time."""
-    lines = [f"{recipe.name or recipe.method or 'recipe'}: " + (_count(found) or "nothing to complain of")]
+    lines = [f"{name}: " + (_count(found) or "nothing to complain of")]
     lines += [f"  {finding.severity:8}{finding.sentence}" for finding in found]
     if plan is None:
         return "\n".join([*lines, "  no plan: the model's configuration or the objective could not be read", ""])
@@ -126,9 +127,9 @@ def render(recipe: Recipe, found: Sequence[Finding], plan: Plan | None) -> str:
         lines.append(f"  devices: {plan.ranks} learner rank{'s' if plan.ranks > 1 else ''} with the rows above each, {plan.gpus} in all")
     total = sum(plan.seconds.values())
     phases = ", ".join(f"{phase} {in_time(seconds)}" for phase, seconds in plan.seconds.items() if seconds)
-    lines.append(f"  time: about {in_time(total)} a step ({phases}); {in_time(3600 * plan.hours)} for {plan.steps} steps")
-    if plan.evaluation:
-        lines[-1] += f" and {in_time(plan.evaluation)} for evaluations"
+    steps = [f"{in_time(total)} a step ({phases}); {in_time(3600 * plan.hours)} for {plan.steps} steps"] if plan.steps else []
+    evaluations = [f"{in_time(plan.evaluation)} for evaluations"] if plan.evaluation else []
+    lines.append(f"  time: about {' and '.join(steps + evaluations) or 'nothing'}")
     if plan.money:
         devices = recipe.prices.devices or plan.gpus
         lines.append(f"  money: about {plan.money:.3g} {recipe.prices.currency} for {devices} device{'s' * (devices > 1)} by `prices`")

@@ -186,7 +186,7 @@ class LiveView:
             self._bar.reset(self._task, completed=step)
 
     def update(self, step: int, row: Mapping[str, float]) -> None:
-        numbers = " ".join(f"{label} {row[key]:.{digits}f}" for label, key, digits in SHOWN if key in row)
+        numbers = " ".join(f"{label} {row[key]:z.{digits}f}" for label, key, digits in SHOWN if key in row)
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=step, now=_Now(numbers, self._roles))
         elif not self._quiet and (time.monotonic() - self._last_line > self._line_seconds or step == self._steps):

@@ -208,6 +208,8 @@ def test_a_comparison_is_checked_arm_by_arm(capsys, monkeypatch):
     assert [line.split(",")[0] for line in said.splitlines() if line.startswith("arm ")] == [
         "arm base (evaluated only)", "arm grpo", "arm opd", "arm opsd",
     ]  # fmt: skip
+    base, grpo = (next(line for line in arm.splitlines() if line.startswith("  time: ")) for arm in said.split("\narm ")[:2])
+    assert base.endswith(" for evaluations") and "step" not in base and "a step (rollout" in grpo
     assert "all arms: 19 runs, searched and reported, about" in said and said.rstrip().endswith("USD")
     assert main([*words[:2], "eval.every=0", "budget.generated_tokens=0"]) == 2
 
@@ -216,7 +218,7 @@ def test_the_command(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(["check", EXPR]) == 0
     said = capsys.readouterr().out
-    assert "nothing to complain of" in said and "memory on this CPU" in said and "assumed: answers of" in said
+    assert said.startswith("opsd_expr: nothing to complain of\n") and "memory on this CPU" in said and "assumed: answers of" in said
     assert main(["check", "recipes/runs/sft_opsd_expr.yaml"]) == 0  # the second stage starts from a model that does not exist yet
     capsys.readouterr()
     assert main(["check", EXPR, "sampling.max_tokens=512"]) == 2

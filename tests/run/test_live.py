@@ -32,6 +32,12 @@ def test_without_a_terminal_there_are_plain_lines_that_are_not_wrapped():
     assert lines[2] == ("[a long sentence] " * 12).rstrip() or lines[2] == "[a long sentence] " * 12
 
 
+def test_a_loss_that_rounds_to_zero_has_no_sign():
+    file = io.StringIO()
+    LiveView("arm", 1, quiet=False, console=Console(file=file, width=120)).update(1, {"loss/total": -2e-5})
+    assert file.getvalue().startswith("step 1/1 loss 0.0000,")
+
+
 def test_on_a_terminal_there_is_a_bar_with_the_same_numbers():
     text = shown([1, 2, 3], force_terminal=True)
     assert "\x1b[" in text and "3/3" in text and "loss 0.1234" in text and "tok/s 321" in text
