@@ -70,9 +70,10 @@ class _Selected(torch.autograd.Function):
             head = projection(hidden, weight, options)
             grid = tile_grid(head, ids, entropy=entropy)
             keep = differentiate and hidden.device.type == "cpu"
-            tiles = new_tiles(head, grid, lent=_lent_elements(head, hidden, ctx.needs_input_grad) if keep else None)
+            tiles = new_tiles(head, grid, lent=_lent_elements(head, ctx.needs_input_grad[1]) if keep else None)
             selected, sums, topk_values, topk_ids = _forward_tiles(head, ids, grid, tiles, topk)
             logp, tail_logp, logz, entropy_N = finalize(selected, ids, sums)
+            tiles.wait()
         ctx.save_for_backward(hidden, weight, bias, ids, logp, tail_logp, logz, entropy_N, tiles.top, *tiles.areas[: len(tiles.top)])
         ctx.options, ctx.entropy, ctx.used = replace(options, bias=None), entropy, False
         ctx.set_materialize_grads(False)
@@ -99,17 +100,17 @@ class _Selected(torch.autograd.Function):
         return d_hidden, grads.weight, d_bias, None, None, None, None, None
 
 
-def _lent_elements(head: Projection, hidden: Tensor, needs: tuple[bool, ...]) -> int:
-    """Elements that fill the memory of the gradients to come, where no budget was given that tiles may not exceed."""
-    if head.options.chunk_bytes is not None:
+def _lent_elements(head: Projection, weight_needed: bool) -> int:
+    """Elements that fill the memory of the weight's gradient to come, where no budget was given that tiles may not exceed.
+
+    The gradient of hidden lends nothing: the first tile of backward writes all of it.
+    """
+    if head.options.chunk_bytes is not None or not weight_needed:
         return 0
-    lenders = [tensor for tensor, needed in zip((hidden, head.weight), needs, strict=False) if needed]
-    return sum(tensor.numel() * tensor.element_size() for tensor in lenders) // head.dtype.itemsize
+    return head.weight.numel() * head.weight.element_size() // head.dtype.itemsize
 
 
-def _forward_tiles(
-    head: Projection, ids: Tensor, grid: Grid, tiles: Tiles, topk: int
-) -> tuple[Tensor, RunningSums, Tensor | None, Tensor | None]:
+def _forward_tiles(head: Projection, ids: Tensor, grid: Grid, tiles: Tiles, topk: int) -> tuple[Tensor, RunningSums, Tensor | None, Tensor | None]:
     """Logits at ids, running sums over the columns outside them, and the top k; over the columns of all ranks."""
     tokens = head.hidden.shape[0]
     sums = empty_sums(tokens, tiles.top)
@@ -145,14 +146,16 @@ def _backward_tiles(head: Projection, grid: Grid, tiles: Tiles, coefficients: Co
     scratch = grid.scratch(head)
     sums = gradient_sums(head, needs, head.weight.dtype)
     direct = sums.weight is None or sums.weight.dtype == head.dtype
-    block = None if direct else torch.empty(grid.where.tile_columns, head.weight.shape[1], dtype=head.dtype, device=head.weight.device)
+    block = None if direct else head.hidden.new_empty(grid.where.tile_columns, head.weight.shape[1], dtype=head.dtype)
+    # one room for all casts: fresh memory for each would be taken from what tiles have given up, and touch it again
+    room = None if head.weight.dtype == head.hidden.dtype else head.hidden.new_empty(grid.where.tile_columns, head.weight.shape[1])
     for columns in reversed([*spans(head.columns, grid.where.tile_columns)]):
-        weight_tile = head.weight_tile(columns.start, columns.stop)
+        weight_tile = head.weight_tile(columns.start, columns.stop, room)
         target = None if sums.weight is None else sums.weight[columns] if block is None else block[: columns.stop - columns.start]
         for rows in spans(head.hidden.shape[0], grid.where.tile_rows):
             number = grid.number(rows, columns)
             x = tiles.area(number, rows, columns)
-            if not (tiles.formed and tiles.kept(number)):
+            if not tiles.formed(number):
                 logits_into(x, head, rows, weight_tile, columns.start)
             _dlogits_of_tile_(x, head, grid, tiles, coefficients, (rows, columns), scratch)
             add_tile(sums, x, head.hidden[rows], weight_tile, rows, columns, target)
@@ -178,7 +181,7 @@ def _dlogits_of_tile_(
         dlogits_(x, head, rows, coefficients, chosen, mass, slope)
         return
     top = tiles.top_of(number, rows)
-    if not tiles.formed:
+    if not tiles.formed(number):
         x[chosen.row, chosen.column] = float("-inf")
         exp_below_(x, top)
     dlogits_of_mass_(x, top, rows, coefficients, chosen, mass)

@@ -10,7 +10,7 @@ Keywords they share:
     backend        auto, reference (dense), torch (chunked) or triton
     chunk_bytes    upper bound of the scratch; None: 64 MiB (160 MiB where whole rows are held) on the CPU, on CUDA 768 MiB
                    (2.5 GiB) or an eighth of the free memory. With None, tiles that wait for backward on the CPU may also take the
-                   memory that the gradients will
+                   memory that the weight's gradient will: those of one call at a time, the newest
 All accumulate in fp32 whatever the inputs (fp64 for fp64 inputs), repeat bitwise, and raise ValueError for input that does not fit.
 """
 

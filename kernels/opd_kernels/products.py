@@ -27,9 +27,10 @@ class Projection:
     def columns(self) -> int:
         return self.options.valid_columns
 
-    def weight_tile(self, start: int, stop: int) -> Tensor:
-        """Rows start to stop of weight in the operands' dtype."""
-        return self.weight[start:stop].to(self.hidden.dtype)
+    def weight_tile(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
+        """Rows start to stop of weight in the operands' dtype; where they must be cast, in `room` [cv, H] if that is given."""
+        rows = self.weight[start:stop]
+        return rows.to(self.hidden.dtype) if room is None or rows.dtype == self.hidden.dtype else room[: stop - start].copy_(rows)
 
     def temperature_column(self, rows: slice) -> Tensor | float:
         temperature = self.options.temperature

@@ -2,9 +2,17 @@
 
 Forward ends with tiles that backward begins with. The last ones that fit are kept, as exp(x - top) where forward has formed that (with a
 softcap as x), and need no second product: 4 - kept / all products instead of 4, and 3 where all of them fit. Where no budget was given
-they take the default one and besides the memory that the gradients will: those are written as tiles are given up.
+they take the default one and besides the memory that the weight's gradient will: that is written as tiles are given up.
+
+One call at a time borrows from the gradient, the newest: of several that wait for backward together the others give up what they borrowed
+(`recall`), and backward forms those tiles again, to the same bits.
 """
 
+import ctypes
+import functools
+import mmap
+import threading
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +22,10 @@ from opd_kernels.placement import Placement, TileIds, place
 from opd_kernels.products import Projection, Scratch
 from opd_kernels.tiling import tile_shape
 from opd_kernels.types import chunk_budget
+
+_DONTNEED = getattr(mmap, "MADV_DONTNEED", None)  # Linux and BSD
+_lock = threading.Lock()
+_borrowed: dict[int, weakref.ref[Tensor]] = {}  # areas beyond a budget that wait for backward, by address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +63,11 @@ class Grid:
 class Tiles:
     """Memory of the tiles: one area for each kept tile, from number `first` on; the first area serves all tiles before it too."""
 
-    areas: list[Tensor]  # flat
+    areas: list[Tensor]  # flat; kept tiles that are to be formed again share one
     top: Tensor  # [kept, tile_rows] the maximum below which a kept tile's exponentials stand
     first: int
-    formed: bool  # the areas hold what forward left in them
+    held: tuple[bool, ...]  # of the kept tiles: the area holds what forward left in it
+    borrowed: int = 0  # of the first areas, beyond the budget
 
     def area(self, number: int, rows: slice, columns: slice) -> Tensor:
         shape = (rows.stop - rows.start, columns.stop - columns.start)
@@ -63,15 +76,23 @@ class Tiles:
     def kept(self, number: int) -> bool:
         return number >= self.first
 
+    def formed(self, number: int) -> bool:
+        return self.kept(number) and self.held[number - self.first]
+
     def top_of(self, number: int, rows: slice) -> Tensor:
         return self.top[number - self.first, : rows.stop - rows.start]
 
     def release(self, number: int) -> None:
         """Gives up a used tile's memory, although saved tensors still refer to it; the first area is needed until the last tile."""
-        if len(self.areas) > 1 and number > self.first:
+        if number > self.first and self.formed(number):
             _empty(self.areas[number - self.first])
         elif number == 0:
             _empty(self.areas[0])
+
+    def wait(self) -> None:
+        """Ends forward: from here on another call may recall what this one borrowed."""
+        with _lock:
+            _borrowed.update((area.data_ptr(), weakref.ref(area)) for area in self.areas[: self.borrowed])
 
 
 def tile_grid(head: Projection, ids: Tensor, *, entropy: bool) -> Grid:
@@ -88,18 +109,36 @@ def tile_grid(head: Projection, ids: Tensor, *, entropy: bool) -> Grid:
 def new_tiles(head: Projection, grid: Grid, *, lent: int | None) -> Tiles:
     """Memory for forward, of which backward gets the areas of kept tiles; `lent`: elements beyond the budget, or None to keep no tile."""
     kept = 0 if lent is None else grid.fitting(lent)
+    borrowed = max(0, kept - grid.fitting(0))
+    if borrowed:
+        recall()
     areas = [_area(head, grid) for _ in range(max(1, kept))]
-    return Tiles(areas=areas, top=areas[0].new_zeros(kept, grid.where.tile_rows), first=grid.tiles - kept, formed=False)
+    top = areas[0].new_zeros(kept, grid.where.tile_rows)
+    return Tiles(areas=areas, top=top, first=grid.tiles - kept, held=(False,) * kept, borrowed=borrowed)
 
 
 def kept_tiles(head: Projection, grid: Grid, top: Tensor, areas: list[Tensor], *, used: bool) -> Tiles:
-    """Memory for backward: what forward kept, or one area if nothing was kept or a backward pass has overwritten it.
+    """Memory for backward: what forward kept, and an area for the tiles whose memory is gone, recalled or used by a pass before this one.
 
     `.data`: overwriting what autograd saved is no mistake here, and must not count as one when a retained graph is walked again.
     """
-    formed = bool(areas) and not used
-    areas = [area.data for area in areas] if formed else [_area(head, grid)]
-    return Tiles(areas=areas, top=top, first=grid.tiles - top.shape[0], formed=formed)
+    with _lock:
+        for area in areas:
+            _borrowed.pop(area.data_ptr(), None)
+    held = tuple(not used and area.untyped_storage().nbytes() > 0 for area in areas)
+    spare = [] if areas and all(held) else [_area(head, grid)]
+    areas = [area.data if holds else spare[0] for area, holds in zip(areas, held, strict=True)]
+    return Tiles(areas=areas or spare, top=top, first=grid.tiles - top.shape[0], held=held)
+
+
+def recall() -> None:
+    """Empties the areas that calls waiting for backward have borrowed."""
+    with _lock:
+        waiting = [reference() for reference in _borrowed.values()]
+        _borrowed.clear()
+        for area in waiting:
+            if area is not None:
+                _empty(area)
 
 
 def _area(head: Projection, grid: Grid) -> Tensor:
@@ -107,6 +146,22 @@ def _area(head: Projection, grid: Grid) -> Tensor:
 
 
 def _empty(area: Tensor) -> None:
+    """Frees the memory of an area that is a storage of its own, as what saved-tensor hooks hand back need not be."""
     storage = area.untyped_storage()
-    if storage.resizable():  # one that saved-tensor hooks read back from a file is not
+    if storage.resizable() and storage.nbytes() == area.numel() * area.element_size():
+        _give_back_pages(storage.data_ptr(), storage.nbytes())
         storage.resize_(0)
+
+
+def _give_back_pages(address: int, size: int) -> None:
+    """Gives whole pages back to the system: free() keeps what lies inside the heap, and the gradient would come on top of it."""
+    if _DONTNEED is None:
+        return
+    start, stop = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if stop > start:
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _DONTNEED)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

@@ -1,7 +1,8 @@
-"""Which tensors a piece of code allocates: the largest one, and the most bytes alive at a time."""
+"""Which tensors a piece of code allocates: the largest one, and the most bytes alive at a time; and what the system counts."""
 
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,3 +44,9 @@ def allocations_of(work: Callable[[], object], *known: torch.Tensor) -> Allocati
     with Allocations(*known) as counted:
         work()
     return counted
+
+
+def status_bytes(field: str) -> int:
+    """A size that the system counts for this process, such as VmRSS."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))

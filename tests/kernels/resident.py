@@ -5,12 +5,8 @@ from pathlib import Path
 
 import torch
 
+from tests.kernels.allocations import status_bytes
 from tests.kernels.test_memory import OPERATIONS, work_of
-
-
-def status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import opd_kernels
 import pytest
 import torch
 
+from tests.kernels import resident_steps
 from tests.kernels.allocations import allocations_of
 
 TOKENS, VOCABULARY, HIDDEN, CHOSEN = 256, 151_936, 64, 32
@@ -96,16 +97,34 @@ def test_dense_logits_would_be_seen():
     assert counted.largest_bytes >= 4 * 32 * 5000 and counted.peak_bytes >= 3 * 4 * 32 * 5000
 
 
-def test_resident_memory_of_every_operation():
-    """Forward and backward with default budgets, in a fresh process: less than 300 MiB above the inputs."""
+def printed_by(*arguments: str):
     root = Path(__file__).parents[2]
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.resident"],
+        [sys.executable, "-m", *arguments],
         cwd=root, capture_output=True, text=True, timeout=240, env={"PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    extra = json.loads(run.stdout)
+    return json.loads(run.stdout)
+
+
+def test_resident_memory_of_every_operation():
+    """Forward and backward with default budgets, in a fresh process: less than 300 MiB above the inputs."""
+    extra = printed_by("tests.kernels.resident")
     assert sorted(extra) == sorted(OPERATIONS)
     assert all(bytes_ < CEILING for bytes_ in extra.values()), extra
     assert extra["composable"] <= WEIGHT_GRADIENT + (100 << 20)  # tiles wait in the memory of the gradient and a budget of 64 MiB
     assert extra["fused"] > WEIGHT_GRADIENT  # the measurement sees at least what must be there
+
+
+@pytest.mark.parametrize(("dtype", "forwards"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.float32, 3)])
+def test_resident_memory_of_training_steps(dtype, forwards):
+    """Gradients, one budget a forward that waits, and no more: tiles give their pages back to the system while the gradient is written.
+
+    78 MiB of logits, 78 or 39 of them in memory that the gradient lends. A second gradient is added to the first.
+    """
+    size = resident_steps
+    one = size.HIDDEN * (size.TOKENS + size.VOCABULARY) * dtype.itemsize
+    gradients = one * min(2, forwards)
+    casts = 0 if dtype == torch.float32 else 2 * 4 * size.HIDDEN * (size.TOKENS + 1024)  # hidden and its gradient, a tile of each of weight
+    peaks = printed_by("tests.kernels.resident_steps", str(dtype).removeprefix("torch."), str(forwards))
+    assert all(one < peak <= gradients + casts + forwards * size.BUDGET + (12 << 20) for peak in peaks), (gradients, peaks)

@@ -88,9 +88,9 @@ def test_a_frozen_head_saves_the_same_product():
 
 @pytest.mark.parametrize(
     ("frozen", "lent_tiles"),
-    [((), 6), (("weight",), 0), (("hidden",), 6)],  # the gradients take 6.5, 0.25 and 6.25 tiles of memory
+    [((), 6), (("weight",), 0), (("hidden",), 6)],  # the weight's gradient takes 6.25 tiles of memory
 )
-def test_without_a_budget_tiles_also_take_the_memory_of_the_gradients_to_come(monkeypatch, frozen, lent_tiles):
+def test_without_a_budget_tiles_also_take_the_memory_of_the_gradient_to_come(monkeypatch, frozen, lent_tiles):
     monkeypatch.setattr("opd_kernels.types.CPU_TILE_BYTES", 2 * TILE_BYTES)
     hidden, weight, ids = leaves()
     for name, tensor in (("hidden", hidden), ("weight", weight)):
@@ -106,6 +106,68 @@ def test_without_a_budget_tiles_also_take_the_memory_of_the_gradients_to_come(mo
     )
     for left, right in zip(wanted, theirs, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
+
+
+def borrowed_bytes(areas) -> list[int]:
+    """What is left of the 6 borrowed and the 2 other areas."""
+    assert len(areas) == 8
+    return [sum(area.untyped_storage().nbytes() for area in part) for part in (areas[:6], areas[6:])]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_only_the_newest_of_several_waiting_calls_borrows(monkeypatch, order):
+    """The older one forms its borrowed tiles again, to the same bits; with a backward pass begun nothing is taken from it."""
+    monkeypatch.setattr("opd_kernels.types.CPU_TILE_BYTES", 2 * TILE_BYTES)
+    inputs, losses, areas = [leaves(seed) for seed in (0, 1)], [], []
+    alone = [torch.autograd.grad(loss_of(*of_one, entropy=False), of_one[:2]) for of_one in inputs]
+
+    def pack(tensor):
+        if tensor.numel() == TOKENS * WIDTH:
+            areas[-1].append(tensor)
+        return tensor
+
+    for of_one in inputs:
+        areas.append([])
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            losses.append(loss_of(*of_one, entropy=False))
+    assert [borrowed_bytes(part) for part in areas] == [[0, 2 * TILE_BYTES], [6 * TILE_BYTES, 2 * TILE_BYTES]]
+    for turn, again in zip(order, (6 * WIDTH, 0) if order == (0, 1) else (0, 6 * WIDTH), strict=True):
+        grads = []
+        work = lambda: grads.extend(torch.autograd.grad(losses[turn], inputs[turn][:2]))  # noqa: B023, E731
+        assert products(work) == pytest.approx(3 - (7 * WIDTH + 40 - again) / COLUMNS, abs=1e-9)
+        assert all(torch.equal(left, right) for left, right in zip(grads, alone[turn], strict=True))
+
+
+def test_a_forward_inside_backward_takes_nothing_from_it(monkeypatch):
+    """Recomputation under checkpointing runs forwards between the tiles' use and their release."""
+    monkeypatch.setattr("opd_kernels.types.CPU_TILE_BYTES", 2 * TILE_BYTES)
+    hidden, weight, ids = leaves()
+    wanted = torch.autograd.grad(loss_of(hidden, weight, ids, entropy=False), (hidden, weight))
+    loss = loss_of(hidden, weight, ids, entropy=False)
+    inner, add_tile = [], opd_kernels.chunked.add_tile
+
+    def interrupted(*arguments):
+        if not inner:
+            with torch.enable_grad():
+                inner.append(loss_of(hidden, weight, ids, entropy=False))
+        add_tile(*arguments)
+
+    monkeypatch.setattr("opd_kernels.chunked.add_tile", interrupted)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    assert inner and all(torch.equal(left, right) for left, right in zip(grads, wanted, strict=True))
+
+
+def test_two_checkpointed_calls_save_alike_when_they_run_again(monkeypatch):
+    """Recomputed together both wait, the first with its borrowed tiles recalled: the shapes that checkpointing compares are the same."""
+    monkeypatch.setattr("opd_kernels.types.CPU_TILE_BYTES", 2 * TILE_BYTES)
+    hidden, weight, ids = leaves()
+
+    def two(hidden, weight):
+        return loss_of(hidden, weight, ids, entropy=False) + loss_of(hidden * 0.5, weight, ids, entropy=False)
+
+    wanted = torch.autograd.grad(two(hidden, weight), (hidden, weight))
+    grads = torch.autograd.grad(checkpoint(two, hidden, weight, use_reentrant=False), (hidden, weight))
+    assert all(torch.equal(left, right) for left, right in zip(grads, wanted, strict=True))
 
 
 def test_tiles_split_over_rows_and_columns():
@@ -134,6 +196,26 @@ def test_gradients_of_bf16_inputs(chunk_bytes):
     case = make_case(TOKENS, COLUMNS, HIDDEN, 5, dtype=torch.bfloat16)
     upstream = upstream_of(case)
     assert_same(run(case, upstream, path="composable", chunk_bytes=chunk_bytes), oracle(case, upstream), value=3e-5, gradient=8e-3)
+
+
+def test_backward_casts_the_weight_in_one_place():
+    """Fresh memory for every tile's cast would come from what the tiles before have given up, and touch it again."""
+    hidden, weight, ids = leaves()
+    half = [tensor.detach().bfloat16().requires_grad_() for tensor in (hidden, weight)]
+    loss = loss_of(*half, ids, chunk_bytes=HALF)
+    shapes = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function.overloadpacket.__name__ in ("_to_copy", "empty", "new_empty"):
+                shapes.append(tuple(result.shape))
+            return result
+
+    with Casts():
+        torch.autograd.grad(loss, half)
+    assert shapes.count((WIDTH, HIDDEN)) == 2  # a tile of the weight, and one of its gradient; 16 tiles are cast
+    assert (TOKENS, HIDDEN) in shapes
 
 
 @pytest.mark.parametrize("options", [{"entropy": False}, {}, {"softcap": 9.0}], ids=str)
@@ -232,6 +314,26 @@ def test_saved_tensors_may_be_moved_away():
     ):
         loss = loss_of(hidden, weight, ids, chunk_bytes=HALF)
     grads = torch.autograd.grad(loss, (hidden, weight))
+    assert all(torch.equal(left, right) for left, right in zip(grads, wanted, strict=True))
+
+
+def test_hooks_that_pack_into_one_buffer_keep_it():
+    """A view of a larger storage is not this library's to free."""
+    wanted = gradients(chunk_bytes=HALF)
+    hidden, weight, ids = leaves()
+    arena, used = torch.zeros(20 * TOKENS * WIDTH), [0]
+
+    def pack(tensor):
+        if tensor.numel() != TOKENS * WIDTH:
+            return tensor
+        place = arena[used[0] : used[0] + tensor.numel()]
+        used[0] += tensor.numel()
+        return place.copy_(tensor)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(hidden, weight, ids, chunk_bytes=HALF)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    assert used[0] and arena.untyped_storage().nbytes() == 4 * arena.numel()
     assert all(torch.equal(left, right) for left, right in zip(grads, wanted, strict=True))
 
 
