@@ -86,7 +86,7 @@ def test_a_function_that_never_returns_is_an_error_that_names_all_and_no_verdict
         f"verifier {__name__}:{function.__qualname__} gave no verdict on prompt 'p-7' within 0.3 s; mend it, or raise data.verifier_seconds"
     )
     assert SECONDS <= time.monotonic() - started < 60 and signal.getsignal(signal.SIGURG) is before
-    assert as_verifier(lambda prompt, text: 1.0, seconds=SECONDS)(PROMPT, "4").correct  # the next call has a deadline of its own
+    assert as_verifier(lambda prompt, text: 1.0, seconds=30)(PROMPT, "4").correct  # the next call has a deadline of its own
 
 
 def test_it_ends_a_batch_whatever_lies_around_the_function(tmp_path):
@@ -157,10 +157,10 @@ def test_in_another_thread_the_call_is_given_up():
         local.count = getattr(local, "count", 0) + 1
         return local.count
 
-    verifier = as_verifier(verify, seconds=SECONDS)
-    judged = in_thread(lambda: [judge(verifier, PROMPT, text) for text in ("a", "fail", "b")])
+    quick = as_verifier(verify, seconds=30)
+    judged = in_thread(lambda: [judge(quick, PROMPT, text) for text in ("a", "fail", "b")])
     assert [verdict.reward for verdict in judged] == [1.0, 0.0, 2.0] and judged[1] == Verdict(status="error", feedback="KeyError: 'unit'")
-    stuck = in_thread(lambda: judge(verifier, PROMPT, "wait"))
+    stuck = in_thread(lambda: judge(as_verifier(verify, seconds=SECONDS), PROMPT, "wait"))
     assert isinstance(stuck, VerifierStuck) and "gave no verdict on prompt 'p-7' within 0.3 s" in str(stuck)
     release.set()
     ends = time.monotonic() + 30
@@ -216,7 +216,7 @@ def verdict(prompt, text):
     threading.Event().wait(600 if text == "wait" else 0)
 
 verify = as_verifier(verdict, seconds=0.5)
-print(verify(PROMPT, "quick").status, flush=True)
+print(as_verifier(verdict, seconds=60)(PROMPT, "quick").status, flush=True)
 where = {"main": lambda function: function(), "thread": lambda function: (t := threading.Thread(target=function)).start() or t.join()}[sys.argv[1]]
 where(lambda: verify(PROMPT, sys.argv[2]))
 """
@@ -234,10 +234,10 @@ def test_the_process_ends_whatever_the_function_does_and_leaves_nobody(where, te
 
 
 def test_the_watch_ends_with_a_process_that_is_killed():
-    kill = SCRIPT.replace("where(lambda", "print(deadline._watch and 1, flush=True); os.kill(os.getpid(), 9); where(lambda")
+    kill = SCRIPT.replace("where(lambda", "print(deadline._watch is not None, flush=True); os.kill(os.getpid(), 9); where(lambda")
     process = subprocess.Popen([sys.executable, "-c", kill, "main", "quick"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     out, _ = process.communicate(timeout=120)  # returns when the watch, which shares the error pipe, has ended
-    assert process.returncode == -signal.SIGKILL and out == "abstain\n1\n"
+    assert process.returncode == -signal.SIGKILL and out == "abstain\nTrue\n"
 
 
 def test_the_recipe_s_default_is_the_function_s():

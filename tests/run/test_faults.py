@@ -276,7 +276,7 @@ def test_a_verifier_that_never_returns_ends_the_run_and_with_more_time_the_same_
         return float(len(text) % 2)
 
     BEHAVIOUR["verdict"] = hangs
-    status, said = run("checkpoint.every=0", "data.verifier_seconds=1")
+    status, said = run("checkpoint.every=0", "data.verifier_seconds=2")
     assert status == 2 and f"verifier {__name__}:verdict gave no verdict on prompt 'expr:" in said and "raise data.verifier_seconds" in said
     assert saved_steps() == [3] and len(metrics()) == 3 and status_of()["state"] == "failed" and "gave no verdict" in status_of()["why"]
     BEHAVIOUR["verdict"] = lambda text: float(len(text) % 2)
