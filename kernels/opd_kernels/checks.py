@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_kernels.divergences import checked as checked_divergence
 from opd_kernels.types import Divergence, HeadConstants, LogitOptions, accumulation_dtype
 
 
@@ -22,8 +23,9 @@ def check_projection(hidden: Tensor, weight: Tensor, *, suffix: str = "") -> Non
             raise ValueError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
         if hasattr(tensor, "full_tensor"):
             raise ValueError(f"{name} is a DTensor; call the operation inside opd_kernels.Head's forward, or pass {name}.full_tensor()")
-        if tensor.layout != torch.strided:
-            raise ValueError(f"{name} has layout {tensor.layout}; it must be dense: pass {name}.to_dense()")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else tensor.layout
+            raise ValueError(f"{name} has layout {kind}; it must be dense: pass {name}.to_{'padded_tensor(0.0)' if tensor.is_nested else 'dense()'}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
         if tensor.dim() != 2:
@@ -70,6 +72,8 @@ def check_included_ids(ids: Tensor, hidden: Tensor, total_columns: int | None) -
 def _check_index_tensor(name: str, ids: Tensor, hidden: Tensor) -> None:
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} is {getattr(ids, 'dtype', type(ids).__name__)}; it must be an int32 or int64 tensor")
+    if ids.layout != torch.strided:
+        raise ValueError(f"{name} has layout {ids.layout}; it must be dense: pass {name}.to_dense()")
     if ids.device != hidden.device:
         raise ValueError(f"{name} is on {ids.device} and hidden on {hidden.device}; they must be on one device")
 
@@ -106,6 +110,8 @@ def check_options(
     bias, softcap, logit_scale = constants.bias, constants.softcap, constants.logit_scale
     if bias is not None and not isinstance(bias, Tensor):
         raise ValueError(f"bias{suffix} is a {type(bias).__name__}; it must be a tensor [{rows}], or None")
+    if bias is not None and bias.layout != torch.strided:
+        raise ValueError(f"bias{suffix} has layout {bias.layout}; it must be dense: pass bias{suffix}.to_dense()")
     if bias is not None and (bias.shape != (rows,) or not bias.is_floating_point() or bias.device != weight.device):
         raise ValueError(
             f"bias{suffix} is {list(bias.shape)} {bias.dtype} on {bias.device}; it must be [{rows}], floating, on {weight.device}"
@@ -146,6 +152,8 @@ def _checked_temperature(temperature: float | Tensor, hidden: Tensor) -> float |
             f"temperature has shape {list(temperature.shape)} on {temperature.device}; "
             f"it must be a number or [{hidden.shape[0]}] on {hidden.device}"
         )
+    if temperature.is_complex() or temperature.dtype == torch.bool:
+        raise ValueError(f"temperature has dtype {temperature.dtype}; it must be a tensor of positive numbers")
     if temperature.requires_grad:
         raise ValueError("temperature requires a gradient; it is a constant here: pass temperature.detach()")
     temperature = temperature.to(accumulation_dtype(hidden)).contiguous()
@@ -158,6 +166,12 @@ def check_count(name: str, count: int, least: int, total_columns: int | None) ->
     """Raises ValueError unless `count` lies between `least` and the valid columns."""
     if not _is_count(count) or count < least or (total_columns is not None and count > total_columns):
         raise ValueError(f"{name} is {count!r}; it must be a whole number between {least} and the vocabulary's {total_columns} valid columns")
+
+
+def check_flag(name: str, flag: Any) -> None:
+    """Raises ValueError unless `flag` is True or False."""
+    if not isinstance(flag, bool):
+        raise ValueError(f"{name} is {flag!r}; it must be True or False")
 
 
 def check_token_tensor(name: str, tensor: Tensor, hidden: Tensor) -> Tensor:
@@ -217,8 +231,12 @@ def check_loss(result: Any, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
         raise ValueError(f"loss_fn returned a {type(result).__name__}; it must return the pair (loss, aux), aux a dict and {{}} for none")
     loss, aux = result
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        raise ValueError(f"loss_fn returned a loss of shape {list(getattr(loss, 'shape', []))}; return the sum over the chunk, a scalar tensor")
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"loss_fn returned a loss that is a {type(loss).__name__}; return the sum over the chunk, a scalar tensor")
+    if loss.dim() != 0:
+        raise ValueError(f"loss_fn returned a loss of shape {list(loss.shape)}; return the sum over the chunk, a scalar tensor")
+    if not loss.is_floating_point():
+        raise ValueError(f"loss_fn returned a loss of dtype {loss.dtype}; return a floating-point scalar")
     for name, value in aux.items():
         if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != tokens:
             what = f"has shape {list(value.shape)}" if isinstance(value, Tensor) else f"is a {type(value).__name__}"
@@ -226,10 +244,17 @@ def check_loss(result: Any, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, aux
 
 
+def check_same_aux(first: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Raises ValueError where loss_fn's aux of two chunks have different names, so that they cannot be joined."""
+    if set(first) != set(other):
+        raise ValueError(f"loss_fn's aux holds {sorted(first)} for one chunk and {sorted(other)} for another; return the same names for every chunk")
+
+
 def check_divergence(divergence: Any) -> None:
-    """Raises ValueError unless `divergence` is a record of `opd_kernels.divergences`."""
+    """Raises ValueError unless `divergence` is a record as the functions of `opd_kernels.divergences` build it."""
     if not isinstance(divergence, Divergence):
         raise ValueError(f"divergence is {divergence!r}; build it with a call such as opd_kernels.forward_kl() or opd_kernels.jsd(0.5)")
+    checked_divergence(divergence)
 
 
 def check_constants(name: str, constants: Any) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opd_kernels.checks import check_loss, check_loss_depends
+from opd_kernels.checks import check_loss, check_loss_depends, check_same_aux
 from opd_kernels.distributed import collect_selected, combine_sums, reduce_hidden_gradient, smallest_over_ranks
 from opd_kernels.dlogits import GradientSums, add_tile, dlogits_, dlogits_of_mass_, gradient_sums
 from opd_kernels.placement import owned_ids, place
@@ -147,6 +147,7 @@ def fused_sparse_loss(
             loss, aux, upstream = run_loss(loss_fn, selected, tuple(extra[rows] for extra in extras), any(needs))
             losses.append(loss)
             auxes.append(aux)
+            check_same_aux(auxes[0], aux)
             if upstream is not None:
                 _add_chunk(sums, part, chunks, rows, ids[rows], selected, top, upstream)
         reduce_hidden_gradient(sums.hidden, options.process_group)

@@ -83,6 +83,8 @@ class Head(nn.Module):
         """
         if request is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
+        if not callable(request):
+            raise ValueError(f"request is a {type(request).__name__}; it must be a function (hidden, view) -> tensors, or None for plain logits")
         view = HeadView(weight=self.weight, bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale, vocab_size=self.vocab_size)
         result = request(hidden, view)
         _check_visible(result)

@@ -25,6 +25,7 @@ from opd_kernels.checks import (
     check_count,
     check_divergence,
     check_extras,
+    check_flag,
     check_ids,
     check_included_ids,
     check_loss,
@@ -85,6 +86,8 @@ def selected_logprobs(
     total_columns = _total_columns(options.valid_columns, vocab_size, process_group)
     ids = check_ids(ids, hidden, total_columns)
     check_count("student_topk", student_topk, 0, total_columns)
+    check_flag("tail", tail)
+    check_flag("entropy", entropy)
     module = choose_backend(backend, hidden)
     if hidden.shape[0] == 0:
         return _empty_selected(hidden, weight, bias, ids, tail=tail, entropy=entropy, student_topk=student_topk)
@@ -132,6 +135,8 @@ def fused_sparse_loss(
     total_columns = _total_columns(options.valid_columns, vocab_size, process_group)
     ids = check_ids(ids, hidden, total_columns)
     check_count("student_topk", student_topk, 0, total_columns)
+    check_flag("tail", tail)
+    check_flag("entropy", entropy)
     check_extras(extras, hidden)
     check_loss_fn(loss_fn, extras)
     module = choose_backend(backend, hidden)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_kernels.checks import check_same_aux
 from opd_kernels.chunked_rows import run_loss
 from opd_kernels.distributed import (
     any_over_ranks,
@@ -262,6 +263,7 @@ def fused_sparse_loss(
             loss, aux, upstream = run_loss(loss_fn, offered, tuple(extra[rows] for extra in extras), any(needs))
             losses.append(loss)
             auxes.append(aux)
+            check_same_aux(auxes[0], aux)
             if upstream is not None:
                 dz, rule = products.over(z, head.gradient_dtype), _row_rule(head, upstream, ids[rows], found, rows)
                 dense_dz(z, dz, rule, constants, tiles)

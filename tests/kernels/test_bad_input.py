@@ -59,6 +59,13 @@ HIDDEN, WEIGHT, IDS = torch.randn(4, 8), torch.randn(20, 8), torch.zeros(4, 3, d
         ({"student_topk": True}, "student_topk is True; it must be a whole number"),
         ({"chunk_bytes": 1e6}, "chunk_bytes is 1000000.0; it must be a positive whole number of bytes"),
         ({"process_group": "gloo"}, "process_group is 'gloo'; it must be a torch.distributed group"),
+        ({"ids": IDS.to_sparse()}, r"ids has layout torch.sparse_coo; .*pass ids.to_dense\(\)"),
+        ({"bias": torch.zeros(20).to_sparse()}, r"bias has layout torch.sparse_coo; .*pass bias.to_dense\(\)"),
+        ({"hidden": torch.nested.nested_tensor([HIDDEN[0], HIDDEN[1]])}, "hidden has layout nested; it must be dense"),
+        ({"temperature": torch.ones(4, dtype=torch.complex64)}, "temperature has dtype torch.complex64"),
+        ({"temperature": torch.ones(4, dtype=torch.bool)}, "temperature has dtype torch.bool"),
+        ({"tail": "no"}, "tail is 'no'; it must be True or False"),
+        ({"entropy": None}, "entropy is None; it must be True or False"),
     ],
 )  # fmt: skip
 def test_selected_logprobs(arguments, message):
@@ -91,6 +98,8 @@ def test_extras(extras, message):
         (None, r"loss_fn is a NoneType; it must be a function \(selected, \*extras\) -> \(loss, aux\)"),
         (lambda s: s.logz.sum(), r"loss_fn returned a Tensor; it must return the pair \(loss, aux\)"),
         (lambda s: (s.logz.sum(), None), r"loss_fn returned a tuple; it must return the pair \(loss, aux\)"),
+        (lambda s: (1.5, {}), "loss_fn returned a loss that is a float; return the sum over the chunk, a scalar tensor"),
+        (lambda s: (s.logz.sum() * 1j, {}), "loss_fn returned a loss of dtype torch.complex64; return a floating-point scalar"),
         (lambda s: (s.logz, {}), r"loss_fn returned a loss of shape \[\d\]; return the sum over the chunk"),
         (lambda s: (s.logz.sum(), {"kl": s.logz.sum()}), r"loss_fn's aux\['kl'\] has shape \[\]; return a tensor with one value a token"),
         (lambda s: (s.logz.sum(), {"kl": 1.0}), r"loss_fn's aux\['kl'\] is a float; return a tensor with one value a token"),
@@ -126,6 +135,17 @@ def test_a_loss_of_something_else_alone():
     captured = torch.ones(1, requires_grad=True)
     with pytest.raises(ValueError, match="does not depend on selected"):
         opd_kernels.fused_sparse_loss(HIDDEN.clone().requires_grad_(), WEIGHT, IDS, lambda s: (captured.sum(), {}), backend="torch")
+
+
+def test_aux_names_that_change_from_chunk_to_chunk():
+    calls = []
+
+    def loss_fn(selected):
+        calls.append(None)
+        return selected.logz.sum(), {f"chunk{len(calls)}": selected.logz}
+
+    with pytest.raises(ValueError, match=r"aux holds \['chunk1'\] for one chunk and \['chunk2'\] for another"):
+        opd_kernels.fused_sparse_loss(HIDDEN, WEIGHT, IDS, loss_fn, backend="torch", chunk_bytes=100)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -165,6 +185,8 @@ def test_topk_logprobs(arguments, message):
         ({"ids": IDS[:3]}, r"ids has shape \[3, 3\]; it must be \[4, K\]"),
         ({"ids": IDS + 20}, r"ids\[0, 0\] is 20; it must be -1"),
         ({"token_weight": 1.0}, r"token_weight is a float; it must be a tensor \[4\]"),
+        ({"divergence": opd_kernels.Divergence(name="tvd")}, "divergence has the name 'tvd'; it must be one of forward_kl, reverse_kl, jsd"),
+        ({"divergence": opd_kernels.Divergence(name="jsd", mix=1.0)}, "mix is 1.0"),
         ({"divergence": "forward_kl"}, r"divergence is 'forward_kl'; build it with a call such as opd_kernels.forward_kl\(\)"),
     ],
 )
@@ -180,6 +202,12 @@ def test_head_stands_in_for_a_linear_layer_only(layer):
         opd_kernels.Head.from_lm_head(layer)
 
 
+def test_a_request_is_a_function():
+    head = opd_kernels.Head.from_lm_head(torch.nn.Linear(8, 20))
+    with pytest.raises(ValueError, match="request is a str; it must be a function"):
+        head(HIDDEN, "logits")
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -187,7 +215,10 @@ def test_head_stands_in_for_a_linear_layer_only(layer):
         (lambda: opd_kernels.skew_forward_kl(1.0), "alpha is 1.0; it must be at least 0 and below 1"),
         (lambda: opd_kernels.forward_kl(entry_clip=-0.1), "entry_clip is -0.1"),
         (lambda: opd_kernels.forward_kl(entry_clip="a"), "entry_clip is 'a'"),
+        (lambda: opd_kernels.forward_kl(entry_clip=True), "entry_clip is True"),
         (lambda: opd_kernels.jsd("a"), "mix is 'a'"),
+        (lambda: opd_kernels.divergences.elementwise("a", torch.add), "value is 'a'; it must be a function"),
+        (lambda: opd_kernels.divergences.elementwise(torch.add, None), "slope is None; it must be a function"),
         (lambda: opd_kernels.skew_reverse_kl("a"), "alpha is 'a'"),
     ],
 )
