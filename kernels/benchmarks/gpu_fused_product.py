@@ -229,9 +229,9 @@ def main() -> None:
     name, tables = "gpu_fused_product_quick" if options.quick else "gpu_fused_product", []
     for hidden_size in HIDDEN_SIZES[:1] if options.quick else HIDDEN_SIZES:
         if cpu:
-            sizes = replace(HEADLINE, tokens=24, columns=500, hidden_size=24, chosen=4, device="cpu")
+            sizes = replace(HEADLINE, tokens=6, columns=100, hidden_size=24, chosen=2, device="cpu")
             shape = LaunchShape(rows=16, columns=32, depth=16, warps=4, stages=2, swath=2)
-            tables.append(table(sizes, (shape,), 16, Tiles(block=64, group=16), 1))
+            tables.append(table(sizes, (shape,), 4, Tiles(block=64, group=16), 1))
         else:
             torch.cuda.empty_cache()
             shapes = QUICK_SHAPES if options.quick else SHAPES
