@@ -5,9 +5,10 @@ product exceeds 600 TFLOP/s at H = 2048. One command answers it:
     python kernels/benchmarks/gpu_fused_product.py --quick    # H = 2048 and three launch shapes
     TRITON_INTERPRET=1 python kernels/benchmarks/gpu_fused_product.py --device cpu --quick    # tiny: checks the script
 
-Per hidden size: cuBLAS alone, cuBLAS and `group_sums`, and the fused product by launch shape, in turn within the same rounds; then the
-best shape with all that follows (the selection of the k largest), and with nothing stored, which shows the most that storing fewer
-products could win. Agreement is that of the statistics and of the top k with the unfused path, and of both with fp64 on a few rows.
+Per hidden size: cuBLAS alone, cuBLAS and `group_sums`, the same with a leaner pass, and the fused product by launch shape, in turn within
+the same rounds; then the best shape with all that follows (the selection of the k largest), and with nothing stored, which shows the most
+that storing fewer products could win. Agreement is that of the statistics and of the top k with the unfused path, and of both with fp64 on
+a few rows.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from fused_product import SHAPES, LaunchShape, fused_product
 from harness import RESULTS, Inputs, Sizes, Task, make_inputs, measure, write
+from lean_group_sums import lean_group_sums
 from opd_kernels.row_kernels import TILES, TileConstants, Tiles
 from opd_kernels.tiling import spans
 from opd_kernels.triton_rows import TileScratch
@@ -33,7 +35,7 @@ HIDDEN_SIZES = (2048, 1024, 4096)
 QUICK_SHAPES = (SHAPES[0], SHAPES[1], SHAPES[6])
 LEAST_TERAFLOPS = 600.0  # of the rule, at H = 2048
 WIDEST_DIFFERENCE = 1e-3  # of logits and log-sums, before a time counts for nothing: fp32 sums in another order differ by 1e-5
-PRODUCT, UNFUSED = "product alone (cuBLAS)", "product, then group sums"
+PRODUCT, UNFUSED, LEAN = "product alone (cuBLAS)", "product, then group sums", "product, then lean group sums"
 EXACT_ROWS = 8
 
 
@@ -80,6 +82,11 @@ def unfused(place: Place, hidden: Tensor, weight: Tensor) -> GroupSums:
     return group_sums(product(place, hidden, weight), place.group, place.constants(len(hidden)), place.tiles)
 
 
+def unfused_lean(place: Place, hidden: Tensor, weight: Tensor, *, warps: int) -> GroupSums:
+    z, tiles = product(place, hidden, weight), replace(place.tiles, warps=warps)
+    return lean_group_sums(z, place.group, place.constants(len(hidden)), tiles)
+
+
 def fused(place: Place, hidden: Tensor, weight: Tensor, *, shape: LaunchShape, store: bool = True) -> GroupSums:
     rows = len(hidden)
     sums = rows_of(place.sums, rows)
@@ -118,6 +125,7 @@ def agreement(place: Place, inputs: Inputs, shape: LaunchShape) -> dict[str, flo
     place.z.fill_(math.nan)
     sums.append(fused(place, hidden, weight, shape=shape))
     z.append(place.z[: len(hidden)])
+    lean = moments(lean_group_sums(z[0], place.group, constants, place.tiles))
     top = [top_of_groups(one, of_z, place.k, place.group, constants, place.tiles) for one, of_z in zip(z, sums, strict=True)]
     largest, log_total, mean = (tuple(values) for values in zip(*(moments(one) for one in sums), strict=True))
     exact = exact_log_totals(hidden[:EXACT_ROWS], weight, place.group)
@@ -126,6 +134,8 @@ def agreement(place: Place, inputs: Inputs, shape: LaunchShape) -> dict[str, flo
         "largest": worst(largest[0] - largest[1]),
         "log_total": worst(log_total[0] - log_total[1]),
         "mean": worst(mean[0] - mean[1]),
+        "log_total_of_the_lean_pass": worst(log_total[0] - lean[1]),
+        "mean_of_the_lean_pass": worst(mean[0] - lean[2]),
         "top_value_at_equal_rank": worst(top[0].x - top[1].x),
         "share_of_equal_top_ids": (top[0].columns == top[1].columns).double().mean().item(),
         "log_total_from_fp64_unfused": worst(log_total[0][:EXACT_ROWS] - exact),
@@ -158,7 +168,8 @@ def table(sizes: Sizes, shapes: tuple[LaunchShape, ...], chunk: int, tiles: Tile
     """One hidden size: times by launch shape, the best shape with and without what follows, and its agreement."""
     place = place_of(sizes, chunk, tiles)
     by_name = {f"fused {shape.name()}": functools.partial(fused, shape=shape) for shape in shapes}
-    rows = rows_of_table({PRODUCT: product, UNFUSED: unfused} | by_name, place, sizes, rounds)
+    lean = {f"{LEAN}, {warps} warps": functools.partial(unfused_lean, warps=warps) for warps in (4, 8)}
+    rows = rows_of_table({PRODUCT: product, UNFUSED: unfused} | lean | by_name, place, sizes, rounds)
     ran = [row for row in rows if row["system"] in by_name and "seconds" in row]
     done = {"task": "product and group statistics", "sizes": asdict(sizes), "rows": rows}
     if not ran:

@@ -1,4 +1,5 @@
 """Run as a script with positions in `fused_product.SHAPES`: those launches compiled for Hopper and not run, plain and with every option.
+With `lean` in the place of a position, those of the leaner pass.
 
 Prints a line of JSON a launch. Needs no GPU: bf16 tensors on the CPU are launched as a GPU's would be, and only the launch is replaced.
 """
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import fused_product
+import lean_group_sums
 import torch
 import triton
 from compile_launches import compiled_launch
@@ -54,7 +56,7 @@ def report_launch(kernel, *args, grid, warmup, **keywords) -> None:
     print(json.dumps(found), flush=True)
 
 
-def launch_everything(positions: list[int]) -> None:
+def launch_everything(positions: list[str]) -> None:
     rows = 2
     hidden, weight = (torch.zeros(1, HIDDEN_SIZE, dtype=torch.bfloat16).expand(size, -1) for size in (rows, COLUMNS))
     z = torch.zeros(rows, COLUMNS)
@@ -62,9 +64,13 @@ def launch_everything(positions: list[int]) -> None:
     full = replace(plain, bias=torch.zeros(COLUMNS), softcap=30.0, logit_scale=0.5)
     for position in positions:
         for constants in (plain, full):
-            fused_product.fused_product(hidden, weight, z, empty_groups(z, GROUP), GROUP, constants, fused_product.SHAPES[position])
+            if position == "lean":
+                lean_group_sums.lean_group_sums(z, GROUP, constants)
+            else:
+                shape = fused_product.SHAPES[int(position)]
+                fused_product.fused_product(hidden, weight, z, empty_groups(z, GROUP), GROUP, constants, shape)
 
 
 if __name__ == "__main__":
     JITFunction.run = report_launch
-    launch_everything([int(argument) for argument in sys.argv[1:]])
+    launch_everything(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The fused product of kernels/benchmarks: in the interpreter against fp64 and the unfused path, and compiled for Hopper without a GPU."""
+"""The fused product of kernels/benchmarks and the leaner pass: interpreted, against fp64 and the library, and compiled for Hopper without a GPU."""
 
 import importlib
 import json
@@ -143,7 +143,8 @@ def test_one_command_measures_compares_and_decides():
     command = module("gpu_fused_product")
     sizes = replace(command.HEADLINE, tokens=3, columns=70, hidden_size=16, chosen=2, device=torch.get_default_device().type)
     done = command.table(sizes, (small(),), 16, TILES, 1)
-    assert [row["system"] for row in done["rows"]] == [command.PRODUCT, command.UNFUSED, done["best"]]
+    lean = [f"{command.LEAN}, {warps} warps" for warps in (4, 8)]
+    assert [row["system"] for row in done["rows"]] == [command.PRODUCT, command.UNFUSED, *lean, done["best"]]
     assert len(done["following"]) == 4 and all(row["teraflops"] > 0 for row in done["rows"] + done["following"])
     assert done["agrees"] and done["differences"]["share_of_equal_top_ids"] == 1.0
     assert max(value for name, value in done["differences"].items() if name != "share_of_equal_top_ids") < 1e-4
@@ -161,7 +162,20 @@ def test_the_rule():
         assert command.verdict([without]).startswith("no verdict")
 
 
-def compiled(positions: list[int], cache: Path) -> list[dict]:
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("columns", "group"), [(331, 64), (256, 128), (75, 16)])
+def test_the_leaner_pass_is_the_pass(columns, group, options):
+    products = Guarded(3, columns)  # what lies between the rows is read by neither
+    products.tile.copy_(torch.randn(3, columns, generator=torch.Generator().manual_seed(columns)) * 6)
+    products.tile[1, : group + 3], products.tile[2, 7] = NEG_INF, math.nan
+    with_, tiles = constants(3, columns, **OPTIONS[options]), Tiles(block=2 * group, group=group)
+    lean, library = (one(products.tile, group, with_, tiles) for one in (module("lean_group_sums").lean_group_sums, group_sums))
+    assert torch.equal(lean.code, library.code) and lean.total[:2].isfinite().all() and lean.total[2, 0].isnan()
+    torch.testing.assert_close(lean.total, library.total, rtol=1e-5, atol=0, equal_nan=True)
+    torch.testing.assert_close(lean.centred, library.centred, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def compiled(positions: list[int | str], cache: Path) -> list[dict]:
     """What the machine code of those launch shapes needs: each plain, then with every option."""
     paths = [str(Path(triton.__file__).parents[1]), *(path for path in sys.path if path), str(SCRIPT.parent)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
@@ -181,6 +195,10 @@ def check_launches(launches: list[dict]) -> None:
 
 def test_compiles_for_hopper(tmp_path):
     check_launches(compiled([0], tmp_path))
+
+
+def test_the_leaner_pass_compiles_for_hopper(tmp_path):
+    assert all(launch["stack"] == launch["local"] == 0 and launch["shared"] <= 48 << 10 for launch in compiled(["lean"], tmp_path))
 
 
 @pytest.mark.slow
