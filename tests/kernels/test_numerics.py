@@ -3,6 +3,11 @@
 import opd_kernels
 import pytest
 import torch
+from opd_kernels.dlogits import dlogits_
+from opd_kernels.placement import place
+from opd_kernels.products import projection
+from opd_kernels.selection import Coefficients
+from opd_kernels.types import LogitOptions
 
 from tests.kernels.cases import Case, assert_same, make_case, oracle, relative, run, upstream_of
 
@@ -122,8 +127,25 @@ def test_a_row_without_possible_columns_is_quiet():
     hidden = torch.ones(1, 2, requires_grad=True)
     out = opd_kernels.selected_logprobs(hidden, torch.ones(4, 2), torch.tensor([[0, 1]]), bias=torch.full((4,), float("-inf")))
     assert out.logz == float("-inf") and out.entropy == 0.0 and (out.logp == float("-inf")).all()
-    (grad,) = torch.autograd.grad(out.logp.clamp(min=-5).sum() + out.entropy.sum() + out.logz.clamp(min=-5).sum(), hidden)
+    (grad,) = torch.autograd.grad((out.logp, out.entropy, out.logz), hidden, [torch.ones_like(part) for part in (out.logp, out.entropy, out.logz)])
     assert not grad.any()
+
+
+@pytest.mark.parametrize("slope", [None, 0.5])
+def test_gradients_far_from_zero_lose_nothing_to_the_base_of_the_exponential(slope):
+    """Logits and references near 1000 that fp32 holds exactly: exp(x - reference) * (scale + slope * (x - reference)) to a few ulp."""
+    reference = 1000.0 + torch.arange(16.0) / 16
+    x = reference[:, None] - torch.arange(40.0) / 8
+    given = Coefficients(
+        reference=reference, scale=torch.ones(16), slope=None if slope is None else torch.full((16,), slope), selected=torch.zeros(16, 1)
+    )
+    hidden, weight = torch.zeros(16, 1), torch.zeros(40, 1)
+    head = projection(hidden, weight, LogitOptions(valid_columns=40))
+    none = place(torch.full((16, 1), -1), head, tile_rows=16, tile_columns=40).tile(0, 0)
+    distance = (x - reference[:, None]).double()
+    wanted = distance.exp() * (1.0 + (slope or 0.0) * distance)
+    found = dlogits_(x.clone(), head, slice(0, 16), given, none, None if slope is None else torch.empty_like(x), None)
+    torch.testing.assert_close(found.double(), wanted, rtol=3e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("path", PATHS)

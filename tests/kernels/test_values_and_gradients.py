@@ -5,6 +5,7 @@ import itertools
 import opd_kernels
 import pytest
 import torch
+from opd_kernels.selection import first_occurrences
 
 from tests.kernels.cases import OUTPUTS, Case, assert_same, make_case, oracle, relative, run, upstream_of
 
@@ -72,6 +73,22 @@ def test_all_columns_chosen_leaves_no_tail(path):
     result = run(case, upstream, path=path, chunk_bytes=300)
     assert (result.outputs["tail_logp"] == float("-inf")).all()
     assert_same(result, oracle(case, upstream), value=3e-5, gradient=5e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_tail_of_nothing_passes_no_gradient_on(backend):
+    """K = V in the first row alone: its tail is a constant, whatever gradient arrives there."""
+    hidden, weight = torch.randn(2, 5, requires_grad=True), torch.randn(6, 5, requires_grad=True)
+    ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, -1]])
+    out = opd_kernels.selected_logprobs(hidden, weight, ids, backend=backend)
+    (grad,) = torch.autograd.grad(out.tail_logp, hidden, torch.ones(2))
+    assert out.tail_logp.isfinite().tolist() == [False, True]
+    assert not grad[0].any() and grad[1].all()
+
+
+def test_first_occurrences_by_hand():
+    ids = torch.tensor([[4, -1, 4, 0], [-1, -1, 7, 7]])
+    assert first_occurrences(ids).tolist() == [[True, False, False, True], [False, False, True, False]]
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -4,6 +4,10 @@ import opd_kernels
 import pytest
 import torch
 import torch.distributed as dist
+from opd_kernels.chunked_rows import row_chunks
+from opd_kernels.distributed import any_over_ranks
+from opd_kernels.products import projection
+from opd_kernels.types import LogitOptions
 
 from tests.kernels.cases import OUTPUTS, Case, make_case, mixed_loss, relative, upstream_of
 from tests.kernels.ranks import launch
@@ -86,6 +90,19 @@ def impossible_column_of_another_rank(rank: int, world: int) -> None:
 
 def test_an_impossible_column_of_another_rank(tmp_path):
     launch(impossible_column_of_another_rank, 2, tmp_path)
+
+
+def ranks_agree(rank: int, world: int) -> None:
+    """9,000 bytes hold 35, 17 and 250 rows of the shards' columns, of which a power of two is taken; all go by the fewest."""
+    columns = SHARDS[3][rank]
+    options = LogitOptions(valid_columns=columns, process_group=dist.group.WORLD, chunk_bytes=9000)
+    assert row_chunks(projection(torch.zeros(64, 2), torch.zeros(columns, 2), options)).rows == 16
+    for flags, wanted in (((False, True, False), True), ((False, False, False), False), ((True, True, True), True)):
+        assert any_over_ranks(flags[rank], dist.group.WORLD, torch.device("cpu")) is wanted
+
+
+def test_ranks_agree_on_the_smallest_chunk_and_on_flags(tmp_path):
+    launch(ranks_agree, 3, tmp_path)
 
 
 @pytest.mark.parametrize("world", sorted(SHARDS))
