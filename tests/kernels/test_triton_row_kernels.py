@@ -214,6 +214,28 @@ def test_tanh_is_accurate_and_bounded():
 
 
 @triton.jit
+def near_zero_kernel(x_ptr, log_ptr, exp_ptr, SIZE: tl.constexpr):
+    lane = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + lane)
+    tl.store(log_ptr + lane, triton_divergence.log_of_1_plus(x))
+    tl.store(exp_ptr + lane, triton_divergence.exp_minus_1(x))
+
+
+def test_logarithm_and_exponential_keep_their_digits_near_zero():
+    sizes = torch.logspace(-12, 0, 121)[:-1]
+    edges = torch.tensor([0.5**0.5 - 1, 2**0.5 - 1, 1.0, 3.0, 0.25, -0.25])  # where the mantissa wraps, and where series end
+    x = torch.cat([sizes, -sizes, edges, edges.nextafter(torch.tensor(9.0)), torch.tensor([1e3, 1e10, 5.5e34])])
+    x = torch.cat([x, torch.zeros(511 - len(x)), torch.tensor([float("nan")])])
+    log, exp = torch.empty(512), torch.empty(512)
+    near_zero_kernel[(1,)](x, log, exp, SIZE=512)
+    exact = x.double()[:-1]
+    torch.testing.assert_close(log[:-1].double(), exact.log1p(), rtol=4e-7, atol=0)
+    below = exact < 80.0  # of more the result overflows, and is not asked for
+    torch.testing.assert_close(exp[:-1].double()[below], exact.expm1()[below], rtol=4e-7, atol=0)
+    assert log[-1].isnan() and exp[-1].isnan()
+
+
+@triton.jit
 def code_kernel(x_ptr, code_ptr, value_ptr, SIZE: tl.constexpr):
     lane = tl.arange(0, SIZE)
     code = triton_topk.order_code(tl.load(x_ptr + lane))
