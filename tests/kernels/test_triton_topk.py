@@ -171,3 +171,25 @@ def test_rows_with_too_many_equal_logits_are_projected_again(chunk_bytes):
     assert torch.equal(scores[0].ids, scores[1].ids) and set(scores[0].ids[1, 1:].tolist()) <= {0, 1, 2, 3, -1}
     for name in ("logp", "tail_logp", "logz", "entropy"):
         torch.testing.assert_close(getattr(scores[0], name).double(), getattr(scores[1], name), rtol=0, atol=3e-5)
+
+
+def test_a_shard_sorts_flagged_rows_without_its_own_removed_columns():
+    """Global id 1003 is column 3 of a shard that begins at 1000; 3 is an id of another rank. All logits are equal: the rows are flagged."""
+    z, ids, with_ = torch.zeros(2, 300), torch.tensor([[1003], [3]]), TileConstants(inverse_temperature=torch.ones(2))
+    scan = triton_rows.scan_rows(z.clone(), ids, with_, 1000, 4, TILES)
+    assert scan.redo.all()
+    assert triton_rows.sort_flagged(scan, lambda rows: z[rows], ids, with_, 1000)
+    assert scan.best_ids.tolist() == [[1000, 1001, 1002, 1004], [1000, 1001, 1002, 1003]]
+    torch.testing.assert_close(scan.sums.l, torch.tensor([295.0, 296.0]))
+
+
+def test_a_column_of_minus_infinity_stays_one_under_a_softcap_in_sorted_rows():
+    """tanh(-inf) is -1: without the mask the column would have a logit of -softcap and a probability."""
+    bias = torch.zeros(300)
+    bias[7:] = NEG_INF
+    with_ = TileConstants(inverse_temperature=torch.ones(2), bias=bias, softcap=5.0)
+    z, ids = torch.zeros(2, 300), torch.full((2, 1), -1)
+    scan = triton_rows.scan_rows(z.clone(), ids, with_, 0, 4, TILES)
+    triton_rows.sort_flagged(scan, lambda rows: z[rows], ids, with_, 0)
+    assert scan.best_ids.tolist() == [[0, 1, 2, 3]] * 2
+    torch.testing.assert_close(scan.sums.l, torch.full((2,), 3.0))
