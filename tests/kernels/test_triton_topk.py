@@ -193,3 +193,13 @@ def test_a_column_of_minus_infinity_stays_one_under_a_softcap_in_sorted_rows():
     triton_rows.sort_flagged(scan, lambda rows: z[rows], ids, with_, 0)
     assert scan.best_ids.tolist() == [[0, 1, 2, 3]] * 2
     torch.testing.assert_close(scan.sums.l, torch.full((2,), 3.0))
+
+
+def test_a_removed_column_does_not_come_back_among_columns_of_minus_infinity():
+    """Columns 0, 1 and 2 are finite, 1 is removed: what follows 0 and 2 is the lowest column of -inf that was not removed."""
+    z = torch.full((1, 300), NEG_INF)
+    z[0, :3] = torch.tensor([3.0, 2.0, 1.0])
+    with_, ids = TileConstants(inverse_temperature=torch.ones(1)), torch.tensor([[1]])
+    scan = triton_rows.scan_rows(z.clone(), ids, with_, 0, 4, TILES)
+    triton_rows.sort_flagged(scan, lambda rows: z[rows], ids, with_, 0)
+    assert scan.best_ids.tolist() == [[0, 2, 3, 4]]
