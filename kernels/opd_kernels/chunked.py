@@ -70,12 +70,11 @@ class _Selected(torch.autograd.Function):
             head = projection(hidden, weight, options)
             grid = tile_grid(head, ids, entropy=entropy)
             keep = differentiate and hidden.device.type == "cpu"
-            tiles = new_tiles(head, grid, lent=_lent_elements(head, ctx.needs_input_grad[1]) if keep else None)
+            tiles = new_tiles(head, grid, keep=keep, borrow=ctx.needs_input_grad[1] and options.chunk_bytes is None)
             selected, sums, topk_values, topk_ids = _forward_tiles(head, ids, grid, tiles, topk)
             logp, tail_logp, logz, entropy_N = finalize(selected, ids, sums)
-            tiles.wait()
-        ctx.save_for_backward(hidden, weight, bias, ids, logp, tail_logp, logz, entropy_N, tiles.top, *tiles.areas[: len(tiles.top)])
-        ctx.options, ctx.entropy, ctx.used = replace(options, bias=None), entropy, False
+        ctx.save_for_backward(hidden, weight, bias, ids, logp, tail_logp, logz, entropy_N, *tiles.saved())
+        ctx.options, ctx.entropy, ctx.used, ctx.address = replace(options, bias=None), entropy, False, tiles.address()
         ctx.set_materialize_grads(False)
         topk_logp = None if topk_values is None else topk_values - logz[:, None]
         if topk_values is not None:
@@ -85,12 +84,12 @@ class _Selected(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, ids, logp, tail_logp, logz, entropy_N, top, *areas = ctx.saved_tensors
+        hidden, weight, bias, ids, logp, tail_logp, logz, entropy_N, top, loan, *own = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
             head = projection(hidden, weight, replace(ctx.options, bias=bias))
             grid = tile_grid(head, ids, entropy=ctx.entropy)
-            tiles = kept_tiles(head, grid, top, areas, used=ctx.used)
+            tiles = kept_tiles(head, grid, top, loan, own, address=ctx.address, used=ctx.used)
             ctx.used = True  # before the first tile is overwritten: a second pass over a retained graph forms them again
             wanted = Upstream(logp=upstream[0], tail_logp=upstream[1], logz=upstream[2], entropy=upstream[3])
             rows = coefficients(wanted, ids, logp, tail_logp, logz, entropy_N, head.row_scale())
@@ -98,16 +97,6 @@ class _Selected(torch.autograd.Function):
         d_hidden = None if grads.hidden is None else grads.hidden.to(hidden.dtype)
         d_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
         return d_hidden, grads.weight, d_bias, None, None, None, None, None
-
-
-def _lent_elements(head: Projection, weight_needed: bool) -> int:
-    """Elements that fill the memory of the weight's gradient to come, where no budget was given that tiles may not exceed.
-
-    The gradient of hidden lends nothing: the first tile of backward writes all of it.
-    """
-    if head.options.chunk_bytes is not None or not weight_needed:
-        return 0
-    return head.weight.numel() * head.weight.element_size() // head.dtype.itemsize
 
 
 def _forward_tiles(head: Projection, ids: Tensor, grid: Grid, tiles: Tiles, topk: int) -> tuple[Tensor, RunningSums, Tensor | None, Tensor | None]:
@@ -144,7 +133,7 @@ def _forward_tiles(head: Projection, ids: Tensor, grid: Grid, tiles: Tiles, topk
 def _backward_tiles(head: Projection, grid: Grid, tiles: Tiles, coefficients: Coefficients, needs: tuple[bool, ...]) -> GradientSums:
     """Walks the tiles in the opposite order: first those that forward kept, each of which gives up its memory once used."""
     scratch = grid.scratch(head)
-    sums = gradient_sums(head, needs, head.weight.dtype)
+    sums = gradient_sums(head, needs, head.weight.dtype, tiles.loan)
     direct = sums.weight is None or sums.weight.dtype == head.dtype
     block = None if direct else head.hidden.new_empty(grid.where.tile_columns, head.weight.shape[1], dtype=head.dtype)
     # one room for all casts: fresh memory for each would be taken from what tiles have given up, and touch it again

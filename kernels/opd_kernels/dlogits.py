@@ -70,12 +70,12 @@ class GradientSums:
     bias: Tensor | None  # [V]
 
 
-def gradient_sums(head: Projection, needs: tuple[bool, ...], weight_dtype: torch.dtype) -> GradientSums:
-    """Buffers for the gradients that are asked for; the valid rows of weight are left to be written."""
+def gradient_sums(head: Projection, needs: tuple[bool, ...], weight_dtype: torch.dtype, room: Tensor | None = None) -> GradientSums:
+    """Buffers for the gradients that are asked for; the valid rows of weight, in `room` where that is given, are left to be written."""
     hidden, weight = head.hidden, head.weight
     weight_sum = None
     if needs[1]:
-        weight_sum = torch.empty(weight.shape, dtype=weight_dtype, device=weight.device)
+        weight_sum = torch.empty(weight.shape, dtype=weight_dtype, device=weight.device) if room is None else room
         weight_sum[head.columns :].zero_()
     return GradientSums(
         hidden=torch.zeros(hidden.shape, dtype=head.dtype, device=hidden.device) if needs[0] else None,

@@ -1,11 +1,12 @@
 """Tiles of logits in an order of their own, and those that stay in memory between a forward and its backward pass.
 
 Forward ends with tiles that backward begins with. The last ones that fit are kept, as exp(x - top) where forward has formed that (with a
-softcap as x), and need no second product: 4 - kept / all products instead of 4, and 3 where all of them fit. Where no budget was given
-they take the default one and besides the memory that the weight's gradient will: that is written as tiles are given up.
+softcap as x), and need no second product: 4 - kept / all products instead of 4, and 3 where all of them fit. They take the budget, and
+where none was given also the memory that the weight's gradient will: it is allocated in forward, tiles wait from its beginning on, and
+backward writes it from its end, never over a tile that still waits.
 
-One call at a time borrows from the gradient, the newest: of several that wait for backward together the others give up what they borrowed
-(`recall`), and backward forms those tiles again, to the same bits.
+One call at a time has such a loan, the newest: of several that wait for backward together the others give theirs up (`recall`), and
+backward forms those tiles again, to the same bits.
 """
 
 import ctypes
@@ -25,7 +26,7 @@ from opd_kernels.types import chunk_budget
 
 _DONTNEED = getattr(mmap, "MADV_DONTNEED", None)  # Linux and BSD
 _lock = threading.Lock()
-_borrowed: dict[int, weakref.ref[Tensor]] = {}  # areas beyond a budget that wait for backward, by address
+_waiting: list[tuple[int, weakref.ref[Tensor]]] = []  # the loan that waits for backward, with its address; one at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +46,20 @@ class Grid:
     def chosen(self, rows: slice, columns: slice) -> TileIds:
         return self.where.tile(self._row_tile(rows), self._column_tile(columns))
 
-    def fitting(self, lent: int) -> int:
-        """Tiles that the budget and `lent` more elements hold beside what the work takes."""
-        return min(self.tiles, max(1, (self.budget + lent) // self.elements - (self.parts - 1)))
+    def fitting(self) -> int:
+        """Tiles that the budget holds beside what the work takes."""
+        return min(self.tiles, max(1, self.budget // self.elements - (self.parts - 1)))
+
+    def lendable(self, weight: Tensor, itemsize: int) -> int:
+        """Tiles, `itemsize` bytes an element, that can wait in the gradient of weight [V, H] while it is written.
+
+        It is written a block of columns at a time, the last first, while the tiles of those and of earlier columns wait: all of them lie
+        before the last block's place, and those of the first columns that wait, before the place of these.
+        """
+        tile, rows = self.elements * itemsize, self.where.row_tiles
+        block = self.where.tile_columns * weight.shape[1] * weight.element_size()
+        most = (self.tiles // rows - 1) * block // tile
+        return max(0, min(most, self.tiles - rows * -(-rows * tile // block)))
 
     def scratch(self, head: Projection) -> Scratch:
         return Scratch(self.elements, self.parts - 1, head)
@@ -64,10 +76,11 @@ class Tiles:
     """Memory of the tiles: one area for each kept tile, from number `first` on; the first area serves all tiles before it too."""
 
     areas: list[Tensor]  # flat; kept tiles that are to be formed again share one
+    own: int  # of the first areas: memory of the budget's; the others lie in the loan
+    loan: Tensor | None  # like weight, to become its gradient
     top: Tensor  # [kept, tile_rows] the maximum below which a kept tile's exponentials stand
     first: int
     held: tuple[bool, ...]  # of the kept tiles: the area holds what forward left in it
-    borrowed: int = 0  # of the first areas, beyond the budget
 
     def area(self, number: int, rows: slice, columns: slice) -> Tensor:
         shape = (rows.stop - rows.start, columns.stop - columns.start)
@@ -84,61 +97,85 @@ class Tiles:
 
     def release(self, number: int) -> None:
         """Gives up a used tile's memory, although saved tensors still refer to it; the first area is needed until the last tile."""
-        if number > self.first and self.formed(number):
+        if self.first < number < self.first + self.own and self.formed(number):
             _empty(self.areas[number - self.first])
         elif number == 0:
             _empty(self.areas[0])
 
-    def wait(self) -> None:
-        """Ends forward: from here on another call may recall what this one borrowed."""
-        with _lock:
-            _borrowed.update((area.data_ptr(), weakref.ref(area)) for area in self.areas[: self.borrowed])
+    def saved(self) -> list[Tensor | None]:
+        """What `kept_tiles` takes, but the loan's address. Ends forward: from here on another call may recall the loan."""
+        if self.loan is not None:
+            with _lock:
+                _waiting[:] = [(self.loan.data_ptr(), weakref.ref(self.loan))]
+        return [self.top, self.loan, *self.areas[: min(self.own, len(self.top))]]
+
+    def address(self) -> int | None:
+        """Of the loan."""
+        return None if self.loan is None else self.loan.data_ptr()
 
 
 def tile_grid(head: Projection, ids: Tensor, *, entropy: bool) -> Grid:
     """The same for both passes: it does not depend on which gradients are asked for."""
     tokens, device = head.hidden.shape[0], head.hidden.device
     parts = 1 + entropy + (head.options.softcap is not None)
-    budget = chunk_budget(head.options, device, row_sets=0) // head.dtype.itemsize
+    whole_bytes = tokens * head.columns * head.dtype.itemsize
+    budget = chunk_budget(head.options, device, row_sets=0, whole_bytes=whole_bytes) // head.dtype.itemsize
     tile_rows, tile_columns = tile_shape(tokens, head.columns, head.hidden.shape[1], budget // parts, device)
     where = place(ids, head, tile_rows=tile_rows, tile_columns=tile_columns)
     tiles, elements = where.row_tiles * -(-head.columns // tile_columns), tile_rows * tile_columns
     return Grid(where=where, elements=elements, tiles=tiles, parts=parts, budget=budget, entropy=entropy)
 
 
-def new_tiles(head: Projection, grid: Grid, *, lent: int | None) -> Tiles:
-    """Memory for forward, of which backward gets the areas of kept tiles; `lent`: elements beyond the budget, or None to keep no tile."""
-    kept = 0 if lent is None else grid.fitting(lent)
-    borrowed = max(0, kept - grid.fitting(0))
-    if borrowed:
+def new_tiles(head: Projection, grid: Grid, *, keep: bool, borrow: bool) -> Tiles:
+    """Memory for forward, of which backward gets the areas of kept tiles, those in the memory of weight's gradient with `borrow`."""
+    own = grid.fitting() if keep else 0
+    lent = min(grid.tiles - own, grid.lendable(head.weight, head.dtype.itemsize)) if keep and borrow else 0
+    loan = None
+    if lent:
         recall()
-    areas = [_area(head, grid) for _ in range(max(1, kept))]
-    top = areas[0].new_zeros(kept, grid.where.tile_rows)
-    return Tiles(areas=areas, top=top, first=grid.tiles - kept, held=(False,) * kept, borrowed=borrowed)
+        loan = torch.empty(head.weight.shape, dtype=head.weight.dtype, device=head.weight.device)
+    areas = [*(_area(head, grid) for _ in range(max(1, own))), *_areas_in(loan, lent, head, grid)]
+    top = areas[0].new_zeros(own + lent, grid.where.tile_rows)
+    first = grid.tiles - own - lent
+    return Tiles(areas=areas, own=max(1, own), loan=loan, top=top, first=first, held=(False,) * (own + lent))
 
 
-def kept_tiles(head: Projection, grid: Grid, top: Tensor, areas: list[Tensor], *, used: bool) -> Tiles:
+def kept_tiles(
+    head: Projection, grid: Grid, top: Tensor, loan: Tensor | None, own: list[Tensor], *, address: int | None, used: bool
+) -> Tiles:
     """Memory for backward: what forward kept, and an area for the tiles whose memory is gone, recalled or used by a pass before this one.
 
-    `.data`: overwriting what autograd saved is no mistake here, and must not count as one when a retained graph is walked again.
+    A loan elsewhere than at `address` is a copy of somebody's, by saved-tensor hooks, and not to become a gradient. Its storage must not be
+    looked at from Python: autograd would take it for shared, and add gradients up in fresh memory. `.data`: overwriting what autograd saved is no mistake here, and must not count as one when a retained graph is walked again.
     """
-    with _lock:
-        for area in areas:
-            _borrowed.pop(area.data_ptr(), None)
-    held = tuple(not used and area.untyped_storage().nbytes() > 0 for area in areas)
-    spare = [] if areas and all(held) else [_area(head, grid)]
-    areas = [area.data if holds else spare[0] for area, holds in zip(areas, held, strict=True)]
-    return Tiles(areas=areas or spare, top=top, first=grid.tiles - top.shape[0], held=held)
+    lent = len(top) - len(own)
+    if loan is not None:
+        with _lock:
+            _waiting[:] = [one for one in _waiting if one[0] != address]
+        loan = loan.data if not used and loan.data_ptr() == address else None
+    held = (*(not used and area.untyped_storage().nbytes() > 0 for area in own), *(loan is not None,) * lent)
+    spare = [] if held and all(held) else [_area(head, grid)]
+    areas = [area.data if holds else spare[0] for area, holds in zip(own, held, strict=False)]
+    areas += spare * lent if loan is None else _areas_in(loan, lent, head, grid)
+    return Tiles(areas=areas or spare, own=len(own), loan=loan, top=top, first=grid.tiles - len(top), held=held)
 
 
 def recall() -> None:
-    """Empties the areas that calls waiting for backward have borrowed."""
+    """Empties the loan of the call that waits for backward."""
     with _lock:
-        waiting = [reference() for reference in _borrowed.values()]
-        _borrowed.clear()
-        for area in waiting:
-            if area is not None:
-                _empty(area)
+        waiting = [reference() for _, reference in _waiting]
+        _waiting.clear()
+        for loan in waiting:
+            if loan is not None:
+                _empty(loan)
+
+
+def _areas_in(loan: Tensor | None, count: int, head: Projection, grid: Grid) -> list[Tensor]:
+    """The first `count` areas of a tile's size in the memory of a tensor."""
+    if loan is None:
+        return []
+    size = count * grid.elements * head.dtype.itemsize
+    return list(loan.view(-1).view(torch.uint8)[:size].view(head.dtype).view(count, -1))
 
 
 def _area(head: Projection, grid: Grid) -> Tensor:

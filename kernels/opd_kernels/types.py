@@ -103,19 +103,20 @@ def accumulation_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-CPU_TILE_BYTES = 64 << 20
+CPU_TILE_BYTES = (64 << 20, 128 << 20)  # least and most, a fifth of whole logits between them
 CPU_ROW_BYTES = 320 << 20
 
 
-def chunk_budget(options: LogitOptions, device: torch.device, *, row_sets: int) -> int:
+def chunk_budget(options: LogitOptions, device: torch.device, *, row_sets: int, whole_bytes: int = 0) -> int:
     """Scratch bytes of one operation: the given budget, or a default bounded by an eighth of the device's free memory.
 
-    row_sets: how many sets of whole rows share it, 0 for tiles. The default can differ from call to call on a nearly full GPU, and with
-    it the last bits of results: give a budget where that matters.
+    row_sets: how many sets of whole rows share it, 0 for tiles. whole_bytes: of all logits. The default can differ from call to call on a
+    nearly full GPU, and with it the last bits of results: give a budget where that matters.
     """
     if options.chunk_bytes is not None:
         return options.chunk_bytes
     if device.type != "cuda":
-        return CPU_ROW_BYTES // row_sets if row_sets else CPU_TILE_BYTES
+        least, most = CPU_TILE_BYTES
+        return CPU_ROW_BYTES // row_sets if row_sets else max(least, min(most, whole_bytes // 5))
     free_bytes = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min((1664 if row_sets else 768) << 20, max(free_bytes // 8, 64 << 20))

@@ -15,7 +15,7 @@ BUDGET = 8 << 20
 
 def main(dtype: torch.dtype, forwards: int) -> None:
     torch.set_num_threads(1)
-    opd_kernels.types.CPU_TILE_BYTES = BUDGET
+    opd_kernels.types.CPU_TILE_BYTES = (BUDGET, BUDGET)
     hidden = torch.randn(TOKENS, HIDDEN).to(dtype).requires_grad_()
     weight = torch.randn(VOCABULARY, HIDDEN).to(dtype).requires_grad_()
     ids = torch.randint(0, VOCABULARY, (TOKENS, 4))
