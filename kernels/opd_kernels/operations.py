@@ -8,9 +8,9 @@ Keywords they share:
                    same hidden, ids and loss and receives the same result; the gradient of hidden is summed over the ranks
     vocab_start    global id of this rank's first row
     backend        auto, reference (dense), torch (chunked) or triton
-    chunk_bytes    upper bound of the scratch; None: 64 MiB (160 MiB where whole rows are held) on the CPU, on CUDA 768 MiB
-                   (2.5 GiB) or an eighth of the free memory. With None, tiles that wait for backward on the CPU may also take the
-                   memory that the weight's gradient will: those of one call at a time, the newest
+    chunk_bytes    upper bound of the scratch; None: 64 to 128 MiB (160 MiB where whole rows are held) on the CPU, on CUDA 768 MiB
+                   (2.5 GiB) or an eighth of the free memory. With None, tiles that wait for backward on the CPU also take the memory
+                   of the weight's gradient: those of one call at a time, the newest
 All accumulate in fp32 whatever the inputs (fp64 for fp64 inputs), repeat bitwise, and raise ValueError for input that does not fit.
 """
 

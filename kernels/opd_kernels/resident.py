@@ -145,8 +145,9 @@ def kept_tiles(
 ) -> Tiles:
     """Memory for backward: what forward kept, and an area for the tiles whose memory is gone, recalled or used by a pass before this one.
 
-    A loan elsewhere than at `address` is a copy of somebody's, by saved-tensor hooks, and not to become a gradient. Its storage must not be
-    looked at from Python: autograd would take it for shared, and add gradients up in fresh memory. `.data`: overwriting what autograd saved is no mistake here, and must not count as one when a retained graph is walked again.
+    A loan elsewhere than at `address` is somebody's copy, by saved-tensor hooks, and not to become a gradient. Its storage must not be looked
+    at from Python: autograd would take it for shared, and add gradients up in fresh memory. `.data`: overwriting what autograd saved is no
+    mistake here, and must not count as one when a retained graph is walked again.
     """
     lent = len(top) - len(own)
     if loan is not None:
