@@ -1,8 +1,12 @@
 """Tiles that forward leaves for backward: how many products that saves, how long the memory lives, and that no gradient depends on it."""
 
+import itertools
+
 import opd_kernels
 import pytest
 import torch
+from opd_kernels.placement import Placement
+from opd_kernels.resident import Grid
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -106,6 +110,39 @@ def test_without_a_budget_tiles_also_take_the_memory_of_the_gradient_to_come(mon
     )
     for left, right in zip(wanted, theirs, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("tokens", "columns", "hidden_size"), [(8, 1000, 64), (64, 640, 64), (200, 1030, 24), (4200, 400, 48), (9, 64, 4)])
+def test_a_gradient_is_written_over_no_tile_that_waits(monkeypatch, tokens, columns, hidden_size, dtype, entropy):
+    """Fewer tokens than hidden numbers and more, several tiles of rows, gradients of half and of twice the size: the second pass has no loan."""
+    case = make_case(tokens, columns, hidden_size, 3, logit_std=3.0, seed=1)
+    inputs = [tensor.to(dtype).requires_grad_() for tensor in (case.hidden, case.weight)]
+    tile = min(tokens, 4096) * WIDTH * (8 if dtype == torch.float64 else 4)
+    monkeypatch.setattr("opd_kernels.types.CPU_TILE_BYTES", (3 * tile, 3 * tile))
+    loss = loss_of(*inputs, case.ids, entropy=entropy)
+    first, again = (torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
+    without = torch.autograd.grad(loss_of(*inputs, case.ids, entropy=entropy, chunk_bytes=3 * tile), inputs)
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float64: 1e-13}[dtype]
+    assert all((left - right).norm() <= rounding * right.norm() for left, right in zip(first, without, strict=True))
+
+
+def test_tiles_that_a_gradient_lends_memory_to_lie_before_what_is_written():
+    """Every small grid: as a block of columns is written, its own tiles and those of all earlier columns lie before its place."""
+    lent = 0
+    for rows, blocks, height, hidden_size, size in itertools.product((1, 2, 3), range(1, 7), (1, 2, 3, 5, 9), (1, 2, 4, 9, 30), (2, 4)):
+        where = Placement(**dict.fromkeys(("entry", "row", "column")), bounds=[], row_tiles=rows, tile_rows=height, tile_columns=4)
+        grid = Grid(where=where, elements=4 * height, tiles=rows * blocks, parts=1, budget=0, entropy=False)
+        weight = torch.empty(4 * blocks, hidden_size, dtype={2: torch.bfloat16, 4: torch.float32}[size])
+        count = grid.lendable(weight, 4)
+        lent += count
+        assert 0 <= count < grid.tiles
+        for block in range((grid.tiles - count) // rows, blocks) if count else ():
+            waiting = (block + 1) * rows - (grid.tiles - count)
+            assert waiting * 4 * height * 4 <= block * 4 * hidden_size * size
+    assert lent > 1000
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
