@@ -41,11 +41,11 @@ class RowChunks:
 def row_chunks(head: Projection, copies: int = 1, most: int | None = None) -> RowChunks:
     """Sizes and scratch for `copies` sets of at most `most` whole rows, the same on all ranks of a process group."""
     device = head.hidden.device
-    elements = chunk_budget(head.options, device, row_sets=copies) // (copies * head.dtype.itemsize)
-    fitting = chunk_rows(head.hidden.shape[0], head.columns, elements)
+    elements = chunk_budget(head.options, device, row_sets=copies) // head.dtype.itemsize
+    fitting = chunk_rows(head.hidden.shape[0], head.columns, elements // copies)
     rows = smallest_over_ranks(fitting if most is None else min(fitting, most), head.options.process_group, device)
     columns = max(1, head.columns) if head.weight.dtype == head.hidden.dtype else cast_columns(head.columns, head.hidden.shape[1], device)
-    inner = min(rows, inner_rows(head.columns, copies, device))
+    inner = min(rows, inner_rows(head.columns, copies, elements, device))
     tiles = Scratch(inner * head.columns, 2, head)
     filled = min(columns, product_columns(head.columns, device))
     return RowChunks(rows=rows, columns=columns, filled=filled, inner=inner, logits=Scratch(rows * head.columns, copies, head), tiles=tiles)

@@ -36,12 +36,13 @@ def resident_rows(device: torch.device) -> int | None:
     return None if device.type == "cuda" else 512
 
 
-def inner_rows(columns: int, copies: int, device: torch.device) -> int:
+def inner_rows(columns: int, copies: int, element_budget: int, device: torch.device) -> int:
     """Whole rows that are worked on together: on the CPU as many as the last cache holds with `copies` of them at hand.
 
     A quarter of that would also stay in the caches before it, and takes four times as many calls: slower, most of all for wide vocabularies.
+    It is what small budgets get, of which the work's own scratch would otherwise take too much.
     """
-    elements = 1 << (24 if device.type == "cuda" else 21)
+    elements = 1 << 24 if device.type == "cuda" else min(1 << 21, max(1 << 19, element_budget // 32))
     return max(1, elements // (copies * max(1, columns)))
 
 
