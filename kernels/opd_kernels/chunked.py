@@ -74,7 +74,7 @@ class _Selected(torch.autograd.Function):
             selected, sums, topk_values, topk_ids = _forward_tiles(head, ids, grid, tiles, topk)
             logp, tail_logp, logz, entropy_N = finalize(selected, ids, sums)
         ctx.save_for_backward(hidden, weight, bias, ids, logp, tail_logp, logz, entropy_N, *tiles.saved())
-        ctx.options, ctx.entropy, ctx.used, ctx.address = replace(options, bias=None), entropy, False, tiles.address()
+        ctx.options, ctx.entropy, ctx.used = replace(options, bias=None), entropy, False
         ctx.set_materialize_grads(False)
         topk_logp = None if topk_values is None else topk_values - logz[:, None]
         if topk_values is not None:
@@ -84,12 +84,12 @@ class _Selected(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, ids, logp, tail_logp, logz, entropy_N, top, loan, *own = ctx.saved_tensors
+        hidden, weight, bias, ids, logp, tail_logp, logz, entropy_N, top, loan, address, *own = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
             head = projection(hidden, weight, replace(ctx.options, bias=bias))
             grid = tile_grid(head, ids, entropy=ctx.entropy)
-            tiles = kept_tiles(head, grid, top, loan, own, address=ctx.address, used=ctx.used)
+            tiles = kept_tiles(head, grid, top, loan, address, own, used=ctx.used)
             ctx.used = True  # before the first tile is overwritten: a second pass over a retained graph forms them again
             wanted = Upstream(logp=upstream[0], tail_logp=upstream[1], logz=upstream[2], entropy=upstream[3])
             rows = coefficients(wanted, ids, logp, tail_logp, logz, entropy_N, head.row_scale())

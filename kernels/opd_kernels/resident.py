@@ -103,15 +103,13 @@ class Tiles:
             _empty(self.areas[0])
 
     def saved(self) -> list[Tensor | None]:
-        """What `kept_tiles` takes, but the loan's address. Ends forward: from here on another call may recall the loan."""
+        """What `kept_tiles` takes. Ends forward: from here on another call may recall the loan."""
+        address = None
         if self.loan is not None:
+            address = torch.tensor(self.loan.data_ptr())  # saved with it: checkpointing puts what it has formed again in the place of both
             with _lock:
                 _waiting[:] = [(self.loan.data_ptr(), weakref.ref(self.loan))]
-        return [self.top, self.loan, *self.areas[: min(self.own, len(self.top))]]
-
-    def address(self) -> int | None:
-        """Of the loan."""
-        return None if self.loan is None else self.loan.data_ptr()
+        return [self.top, self.loan, address, *self.areas[: min(self.own, len(self.top))]]
 
 
 def tile_grid(head: Projection, ids: Tensor, *, entropy: bool) -> Grid:
@@ -141,7 +139,7 @@ def new_tiles(head: Projection, grid: Grid, *, keep: bool, borrow: bool) -> Tile
 
 
 def kept_tiles(
-    head: Projection, grid: Grid, top: Tensor, loan: Tensor | None, own: list[Tensor], *, address: int | None, used: bool
+    head: Projection, grid: Grid, top: Tensor, loan: Tensor | None, address: Tensor | None, own: list[Tensor], *, used: bool
 ) -> Tiles:
     """Memory for backward: what forward kept, and an area for the tiles whose memory is gone, recalled or used by a pass before this one.
 
@@ -150,10 +148,11 @@ def kept_tiles(
     mistake here, and must not count as one when a retained graph is walked again.
     """
     lent = len(top) - len(own)
-    if loan is not None:
+    if loan is not None and address is not None:
+        place = address.item()
         with _lock:
-            _waiting[:] = [one for one in _waiting if one[0] != address]
-        loan = loan.data if not used and loan.data_ptr() == address else None
+            _waiting[:] = [one for one in _waiting if one[0] != place]
+        loan = loan.data if not used and loan.data_ptr() == place else None
     held = (*(not used and area.untyped_storage().nbytes() > 0 for area in own), *(loan is not None,) * lent)
     spare = [] if held and all(held) else [_area(head, grid)]
     areas = [area.data if holds else spare[0] for area, holds in zip(own, held, strict=False)]

@@ -200,6 +200,21 @@ def test_two_checkpointed_calls_save_alike_when_they_run_again(monkeypatch):
     assert all(torch.equal(left, right) for left, right in zip(grads, wanted, strict=True))
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_call_uses_the_tiles_that_it_has_formed_again(monkeypatch, reentrant):
+    """One product more than without checkpointing, wherever the memory of the second forward lies."""
+    monkeypatch.setattr("opd_kernels.types.CPU_TILE_BYTES", (2 * TILE_BYTES, 2 * TILE_BYTES))
+    hidden, weight, ids = leaves()
+    between = []
+
+    def work():
+        loss = checkpoint(lambda h, w: loss_of(h, w, ids, entropy=False), hidden, weight, use_reentrant=reentrant)
+        between.append(torch.empty(COLUMNS, HIDDEN))  # takes the place that the first forward's has left
+        loss.backward()
+
+    assert products(work) == pytest.approx(5 - (7 * WIDTH + 40) / COLUMNS, abs=1e-9)
+
+
 def test_tiles_split_over_rows_and_columns():
     """5,000 tokens in tiles of 4,096: the budget holds 3 of the 4 tiles, and what is left out is the shorter one of the first columns."""
     case = make_case(5000, 2 * WIDTH, 4, 3)
