@@ -1,6 +1,6 @@
 """Everything about the kernels that needs a GPU, in one command; results go where each script writes them, a summary comes last.
 
-    python kernels/benchmarks/on_a_gpu.py                   # one H100 or H200, about 25 minutes, 60 GiB of device memory
+    python kernels/benchmarks/on_a_gpu.py                   # one H100 or H200, 60 GiB of device memory; has not run whole yet
     python kernels/benchmarks/on_a_gpu.py tests findings    # these steps alone
     python kernels/benchmarks/on_a_gpu.py --check           # the same scripts at tiny sizes on the CPU
 
